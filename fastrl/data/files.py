@@ -1,0 +1,163 @@
+"""Data sets that lie in files: any file or folder by its path, or by name in the data folder.
+
+A folder is one of
+    saved      state.json + *.arrow, or dataset_dict.json with such a folder per split     (datasets: save_to_disk)
+    plain      train.jsonl, test.jsonl, train-00000-of-00002.parquet, ..., also below data/, or a folder per split
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastrl.data.base import BOXED_INSTRUCTION, Loaded, problems_from_rows
+from fastrl.data.columnar import read_arrow, read_parquet
+from fastrl.data.jsonl import read_json, read_jsonl
+from fastrl.types import DataError
+
+READERS = {
+    ".jsonl": read_jsonl,
+    ".jsonl.gz": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+EXCLUDE_FILE = "exclude_ids.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathDataset:
+    """A file, or a folder with one or several splits."""
+
+    path: Path
+    default_reward: str = "math"
+    default_instruction: str = BOXED_INSTRUCTION
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def load(self, split: str, data_dir: str = "") -> Loaded:
+        """All of a file; `split` chooses among the files of a folder."""
+        return problems_from_rows(read_rows(self.path, split), source=self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedDataset:
+    """One file per split in the data folder. Training leaves out the ids of exclude_ids.json there."""
+
+    name: str
+    files: dict[str, str]  # split -> path in the data folder
+    default_reward: str = "math"
+    default_instruction: str = BOXED_INSTRUCTION
+
+    def load(self, split: str, data_dir: str) -> Loaded:
+        folder = Path(data_dir).expanduser()
+        if not folder.is_dir():
+            raise DataError(
+                f"data set {self.name!r}: there is no data folder {str(data_dir)!r} (looked in {folder.resolve()}); "
+                "pass the folder that holds the problem files as --data-dir"
+            )
+        if split not in self.files:
+            raise DataError(f"data set {self.name!r} has {', '.join(self.files)} but no split {split!r}; use --split")
+        path = folder / self.files[split]
+        if not path.is_file():
+            raise DataError(f"data set {self.name!r}: {missing(path)}. Is --data-dir {data_dir} the right folder?")
+        exclude = read_exclude(folder / EXCLUDE_FILE) if split == "train" else {}
+        return problems_from_rows(read_rows(path, split), source=str(path), exclude=exclude)
+
+
+def read_rows(path: Path, split: str) -> Iterator[tuple[str, int, object]]:
+    """(file name, line or row number from 1, row or DataError) of a file, or of the split's files in a folder.
+
+    Raises DataError when there is nothing to read, ValueError when pyarrow is needed and missing.
+    """
+    if not path.exists():
+        raise missing(path)
+    for file in split_files(path, split) if path.is_dir() else [path]:
+        suffix = suffix_of(file)
+        if suffix is None:
+            raise DataError(f"{file}: cannot read this kind of file; known are {', '.join(READERS)}")
+        for line, row in READERS[suffix](file):
+            yield file.name, line, row
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The data files of a split in their order. Raises DataError when there are none, or they are ambiguous."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_meta(folder / "dataset_dict.json", "splits")
+        if split not in splits:
+            raise DataError(f"{folder} has the splits {', '.join(map(str, splits))}, got {split!r}; use --split")
+        folder = folder / split
+    if (folder / "state.json").is_file():
+        files = [folder / Path(part["filename"]).name for part in read_meta(folder / "state.json", "_data_files")]
+        for file in files:
+            if not file.is_file():
+                raise DataError(f"{folder / 'state.json'}: {missing(file)}. Save or copy the data set again")
+        return files
+    listed = data_files(folder) + data_files(folder / "data")
+    # train.jsonl is the split, not also the train_small.jsonl beside it
+    found = [file for file in listed if stem(file) == split]
+    found = found or [file for file in listed if file.name.startswith((split + "-", split + "_", split + "."))]
+    if not found and split and (folder / split).is_dir():
+        inner = folder / split
+        return split_files(inner, split) if (inner / "state.json").is_file() else data_files(inner)
+    if len({suffix_of(file) for file in found}) > 1:
+        raise DataError(f"{folder}: split {split!r} exists as {named(found)}; pass the path of one of them")
+    if not found:
+        raise DataError(
+            f"{folder}: no file of split {split!r}; expected names such as {split}.jsonl or "
+            f"{split}-00000-of-00001.parquet, found {named(listed)}. Use --split, or pass the path of one file"
+        )
+    return found
+
+
+def missing(path: Path) -> DataError:
+    """The error for a path that does not exist, naming what comes nearest to it."""
+    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    wanted = path.absolute().relative_to(parent).parts[0]
+    near = difflib.get_close_matches(wanted, sorted(file.name for file in parent.iterdir()), n=1, cutoff=0.3)
+    hint = f"the nearest name there is {near[0]!r}" if near else f"nothing there is called like {wanted!r}"
+    return DataError(f"{path} does not exist; the folder {parent} does, and {hint}")
+
+
+def read_exclude(path: Path) -> dict[str, list[str]]:
+    """id -> why it is not trained on. A missing file is a DataError, so that nobody trains on them unknowingly."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; it names the ids not to train on. Write {{}} into it to exclude none")
+    return read_object(path)
+
+
+def read_meta(path: Path, key: str) -> list:
+    value = read_object(path).get(key)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{path}: expected a list under {key!r}; save the data set again with save_to_disk")
+    return value
+
+
+def read_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if file.is_file() and suffix_of(file))
+
+
+def suffix_of(path: Path) -> str | None:
+    return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), None)
+
+
+def stem(path: Path) -> str:
+    return path.name[: -len(suffix_of(path))]
+
+
+def named(files: list[Path]) -> str:
+    shown = ", ".join(file.name for file in files[:10])
+    return (shown + (", ..." if len(files) > 10 else "")) or "no data files"
