@@ -1,0 +1,74 @@
+r"""`exact`: the last word of the text, compared as a string and then as an exact number. No processes, no sympy.
+
+The answer is the rest of the line after the last `####`; without one, the whole text or its last word.
+Example: the completion "8 6 9" has the answer "9".
+"""
+
+import re
+from fractions import Fraction
+
+from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
+
+MAX_DIGITS = 512  # int() of a longer text is slow, and refused from 4300 digits on
+
+# ASCII: \d and Fraction also take Arabic and full-width digits
+DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)"
+NUMBER = re.compile(rf"([+-]?{DECIMAL})(?:/({DECIMAL}))?", re.ASCII)
+
+
+def number(text: str) -> Fraction | None:
+    """An integer, decimal or simple fraction in ASCII digits, thousands commas allowed -> its exact value.
+
+    None for everything else: blanks inside, exponents, a zero denominator, more than MAX_DIGITS characters.
+    """
+    match = NUMBER.fullmatch(text) if len(text) <= MAX_DIGITS else None
+    if match is None:
+        return None
+    numerator, denominator = match.groups()
+    value = decimal(numerator)
+    if denominator is None:
+        return value
+    divisor = decimal(denominator)
+    return value / divisor if divisor else None
+
+
+def decimal(text: str) -> Fraction:
+    """`[+-]1,234.50` -> its exact value; the text must match DECIMAL with an optional sign."""
+    whole, _, decimals = text.replace(",", "").partition(".")
+    return Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
+
+
+class Exact(Verifier):
+    name = "exact"
+
+    def grade(self, completions: list[str], answers: list[str]) -> list[Grade]:
+        require_equal_lengths("exact.grade", completions=completions, answers=answers)
+        return [GRADES[self._status(text, answer.strip())] for text, answer in zip(completions, answers, strict=True)]
+
+    def _status(self, text: str, gold: str) -> str:
+        found = self.extract(text)
+        if found is None or not gold:
+            return "no_box"
+        if found == gold or ("####" not in text and text.strip() == gold):
+            return "right"
+        value = number(found)
+        return "right" if value is not None and value == number(gold) else "wrong"
+
+    def extract(self, completion: str) -> str | None:
+        _, mark, after = completion.rpartition("####")
+        if mark:
+            lines = after.strip().splitlines()
+            return lines[0].strip() if lines else None
+        words = completion.rsplit(None, 1)
+        return words[-1] if words else None
+
+    def vote_key(self, completion: str) -> str | None:
+        found = self.extract(completion)
+        value = None if found is None else number(found)
+        return found if value is None else str(value)
+
+    def as_completion(self, answer: str) -> str:
+        return f"#### {answer}"
+
+
+GRADES = {status: Grade.of(status) for status in ("right", "wrong", "no_box")}

@@ -1,0 +1,104 @@
+"""The process that runs math-verify on text a model wrote. Started as a script by `workers`; never imported by it.
+
+Protocol, one JSON value per line: limits in argv; "ready" out; then [gold, answer] in and a status out, until stdin
+ends. Nothing of fastrl and no torch is imported, so a worker starts in the time of importing sympy.
+"""
+
+import functools
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+
+
+class SoftTimeout(BaseException):
+    """A BaseException, so that no `except Exception` of sympy swallows it."""
+
+
+def raise_soft_timeout(signum, frame):
+    raise SoftTimeout
+
+
+def limited(function, *args, cpu_s: float, kill_cpu_s: float):
+    """function(*args), interrupted by SoftTimeout after cpu_s seconds of CPU time.
+
+    CPU and not wall time: a busy machine must not change a grade. One long call into C code is not interrupted by a
+    Python signal handler; for that a second timer runs, whose signal has no handler and ends the process.
+    """
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, kill_cpu_s)
+        # repeated, in case a bare `except:` swallows the first one
+        signal.setitimer(signal.ITIMER_PROF, cpu_s, 0.1)
+        return function(*args)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def parse(text: str) -> list:
+    from math_verify import LatexExtractionConfig
+    from math_verify import parse as parse_latex
+
+    # LaTeX only: the plain-expression reader ends in eval. First match only: if the box cannot be read, any_match
+    # goes on to a single fraction inside it, and `\\frac{2}{3} E_2` becomes 2/3.
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    box = "\\boxed{" + text + "}"
+    return parse_latex(box, config, extraction_mode="first_match", parsing_timeout=None, raise_on_error=True)
+
+
+parse_gold = functools.lru_cache(maxsize=2048)(parse)
+
+
+def compare(gold: list, answer: list, equal_text: bool) -> str:
+    """Each list holds the expression, if the text could be read, and then the normalized text."""
+    from math_verify import verify
+
+    if equal_text and gold and answer and gold[-1] == answer[-1]:
+        return "right"
+    if len(gold) < 2 or len(answer) < 2:
+        return "unparsed"
+    return "right" if verify(gold[0], answer[0], timeout_seconds=None, raise_on_error=True) else "wrong"
+
+
+def grade(gold: str, answer: str | None, limits: dict[str, float]) -> str:
+    """Status of an answer; of the gold as its own answer, by more than equal text, if it is None. The gold has a budget of its own, so a cached one does not make a grade differ."""
+    try:
+        parsed_gold = limited(parse_gold, gold, **limits)
+        parsed_answer = parsed_gold if answer is None else limited(parse, answer, **limits)
+        return limited(compare, parsed_gold, parsed_answer, answer is not None, **limits)
+    except SoftTimeout:
+        # a repeat may have arrived inside `finally`, before the timers were off
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        return "soft_timeout"
+    except MemoryError:
+        # earlier answers may have filled the memory: the parent asks a fresh process
+        os._exit(1)
+    except Exception:
+        return "unparsed"
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes stdin
+    memory_mib, cpu_s, kill_cpu_s = json.loads(sys.argv[1])
+    import math_verify  # noqa: F401
+
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGPROF, raise_soft_timeout)
+    for limit, value in ((resource.RLIMIT_AS, memory_mib * 2**20), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(limit, (value, value))
+    replies = os.dup(1)
+    # whatever sympy prints must not become a reply
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.write(replies, b'"ready"\n')
+    for line in sys.stdin.buffer:
+        gold, answer = json.loads(line)
+        os.write(replies, json.dumps(grade(gold, answer, {"cpu_s": cpu_s, "kill_cpu_s": kill_cpu_s})).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
