@@ -1,0 +1,192 @@
+"""Rewards: built-in verifiers by name, functions of users by file, and their weighted sum.
+
+grade(["so it is \\boxed{42}"], ["42"]) == [1.0]
+
+with RewardSet(["math", "style.py:brevity:0.2"]) as rewards:
+    scores = rewards.score(prompts, completions, answers)
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
+from fastrl.rewards.exact import Exact
+from fastrl.rewards.math import Math
+from fastrl.rewards.user import UserReward, load_function
+
+__all__ = ["VERIFIERS", "Exact", "Grade", "Math", "RewardSet", "Scores", "Verifier", "grade"]
+
+VERIFIERS = {"exact": Exact, "math": Math}
+
+
+def grade(texts: list[str], answers: list[str], *, verifier: str = "math") -> list[float]:
+    """N texts and N gold answers -> N rewards. Starts and ends the processes it needs; keep a `Math` for repeated use.
+
+    Raises ValueError for lists of different length and for an unknown verifier.
+    """
+    if verifier not in VERIFIERS:
+        raise ValueError(f"unknown verifier {verifier!r}; {_nearest(verifier)}")
+    with VERIFIERS[verifier]() as opened:
+        return [grade.reward for grade in opened.grade(texts, answers)]
+
+
+@dataclass(slots=True)
+class Scores:
+    """What a batch of N completions earned."""
+
+    total: list[float]  # [N] weighted sum over the rewards that apply; 0 if none does
+    each: dict[str, list[float | None]]  # by reward name, [N], unweighted; None = not applicable
+    statuses: dict[str, int]  # completions by `Grade` status, summed over the verifiers, and "error" of user functions
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class RewardSet:
+    """Rewards by spec: `math`, `exact` or `file.py:function`, each with an optional weight behind it (`math:0.5`)."""
+
+    def __init__(self, specs: list[str], *, workers: int = 2):
+        """workers: processes at most for `math`. Raises ValueError for a spec that cannot be used."""
+        if not specs:
+            raise ValueError(f"rewards: got none; expected one of {', '.join(VERIFIERS)} or file.py:function")
+        self.weights: dict[str, float] = {}
+        self.verifiers: list[Verifier] = []
+        self.functions: list[UserReward] = []
+        for spec in specs:
+            source, weight = split_weight(spec)
+            path, colon, function = source.rpartition(":")
+            name = function if colon else source
+            if name in self.weights:
+                raise ValueError(f"reward {spec}: a second reward named {name!r}; rename the function or drop one")
+            if colon:
+                self.functions.append(UserReward(name, load_function(path, function)))
+            else:
+                self.verifiers.append(Math(workers=workers) if source == "math" else VERIFIERS[source]())
+            self.weights[name] = weight
+
+    def score(
+        self,
+        prompts: list,
+        completions: list[str],
+        answers: list[str],
+        *,
+        completion_ids: list[list[int]] | None = None,
+        columns: dict[str, list] | None = None,
+    ) -> Scores:
+        """N prompts (texts or chat messages), completions and answers; columns: further lists of N by name.
+
+        Raises ValueError for lists of different length and for a user function that cannot be used.
+        """
+        offered = dict(columns or {}) | {
+            "prompts": prompts,
+            "completions": completions,
+            "answers": answers,
+            "answer": answers,
+        }
+        if completion_ids is not None:
+            offered["completion_ids"] = completion_ids
+        require_equal_lengths("rewards.score", **offered)
+        scores = Scores([0.0] * len(completions), {}, {})
+        statuses: Counter[str] = Counter()
+        for verifier in self.verifiers:
+            grades = verifier.grade(completions, answers)
+            statuses.update(grade.status for grade in grades)
+            scores.each[verifier.name] = [grade.reward for grade in grades]
+        for function in self.functions:
+            result = function.score(offered)
+            if result.errors:
+                statuses["error"] += result.errors
+            scores.each[function.name] = result.rewards
+            scores.metrics |= result.metrics
+        for name, rewards in scores.each.items():
+            weight = self.weights[name]
+            scores.total = [
+                total if reward is None else total + weight * reward
+                for total, reward in zip(scores.total, rewards, strict=True)
+            ]
+        scores.statuses = dict(statuses)
+        if self.verifiers:
+            scores.metrics |= self._watch_hacks(scores.each[self.verifiers[0].name], prompts, completions, answers)
+        return scores
+
+    def _watch_hacks(
+        self, rewards: list[float], prompts: list, completions: list[str], answers: list[str]
+    ) -> dict[str, float]:
+        """Fractions of the rewarded answers: copied from the prompt; not evaluated. Of none if nothing was rewarded."""
+        verifier = self.verifiers[0]
+        rewarded = copied = unevaluated = 0
+        for reward, prompt, completion, gold in zip(rewards, prompts, completions, answers, strict=True):
+            if reward:
+                found = verifier.extract(completion)
+                rewarded += 1
+                copied += stands_in(found, prompt_text(prompt))
+                unevaluated += verifier.unevaluated(found, gold)
+        if not rewarded:
+            return {}
+        return {"reward/answer_in_prompt_frac": copied / rewarded, "reward/unevaluated_frac": unevaluated / rewarded}
+
+    def check_golds(self, answers: list[str]) -> list[Grade] | None:
+        """The first refusal of each gold by a verifier, else "right". None if there are only user functions."""
+        if not self.verifiers:
+            return None
+        columns = zip(*(verifier.check_golds(answers) for verifier in self.verifiers), strict=True)
+        return [next((grade for grade in grades if not grade.reward), grades[0]) for grades in columns]
+
+    def vote_key(self, text: str) -> str | None:
+        """Canonical answer for majority voting, as the first verifier reads it; None without an answer or a verifier."""
+        return self.verifiers[0].vote_key(text) if self.verifiers else None
+
+    def close(self) -> None:
+        for verifier in self.verifiers:
+            verifier.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def split_weight(spec: str) -> tuple[str, float]:
+    """`math` | `file.py:function`, with an optional `:weight` -> what is before the weight, and the weight (default 1).
+
+    Raises ValueError for everything else.
+    """
+    source, colon, last = spec.rpartition(":")
+    complete = source in VERIFIERS or ".py:" in source  # so that what follows can only be a weight
+    if colon and complete:
+        try:
+            weight = float(last)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise ValueError(f"reward {spec}: the weight is {last!r}; expected a finite number such as 0.2")
+    else:
+        source, weight = spec, 1.0
+    if source in VERIFIERS or source.rpartition(":")[0].endswith(".py") and source.rpartition(":")[2]:
+        return source, weight
+    if source.endswith((".py", ".py:")):
+        raise ValueError(f"reward {spec}: which function of the file? Write {source.rstrip(':')}:function")
+    raise ValueError(f"reward {spec}: no verifier has this name; {_nearest(source.partition(':')[0])}")
+
+
+def _nearest(name: str) -> str:
+    near = get_close_matches(name, VERIFIERS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}There are: {', '.join(VERIFIERS)}, or file.py:function for your own"
+
+
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt, or the contents of its chat messages, as one text."""
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def stands_in(answer: str, text: str) -> bool:
+    """Whether the answer occurs in the text and is not a part of a longer word or number there."""
+    start = text.find(answer)
+    while start >= 0:
+        before, after = text[start - 1 : start], text[start + len(answer) : start + len(answer) + 1]
+        if not (before.isalnum() and answer[:1].isalnum()) and not (after.isalnum() and answer[-1:].isalnum()):
+            return True
+        start = text.find(answer, start + 1)
+    return False

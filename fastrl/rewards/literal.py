@@ -1,7 +1,7 @@
 r"""Numbers as people write them in LaTeX, read exactly and in bounded time: no sympy, no float.
 
-    18   -3.50   1,000   10{,}000   \$18   18\%   \frac{1}{3}   -\frac12   3\frac{1}{2}   7/8
-    4.5 \times 10^{33}   10^{-5}   2e9   x = 18   42\text{ cm}^2   90^\circ   5 apples
+18   -3.50   1,000   10{,}000   \$18   18\%   \frac{1}{3}   -\frac12   3\frac{1}{2}   7/8
+4.5 \times 10^{33}   10^{-5}   2e9   x = 18   42\text{ cm}^2   90^\circ   5 apples
 """
 
 import re

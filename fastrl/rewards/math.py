@@ -117,7 +117,9 @@ class Math(Verifier):
         hard = list(dict.fromkeys(pair for pair, status in zip(pairs, statuses, strict=True) if status is None))
         tasks = [(gold, found if equal_text else None) for gold, found in hard]
         replies = dict(zip(hard, self.workers.run(tasks), strict=True))
-        return [Grade.of(replies[pair] if status is None else status) for pair, status in zip(pairs, statuses, strict=True)]
+        return [
+            Grade.of(replies[pair] if status is None else status) for pair, status in zip(pairs, statuses, strict=True)
+        ]
 
     def _decide(self, gold: str, found: str | None, equal_text: bool) -> str | None:
         """Status of a cleaned answer, or None if it needs math-verify."""

@@ -87,7 +87,11 @@ def main() -> None:
 
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGPROF, raise_soft_timeout)
-    for limit, value in ((resource.RLIMIT_AS, memory_mib * 2**20), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+    for limit, value in (
+        (resource.RLIMIT_AS, memory_mib * 2**20),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
         resource.setrlimit(limit, (value, value))
     replies = os.dup(1)
     # whatever sympy prints must not become a reply

@@ -131,7 +131,9 @@ class Workers:
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            first_deadline = min(worker.deadline for worker in self._workers if worker.task is not None or not worker.ready)
+            first_deadline = min(
+                worker.deadline for worker in self._workers if worker.task is not None or not worker.ready
+            )
             readable = {key.data for key, _ in selector.select(max(0.0, first_deadline - time.monotonic()))}
         for worker in list(self._workers):
             try:
