@@ -186,12 +186,16 @@ class Encoder:
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """Text -> id of the tokens that structure a conversation: the special ones, and those the chat template names.
 
-    The latter because some models declare their role marks as not special. The unknown token is none: ordinary text
-    may give it.
+    The latter because some models declare their role marks as not special; a single character or white space among
+    them is no mark. Nor is the unknown token: ordinary text may give it.
     """
     source = str(tokenizer.chat_template or "")
+
+    def is_mark(text: str) -> bool:
+        return len(text) > 1 and not text.isspace() and text in source
+
     return {
         token.content: id
         for id, token in tokenizer.added_tokens_decoder.items()
-        if id != tokenizer.unk_token_id and (token.special or (token.content.strip() and token.content in source))
+        if id != tokenizer.unk_token_id and (token.special or is_mark(token.content))
     }
