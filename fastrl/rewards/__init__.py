@@ -6,10 +6,10 @@ with RewardSet(["math", "style.py:brevity:0.2"]) as rewards:
     scores = rewards.score(prompts, completions, answers)
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from math import isfinite, nan
 
 from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
 from fastrl.rewards.exact import Exact
@@ -29,7 +29,7 @@ def grade(texts: list[str], answers: list[str], *, verifier: str = "math") -> li
     if verifier not in VERIFIERS:
         raise ValueError(f"unknown verifier {verifier!r}; {_nearest(verifier)}")
     with VERIFIERS[verifier]() as opened:
-        return [grade.reward for grade in opened.grade(texts, answers)]
+        return [each.reward for each in opened.grade(texts, answers)]
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ class RewardSet:
     def _watch_hacks(
         self, rewards: list[float], prompts: list, completions: list[str], answers: list[str]
     ) -> dict[str, float]:
-        """Fractions of the rewarded answers: copied from the prompt; not evaluated. Of none if nothing was rewarded."""
+        """Fractions of the rewarded answers: copied from the prompt; not evaluated. Empty if nothing was rewarded."""
         verifier = self.verifiers[0]
         rewarded = copied = unevaluated = 0
         for reward, prompt, completion, gold in zip(rewards, prompts, completions, answers, strict=True):
@@ -133,7 +133,7 @@ class RewardSet:
         return [next((grade for grade in grades if not grade.reward), grades[0]) for grades in columns]
 
     def vote_key(self, text: str) -> str | None:
-        """Canonical answer for majority voting, as the first verifier reads it; None without an answer or a verifier."""
+        """Canonical answer for majority voting, as the first verifier reads it; None without either."""
         return self.verifiers[0].vote_key(text) if self.verifiers else None
 
     def close(self) -> None:
@@ -158,8 +158,8 @@ def split_weight(spec: str) -> tuple[str, float]:
         try:
             weight = float(last)
         except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
+            weight = nan
+        if not isfinite(weight):
             raise ValueError(f"reward {spec}: the weight is {last!r}; expected a finite number such as 0.2")
     else:
         source, weight = spec, 1.0

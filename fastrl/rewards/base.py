@@ -61,7 +61,7 @@ class Verifier(ABC):
         """Whether the answer leaves an operation undone that the gold has done (a hack to watch)."""
         return False
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (only some verifiers have processes)
         """Ends the worker processes, if there are any."""
 
     def __enter__(self):

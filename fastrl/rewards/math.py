@@ -25,7 +25,7 @@ FRACTION_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last balanced \boxed{...}, or of `\boxed 6`; None without one. One pass over the last TAIL characters."""
+    r"""Content of the last balanced \boxed{...} or `\boxed 6`, else None; one pass over the last TAIL characters."""
     text = text[-TAIL:]
     if "\\boxed" not in text:
         return None
@@ -117,9 +117,7 @@ class Math(Verifier):
         hard = list(dict.fromkeys(pair for pair, status in zip(pairs, statuses, strict=True) if status is None))
         tasks = [(gold, found if equal_text else None) for gold, found in hard]
         replies = dict(zip(hard, self.workers.run(tasks), strict=True))
-        return [
-            Grade.of(replies[pair] if status is None else status) for pair, status in zip(pairs, statuses, strict=True)
-        ]
+        return [Grade.of(status or replies[pair]) for pair, status in zip(pairs, statuses, strict=True)]
 
     def _decide(self, gold: str, found: str | None, equal_text: bool) -> str | None:
         """Status of a cleaned answer, or None if it needs math-verify."""

@@ -51,11 +51,13 @@ def parse(text: str) -> list:
 parse_gold = functools.lru_cache(maxsize=2048)(parse)
 
 
-def compare(gold: list, answer: list, equal_text: bool) -> str:
-    """Each list holds the expression, if the text could be read, and then the normalized text."""
+def compare(gold: list, text: str | None) -> str:
+    """Status of an answer against a parsed gold; of the gold itself, by more than its text, if the answer is None."""
     from math_verify import verify
 
-    if equal_text and gold and answer and gold[-1] == answer[-1]:
+    # each list holds the expression, if the text could be read, and then the normalized text
+    answer = gold if text is None else parse(text)
+    if text is not None and gold and answer and gold[-1] == answer[-1]:
         return "right"
     if len(gold) < 2 or len(answer) < 2:
         return "unparsed"
@@ -63,21 +65,26 @@ def compare(gold: list, answer: list, equal_text: bool) -> str:
 
 
 def grade(gold: str, answer: str | None, limits: dict[str, float]) -> str:
-    """Status of an answer; of the gold as its own answer, by more than equal text, if it is None. The gold has a budget of its own, so a cached one does not make a grade differ."""
+    """Status of an answer. The gold has a time limit of its own: whether it was cached must not change a grade."""
     try:
         parsed_gold = limited(parse_gold, gold, **limits)
-        parsed_answer = parsed_gold if answer is None else limited(parse, answer, **limits)
-        return limited(compare, parsed_gold, parsed_answer, answer is not None, **limits)
+        return limited(compare, parsed_gold, answer, **limits)
     except SoftTimeout:
         # a repeat may have arrived inside `finally`, before the timers were off
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         return "soft_timeout"
     except MemoryError:
-        # earlier answers may have filled the memory: the parent asks a fresh process
+        # earlier answers may have filled the memory: a fresh process is asked
         os._exit(1)
     except Exception:
         return "unparsed"
+
+
+def address_space() -> int:
+    """Bytes."""
+    with open("/proc/self/statm") as sizes:
+        return int(sizes.read().split()[0]) * resource.getpagesize()
 
 
 def main() -> None:
@@ -87,12 +94,10 @@ def main() -> None:
 
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGPROF, raise_soft_timeout)
-    for limit, value in (
-        (resource.RLIMIT_AS, memory_mib * 2**20),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    memory = memory_mib * 2**20
+    for limit, value in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (value, value))
+    limits = {"cpu_s": cpu_s, "kill_cpu_s": kill_cpu_s}
     replies = os.dup(1)
     # whatever sympy prints must not become a reply
     null = os.open(os.devnull, os.O_WRONLY)
@@ -101,7 +106,10 @@ def main() -> None:
     os.write(replies, b'"ready"\n')
     for line in sys.stdin.buffer:
         gold, answer = json.loads(line)
-        os.write(replies, json.dumps(grade(gold, answer, {"cpu_s": cpu_s, "kill_cpu_s": kill_cpu_s})).encode() + b"\n")
+        os.write(replies, json.dumps(grade(gold, answer, limits)).encode() + b"\n")
+        # sympy's caches keep what they have seen, and the next answer must find as much memory as the first
+        if address_space() > memory // 2:
+            break
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A reward function from a user's file, written for TRL or for verl.
 
-    TRL    f(prompts, completions, **columns) -> list[float | None], or (that list, {metric: value}); may be async
-    verl   compute_score(data_source, solution_str, ground_truth, extra_info) -> float, or {"score": float, metric: value}
+    TRL    f(prompts, completions, **columns) -> list[float | None], or (that list, {metric: value})
+    verl   compute_score(data_source, solution_str, ground_truth, extra_info) -> float, or {"score": float, ...}
 
-It runs in the trainer's process and is trusted like the trainer. A completion on which it raises earns 0 and is counted.
+Either may be async. It runs in the trainer's process and is trusted like the trainer. A completion on which it raises
+earns 0 and is counted.
 """
 
 import asyncio
@@ -75,7 +76,7 @@ class UserReward:
         self._per_completion = {"solution_str", "ground_truth"} <= self._accepted
         if not (self._per_completion or self._takes_all or "completions" in self._accepted):
             raise ValueError(
-                f"reward {name}: its parameters are ({', '.join(parameters)}); expected f(prompts, completions, **columns) "
+                f"reward {name}: it takes ({', '.join(parameters)}); expected f(prompts, completions, **columns) "
                 "or compute_score(data_source, solution_str, ground_truth, extra_info)"
             )
         self._error_shown = False
@@ -154,8 +155,8 @@ class UserReward:
     def _require_parameters(self, offered: dict[str, list]) -> None:
         if missing := self._required - offered.keys():
             raise ValueError(
-                f"reward {self.name}: it needs the parameter {', '.join(sorted(missing))}, which is neither a column of the "
-                f"data nor offered; there are: {', '.join(sorted(offered))}"
+                f"reward {self.name}: its parameter {', '.join(sorted(missing))} is neither a column of the data "
+                f"nor offered; there are: {', '.join(sorted(offered))}"
             )
 
     def _checked_rewards(self, rewards: object, count: int) -> list[float | None]:
@@ -163,21 +164,17 @@ class UserReward:
             rewards = rewards.tolist()
         if not isinstance(rewards, list | tuple):
             raise ValueError(
-                f"reward {self.name}: returned {_short(rewards)}; expected a list with one float per completion"
+                f"reward {self.name}: returned {_short(rewards)}; expected a list, one float per completion"
             )
         if len(rewards) != count:
-            raise ValueError(
-                f"reward {self.name}: returned {len(rewards)} rewards; expected {count}, one per completion"
-            )
+            raise ValueError(f"reward {self.name}: got {len(rewards)} rewards; expected {count}, one per completion")
         return [self._checked(reward, f"reward number {i}") for i, reward in enumerate(rewards)]
 
     def _checked(self, value: object, what: str) -> float | None:
         if value is None:
             return None
         if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
-            raise ValueError(
-                f"reward {self.name}: {what} is {_short(value)}; expected a finite float, or None to abstain"
-            )
+            raise ValueError(f"reward {self.name}: {what} is {_short(value)}; expected a finite float or None")
         return float(value)
 
     def _checked_metrics(self, metrics: object) -> dict[str, float]:

@@ -39,6 +39,10 @@ class Worker:
         self.deadline = time.monotonic() + START_S
         self.received = b""
 
+    @property
+    def is_busy(self) -> bool:
+        return self.task is not None or not self.ready
+
     def send(self, message: object) -> None:
         """Raises BrokenPipeError if the process has ended."""
         data = memoryview(json.dumps(message).encode() + b"\n")
@@ -71,7 +75,7 @@ class Workers:
     """
 
     def __init__(self, script: str, arguments: list, *, count: int, wall_s: float, kill_signal: int):
-        """script: path of a Python file. kill_signal: a worker ended by it was stuck in its task, so it is not retried."""
+        """script: path of a Python file. kill_signal: what ends a worker that is stuck in its task (no second try)."""
         if count < 1:
             raise ValueError(f"workers: got {count}; expected at least 1")
         # -P: the folder of the script holds a math.py
@@ -131,9 +135,7 @@ class Workers:
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            first_deadline = min(
-                worker.deadline for worker in self._workers if worker.task is not None or not worker.ready
-            )
+            first_deadline = min(worker.deadline for worker in self._workers if worker.is_busy)
             readable = {key.data for key, _ in selector.select(max(0.0, first_deadline - time.monotonic()))}
         for worker in list(self._workers):
             try:
@@ -142,7 +144,7 @@ class Workers:
                         events.append((worker, reply))
                     else:
                         worker.ready, self._failed_starts = True, 0
-                elif (worker.task is not None or not worker.ready) and time.monotonic() > worker.deadline:
+                elif worker.is_busy and time.monotonic() > worker.deadline:
                     events.append((worker, self._lose(worker, "hard_timeout")))
             except EOFError:
                 events.append((worker, self._lose(worker, "died")))
@@ -155,8 +157,8 @@ class Workers:
             self._failed_starts += 1
             if self._failed_starts >= TRIES * self._count:
                 raise RuntimeError(
-                    f"reward workers: {self._failed_starts} processes in a row ended before they were ready (the last one "
-                    f"with exit code {exit_code}); its error stands above. Try: {' '.join(self._command)}"
+                    f"reward workers: {self._failed_starts} processes in a row ended before they were ready, the last "
+                    f"one with exit code {exit_code}; its error stands above. Try: {' '.join(self._command)}"
                 )
         return "hard_timeout" if exit_code == -self._kill_signal else status
 
