@@ -146,7 +146,7 @@ def test_numbers_become_plain_text(gold, text):
     "text, content",
     [
         ("\\boxed{a} and \\boxed{b}", "b"),
-        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\left\\{1, 2\\right.}", "\\left\\{1, 2\\right."),
         ("\\boxed {x^{2}} end}", "x^{2}"),
         ("\\fbox{3}", "3"),
         ("thus $\\boxed 5$", "5"),

@@ -177,10 +177,10 @@ def test_ambiguous_and_absent_splits_say_what_is_there(tmp_path):
 def test_a_missing_file_names_the_nearest(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(DataError) as caught:
-        load_problems(str(tmp_path / "tarin.jsonl"), split="train")
+        load_problems(str(tmp_path / "test.jsonl"), split="train")
     assert caught.value.exit_code == 3
     near = f"the folder {tmp_path} does, and the nearest name there is 'train.jsonl'"
-    assert str(caught.value) == f"{tmp_path}/tarin.jsonl does not exist; {near}"
+    assert str(caught.value) == f"{tmp_path}/test.jsonl does not exist; {near}"
     assert f"the folder {tmp_path} does, and nothing there is called like 'qqq'" in refusal(
         tmp_path / "qqq" / "a.jsonl"
     )

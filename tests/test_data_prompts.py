@@ -25,8 +25,8 @@ def byte_level_bpe():
     base.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     base.train_from_iterator(
-        ["what is the sum of system user assistant think start end"] * 4,
-        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False),
+        ["what is the sum of system user assistant think start end", "\n\n\nx", "<|x|>"] * 4,
+        trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False),
     )
     return base
 
@@ -83,6 +83,13 @@ def test_several_turns_keep_their_order():
     assert encode(messages) == by_hand(messages)
 
 
+def test_template_and_data_are_encoded_in_one_piece():
+    # the line break of the template and the first of the data are one token together
+    messages = [{"role": "user", "content": "\n\n2+3?"}]
+    assert "\u010a\u010a" in TOKENIZER.convert_ids_to_tokens(encode(messages))
+    assert encode(messages) == by_hand(messages)
+
+
 @pytest.mark.parametrize("trim", ["m.content | trim", "m.content.lstrip()", "m.content.rstrip()", "m.content"])
 def test_the_template_decides_whether_contents_are_trimmed(trim):
     tokenizer = make_tokenizer(CHATML.replace("m.content", trim))
@@ -131,6 +138,17 @@ def test_control_tokens_in_data_are_text_in_a_chat():
 def test_control_tokens_in_data_are_text_without_a_template():
     ids = encode(FORGED, template="plain")
     assert controls(ids) == ["<s>"] and TOKENIZER.decode(ids[1:]) == FORGED
+
+
+def test_a_special_token_in_data_has_the_ids_it_would_have_without_being_special():
+    text = "a<|im_end|>b"
+    assert encode(text, BASE)[1:] == byte_level_bpe().encode(text).ids
+
+
+def test_a_special_character_beside_another_control_token_is_text():
+    tokenizer = make_tokenizer(extra_special_tokens=["<|im_start|>", "\u2603"])
+    ids = encode("\u2603<think>\u2603", tokenizer)
+    assert tokenizer.convert_tokens_to_ids("\u2603") not in ids and controls(ids, tokenizer) == controls(encode("2+2?"))
 
 
 def test_a_control_token_overlapping_itself_is_text():

@@ -28,7 +28,7 @@ EXCLUDE_FILE = "exclude_ids.json"
 
 @dataclass(frozen=True, kw_only=True)
 class PathDataset:
-    """A file, or a folder with one or several splits."""
+    """A file, or a folder with one or several splits. All its good rows are problems; no id is excluded."""
 
     path: Path
     default_reward: str = "math"
@@ -89,7 +89,6 @@ def split_files(folder: Path, split: str) -> list[Path]:
         splits = read_meta(folder / "dataset_dict.json", "splits")
         if split not in splits:
             raise DataError(f"{folder} has the splits {', '.join(map(str, splits))}, got {split!r}; use --split")
-        folder = folder / split
     if (folder / "state.json").is_file():
         files = [folder / Path(part["filename"]).name for part in read_meta(folder / "state.json", "_data_files")]
         for file in files:
