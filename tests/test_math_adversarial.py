@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.realdata, pytest.mark.slow]
 
 # cases of the class "either": no grade is required, but it must not move
 GOLDEN = dict.fromkeys(
-    "pow_mod dec_100k_zeros dec_repeating text_nested digits_commas_100k plus_50k final_answer_100KB_spaces spaces_in_num "
-    "dots_100k or_chain u_fullwidth u_arabic u_zerowidth u_rtl u_nul u_combining unbalanced1".split(),
+    "pow_mod dec_100k_zeros dec_repeating text_nested digits_commas_100k plus_50k final_answer_100KB_spaces "
+    "spaces_in_num dots_100k or_chain u_fullwidth u_arabic u_zerowidth u_rtl u_nul u_combining unbalanced1".split(),
     0.0,
 ) | dict.fromkeys(
     "boxed_nested_1k boxed_x10k s_pct_50 s_units_wrong s_thirds s_pi8 s_echo_expr s_last_wins".split(), 1.0
@@ -72,7 +72,7 @@ def test_every_case_is_graded_in_time_and_as_required(verifier, data_dir, tmp_pa
     cases = json.loads((data_dir.parent / "design/checks/adversarial_answers.json").read_text())["cases"]
     assert len(cases) == 131
     monkeypatch.chdir(tmp_path)
-    wrong, slow, golden, seconds = [], [], {}, []
+    wrong, slow, golden = [], [], {}
     for case in cases:
         text, gold = decode(case["answer"]), decode(case["gold"])
         pids = verifier.workers.pids
@@ -81,8 +81,6 @@ def test_every_case_is_graded_in_time_and_as_required(verifier, data_dir, tmp_pa
         wall = time.monotonic() - wall
         # a process that was killed took its CPU time with it, and never more than kill_cpu_s
         cpu = cpu_s(pids) - cpu if verifier.workers.pids == pids else 0.0
-        seconds.append((wall, cpu, case["id"]))
-        assert grade.status in ("right", "wrong", "no_box", "too_long", "unparsed", "soft_timeout")
         if wall > 5.0 or cpu > 2.0:
             slow.append((case["id"], round(wall, 2), round(cpu, 2)))
         if case["id"] in DEVIATIONS:
@@ -96,7 +94,6 @@ def test_every_case_is_graded_in_time_and_as_required(verifier, data_dir, tmp_pa
             wrong.append((case["id"], grade.status))
         if wall > 1.3:
             print(case["id"], wall, cpu, grade)
-    print(max(seconds), max(seconds, key=lambda t: t[1]), sum(t[0] for t in seconds))
     assert wrong == []
     assert slow == []
     evaluates = float(not verifier.numeric_only)

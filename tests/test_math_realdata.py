@@ -10,7 +10,7 @@ import pytest
 
 from fastrl.rewards.math import Math
 
-pytestmark = [pytest.mark.realdata, pytest.mark.slow]
+pytestmark = pytest.mark.realdata
 
 SETS = ["gsm8k", "math500", "aime24", "minerva"]
 UNREAD = {
@@ -57,22 +57,20 @@ def perturbed(gold: str, other: str) -> list[str]:
     return [text for text in wrong if text != gold]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_perturbed_answers_are_rejected(verifier, data_dir, name):
     golds = [row["answer"] for row in rows(data_dir / name / "test.jsonl") if row["answer"].strip("0.")]
     pairs = [(gold, wrong) for i, gold in enumerate(golds) for wrong in perturbed(gold, golds[7 * i % len(golds)])]
     grades = verifier.grade([f"\\boxed{{{wrong}}}" for _, wrong in pairs], [gold for gold, _ in pairs])
     accepted = [pair for pair, grade in zip(pairs, grades, strict=True) if grade.reward]
-    print(name, len(pairs), accepted)
     assert len(accepted) <= 0.005 * len(pairs), accepted
 
 
 def disagreements(verifier, texts, golds, labels) -> list[tuple[str, str]]:
     grades = verifier.grade(texts, golds)
     return [
-        (gold, grade.status, text[-60:])
-        for gold, text, grade, label in zip(golds, texts, grades, labels, strict=True)
-        if grade.reward != label
+        (gold, grade.status) for gold, grade, label in zip(golds, grades, labels, strict=True) if grade.reward != label
     ]
 
 
@@ -89,9 +87,8 @@ def test_agreement_with_the_labels_of_unboxed_gsm8k_completions(verifier, data_d
 def test_agreement_with_the_labels_of_boxed_math_completions(verifier, data_dir):
     completions = rows(data_dir / "completions/math100x8_qwen.jsonl.gz")
     differ = disagreements(verifier, *([row[key] for row in completions] for key in ("completion", "answer", "label")))
-    # the label calls 10000 wrong for the gold 10{,}000
-    print(differ)
-    assert len(differ) == 1
+    # the label calls 10000 wrong
+    assert differ == [("10{,}000", "right")]
 
 
 def test_agreement_with_the_labels_of_long_chains_of_thought(verifier, data_dir):
@@ -100,5 +97,5 @@ def test_agreement_with_the_labels_of_long_chains_of_thought(verifier, data_dir)
     ]
     assert len(completions) == 252
     differ = disagreements(verifier, *([row[key] for row in completions] for key in ("completion", "answer", "label")))
-    print(differ)
-    assert len(differ) == 1
+    # cut off before its box; the source read the whole text
+    assert differ == [("236", "no_box")]

@@ -53,14 +53,14 @@ class Literal:
 
 
 def clean(text: str) -> str:
-    r"""An answer without what does not change it: outer `$`, `\left`, `\text{..}` around all of it, runs of blanks.
+    r"""An answer without what does not change it: outer `$`, `\left`, `\text{..}` around all of it, a final stop.
 
     A blank is never removed between two characters: `4 2` is not 42.
     """
     text = GROUPING.sub(",", text.replace("\u2212", "-"))
-    text = BLANKS.sub(" ", STYLE_ONLY.sub("", text)).strip()
+    text = BLANKS.sub(" ", STYLE_ONLY.sub("", text)).strip().rstrip(" .,;")
     if len(text) > 1 and text[0] == text[-1] == "$":
-        text = text.strip("$").strip()
+        text = text.strip("$").strip().rstrip(" .,;")
     if styled := STYLED.fullmatch(text):
         text = styled[1].strip()
     return text

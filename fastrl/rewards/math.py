@@ -20,7 +20,9 @@ MAX_DEPTH = 24  # of brackets in it
 # `\\` and `\{` are one token each, so that neither opens or closes anything; `\\boxed` is a box all the same
 BOX_TOKEN = re.compile(r"\\boxed(?![A-Za-z])\s*\{|\\boxed\s+(?P<bare>[^\s{}$\\]+)|\\(?!\\boxed)[\\{}]|[{}]")
 BASED = re.compile(r"(?P<digits>[0-9A-Z]+)_(?:\{(?P<braced>\d\d?)\}|(?P<base>\d))", re.ASCII)
+LISTED = re.compile(r"[(\[][^()\[\]]*[)\]]")
 UNEVALUATED = re.compile(r"\\(?:log|ln|sum|prod|int|lim|binom|[dt]?binom|gcd|lcm|max|min|mod|bmod|pmod)(?![A-Za-z])|!")
+OUTER_BLANK = re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ")
 FRACTION_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 
 
@@ -140,8 +142,11 @@ class Math(Verifier):
 
 
 def canonical(text: str) -> str:
-    r"""A cleaned text with one spelling of what has several, for comparison as text."""
-    return FRACTION_STYLE.sub(r"\\frac", text)
+    r"""A cleaned text with one spelling of what has several, for comparison as text.
+
+    Blanks stay between letters and digits: neither `4 2` and `42` nor `\sin x` and `\sinx` are the same.
+    """
+    return OUTER_BLANK.sub("", FRACTION_STYLE.sub(r"\\frac", text))
 
 
 def same_digits(gold: re.Match, found: str) -> bool:
@@ -154,8 +159,27 @@ def same_digits(gold: re.Match, found: str) -> bool:
 
 
 def same_list(gold: str, found: str) -> str | None:
-    """Status of an answer to a bare list with repeated elements, which math-verify would read as a set; else None."""
-    golds = [element.strip() for element in gold.split(",")]
-    if len(set(golds)) == len(golds) or re.search(r"[(\[{]", gold):
-        return None
-    return "right" if Counter(golds) == Counter(element.strip() for element in found.split(",")) else "wrong"
+    """Status of a list, tuple or interval of numbers against another one; None if it takes more than exact numbers.
+
+    A bare list is unordered and keeps its repetitions, which math-verify would read as a set.
+    """
+    (opened, golds, closed), (answer_opened, answers, answer_closed) = elements(gold), elements(found)
+    if (opened, closed) != (answer_opened, answer_closed):
+        return "wrong" if not opened and len(set(golds)) < len(golds) else None
+    numbers = [literal(text) for text in golds], [literal(text, lenient=True) for text in answers]
+    repeated = not opened and len(set(golds)) < len(golds)
+    if len(golds) < 2 or None in numbers[0] or None in numbers[1]:
+        return ("right" if Counter(golds) == Counter(answers) else "wrong") if repeated else None
+    if not opened:
+        for each in numbers:
+            each.sort(key=lambda number: number.value)
+    same = len(golds) == len(answers) and all(map(same_number, *numbers))
+    return "right" if same else "wrong" if opened or repeated else None
+
+
+def elements(text: str) -> tuple[str, list[str], str]:
+    """`(1,2]` -> "(", ["1", "2"], "]"; brackets that are part of an element count as that element's."""
+    opened = closed = ""
+    if LISTED.fullmatch(text):
+        opened, text, closed = text[0], text[1:-1], text[-1]
+    return opened, [element.strip() for element in text.split(",")], closed

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+from dataclasses import replace
 
 
 class SoftTimeout(BaseException):
@@ -37,31 +38,45 @@ def limited(function, *args, cpu_s: float, kill_cpu_s: float):
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def parse(text: str) -> list:
-    from math_verify import LatexExtractionConfig
-    from math_verify import parse as parse_latex
+def parse(text: str):
+    """The sympy expression of an answer, or None if it cannot be read.
 
+    math-verify drops units, and with them single letters: `\\sin^2 t` and `a + b + c` lose their end. So units are
+    dropped only where they are marked as text, or where nothing can be read otherwise.
+    """
+    marked = any(mark in text for mark in ("\\text", "\\math", "\\mbox", "\\rm"))
+    for units in (marked, not marked):
+        expression = parse_latex("\\boxed{" + text + "}", units)
+        if expression is not None:
+            return expression
+    return None
+
+
+def parse_latex(text: str, units: bool):
+    from math_verify import LatexExtractionConfig, parse
+
+    config = LatexExtractionConfig(boxed_match_priority=0)
+    config = replace(config, normalization_config=replace(config.normalization_config, units=units))
     # LaTeX only: the plain-expression reader ends in eval. First match only: if the box cannot be read, any_match
-    # goes on to a single fraction inside it, and `\\frac{2}{3} E_2` becomes 2/3.
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    box = "\\boxed{" + text + "}"
-    return parse_latex(box, config, extraction_mode="first_match", parsing_timeout=None, raise_on_error=True)
+    # goes on to a single fraction inside it, and `\frac{2}{3} E_2` becomes 2/3. No fallback: the normalized text of two
+    # answers that cannot be read is equal too often.
+    found = parse(
+        text, [config], "no_fallback", extraction_mode="first_match", parsing_timeout=None, raise_on_error=True
+    )
+    return found[0] if found else None
 
 
 parse_gold = functools.lru_cache(maxsize=2048)(parse)
 
 
-def compare(gold: list, text: str | None) -> str:
-    """Status of an answer against a parsed gold; of the gold itself, by more than its text, if the answer is None."""
+def compare(gold, text: str | None) -> str:
+    """Status of an answer against a parsed gold; of the gold against itself if the answer is None."""
     from math_verify import verify
 
-    # each list holds the expression, if the text could be read, and then the normalized text
     answer = gold if text is None else parse(text)
-    if text is not None and gold and answer and gold[-1] == answer[-1]:
-        return "right"
-    if len(gold) < 2 or len(answer) < 2:
+    if gold is None or answer is None:
         return "unparsed"
-    return "right" if verify(gold[0], answer[0], timeout_seconds=None, raise_on_error=True) else "wrong"
+    return "right" if verify(gold, answer, timeout_seconds=None, raise_on_error=True) else "wrong"
 
 
 def grade(gold: str, answer: str | None, limits: dict[str, float]) -> str:
