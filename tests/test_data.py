@@ -200,6 +200,8 @@ HOSTILE = {
     "NUL deep in a column": ({"prompt": "a", "answer": "2", "x": {"y": [NUL]}}, "NUL"),
     "surrogate": ({"prompt": "a", "answer": "2" + SURROGATE}, "lone surrogate"),
     "surrogate as key": ({"prompt": "a", "answer": "2", SURROGATE: 1}, "lone surrogate"),
+    "escape sequence as id": ({"prompt": "a", "answer": "2", "id": "\x1b[2J"}, "id '\\x1b[2J' has characters"),
+    "escape sequence as key": ({"\x1b[2J": "a"}, "the columns are '\\x1b[2J'"),
     "unreadable": (DataError("not UTF-8 at byte 3"), "not UTF-8 at byte 3"),
 }
 

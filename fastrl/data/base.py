@@ -159,7 +159,11 @@ def row_id(row: dict, fallback: str) -> str:
     own = row.get("id")
     if isinstance(own, int) and not isinstance(own, bool):
         return str(own)
-    return own if isinstance(own, str) and own else fallback
+    if not isinstance(own, str) or not own:
+        return fallback
+    if not own.isprintable():  # ids go to logs and to the terminal
+        raise DataError(f"the id {own!r:.100} has characters that cannot be displayed")
+    return own
 
 
 def convert_row(row: dict, id: str) -> tuple[Problem, str]:
@@ -275,7 +279,7 @@ def only(gold: object) -> object:
 
 
 def names(keys: Iterable) -> str:
-    listed = ", ".join(str(key) for key in keys)
+    listed = ", ".join(key if isinstance(key, str) and key.isprintable() else repr(key) for key in keys)
     return (listed if len(listed) <= 200 else listed[:200] + "...") or "(none)"
 
 
