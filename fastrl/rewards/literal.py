@@ -16,6 +16,12 @@ ROUNDED_DECIMALS = 6  # a decimal stands for a fraction if it has this many deci
 # words that follow a number and change its value
 SCALES = frozenset("hundred thousand million billion trillion dozen percent pi e i or and".split())
 
+# words that are a unit, and no product of variables, even where a gold does not mark them as text
+UNITS = frozenset(
+    "km cm mm kg mg ml ft lb oz hr min sec mph dollar dollars cent cents degree degrees meter meters foot feet inch "
+    "inches mile miles hour hours minute minutes second seconds day days week weeks month months year years".split()
+)
+
 BLANKS = re.compile(r"(?:\s|~|\\[,;:! ]|\\quad)+")
 GROUPING = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", re.ASCII)
 STYLED = re.compile(r"\\(?:text|textbf|textrm|textit|mathbf|mathrm|mbox|bf|rm)\s*\{([^{}]*)\}")
@@ -69,7 +75,8 @@ def clean(text: str) -> str:
 def literal(text: str, *, lenient: bool = False) -> Literal | None:
     """A cleaned text -> the number it writes, or None if it is anything more than one number.
 
-    lenient: also read `x = 18` and `18 apples` as 18. Not for a gold: there the x or the letters may matter.
+    lenient: also read `x = 18` and `18 apples` as 18. Not for a gold: there the x or the letters may matter, and only
+    well-known units are read.
     """
     if lenient and (match := ASSIGNED.match(text)):
         text = text[match.end() :]
@@ -78,7 +85,7 @@ def literal(text: str, *, lenient: bool = False) -> Literal | None:
         return None
     part = match.groupdict()
     unit = part["unit"]
-    if unit and ((part["bare"] and not lenient) or not SCALES.isdisjoint(WORD.findall(unit.lower()))):
+    if unit and not _is_unit(WORD.findall(unit.lower()), marked=lenient or not part["bare"]):
         return None
     value = _value(part)
     if value is None:
@@ -90,6 +97,10 @@ def literal(text: str, *, lenient: bool = False) -> Literal | None:
         percent=bool(part["percent"]),
         unit_powers=tuple(UNIT_POWER.findall(unit)) if unit else None,
     )
+
+
+def _is_unit(words: list[str], marked: bool) -> bool:
+    return SCALES.isdisjoint(words) if marked else UNITS.issuperset(words)
 
 
 def _value(part: dict[str, str | None]) -> Fraction | None:
