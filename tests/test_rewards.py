@@ -81,6 +81,7 @@ def test_number(text, value):
         ("8 6 9", "9", "right"),
         ("8 6 9", "6", "wrong"),
         ("9 8", "9", "wrong"),
+        ("it is 8", "18", "wrong"),
         ("the answer is 1,000", "1000", "right"),
         ("it is 0.50", "1/2", "right"),
         ("025", "25", "right"),
@@ -94,6 +95,7 @@ def test_number(text, value):
         (" \n", "9", "no_box"),
         ("9 ####", "9", "no_box"),
         ("", "", "no_box"),  # an empty gold is never earned
+        ("9", "", "wrong"),
     ],
 )
 def test_exact_grade(text, gold, status):
@@ -252,6 +254,7 @@ def test_literal_takes_bounded_time():
         ("52_8", "52", "right"),  # the problem names the base
         ("52_8", "52_9", "wrong"),
         ("52_8", "42", "wrong"),
+        ("A_1", "A_{1}", "right"),  # a subscript and no base
         ("16,3,1,1", "1,16,3,1", "right"),
         ("16,3,1,1", "16,3,1", "wrong"),
         ("16,3,1,1", "16,16,3,1", "wrong"),
@@ -512,6 +515,9 @@ async def slow(prompts, completions):
 def fragile(completions):
     return [1.0 / (text != "bad") for text in completions]
 
+def only_alone(completions):
+    return [1.0 / (len(completions) == 1)] * len(completions)
+
 def broken(completions):
     raise KeyError("style")
 
@@ -579,6 +585,11 @@ def test_one_completion_that_makes_a_function_raise_costs_only_its_own_reward(fi
     assert scores.statuses == {"error": 2}
     assert len(caplog.records) == 1  # the first one, once
     assert "ZeroDivisionError" in caplog.text and "'bad'" in caplog.text
+
+
+def test_a_function_that_only_fails_on_the_batch_is_reported(file, caplog):
+    assert score(file, "only_alone").total == [1.0, 1.0]
+    assert "on the whole batch, but on no completion alone" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class Exact(Verifier):
 
     def _status(self, text: str, gold: str) -> str:
         found = self.extract(text)
-        if found is None or not gold:
+        if found is None:
             return "no_box"
         if found == gold or ("####" not in text and text.strip() == gold):
             return "right"

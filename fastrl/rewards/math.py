@@ -19,9 +19,9 @@ MAX_DEPTH = 24  # of brackets in it
 
 # `\\` and `\{` are one token each, so that neither opens or closes anything; `\\boxed` is a box all the same
 BOX_TOKEN = re.compile(r"\\boxed(?![A-Za-z])\s*\{|\\boxed\s+(?P<bare>[^\s{}$\\]+)|\\(?!\\boxed)[\\{}]|[{}]")
-BASED = re.compile(r"(?P<digits>[0-9A-Z]+)_(?:\{(?P<braced>\d\d?)\}|(?P<base>\d))", re.ASCII)
+BASED = re.compile(r"(?P<digits>\d[0-9A-Z]*)_(?:\{(?P<braced>[2-9]|[1-3]\d)\}|(?P<base>[2-9]))", re.ASCII)
 LISTED = re.compile(r"[(\[][^()\[\]]*[)\]]")
-UNEVALUATED = re.compile(r"\\(?:log|ln|sum|prod|int|lim|binom|[dt]?binom|gcd|lcm|max|min|mod|bmod|pmod)(?![A-Za-z])|!")
+UNEVALUATED = re.compile(r"\\(?:log|ln|sum|prod|int|lim|[dt]?binom|gcd|lcm|max|min|mod|bmod|pmod)(?![A-Za-z])|(?<!\\)!")
 OUTER_BLANK = re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ")
 FRACTION_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 
@@ -70,8 +70,8 @@ class Math(Verifier):
         *,
         workers: int = 2,  # processes at most; they start with the first answer that needs sympy
         numeric_only: bool = True,
-        cpu_s: float = 1.0,  # CPU time to read the gold, to read the answer and to compare them, each
-        kill_cpu_s: float = 2.0,  # CPU time after which the process is killed
+        cpu_s: float = 1.0,  # CPU time to read the gold, and again to read the answer and compare them
+        kill_cpu_s: float = 2.0,  # CPU time of either after which the process is killed
         wall_s: float = 30.0,  # wall time per answer; only for a process that does not run at all
         memory_mib: int = 1024,  # address space of a process
     ):
@@ -163,23 +163,24 @@ def same_list(gold: str, found: str) -> str | None:
 
     A bare list is unordered and keeps its repetitions, which math-verify would read as a set.
     """
-    (opened, golds, closed), (answer_opened, answers, answer_closed) = elements(gold), elements(found)
-    if (opened, closed) != (answer_opened, answer_closed):
-        return "wrong" if not opened and len(set(golds)) < len(golds) else None
-    numbers = [literal(text) for text in golds], [literal(text, lenient=True) for text in answers]
-    repeated = not opened and len(set(golds)) < len(golds)
-    if len(golds) < 2 or None in numbers[0] or None in numbers[1]:
+    (brackets, golds), (answer_brackets, answers) = elements(gold), elements(found)
+    repeated = not brackets and len(set(golds)) < len(golds)
+    if len(golds) < 2 or brackets != answer_brackets:
+        return "wrong" if repeated else None
+    gold_numbers, numbers = [literal(text) for text in golds], [literal(text, lenient=True) for text in answers]
+    if None in gold_numbers or None in numbers:
         return ("right" if Counter(golds) == Counter(answers) else "wrong") if repeated else None
-    if not opened:
-        for each in numbers:
-            each.sort(key=lambda number: number.value)
-    same = len(golds) == len(answers) and all(map(same_number, *numbers))
-    return "right" if same else "wrong" if opened or repeated else None
+    if not brackets:
+        gold_numbers.sort(key=lambda number: number.value)
+        numbers.sort(key=lambda number: number.value)
+    if len(golds) == len(answers) and all(map(same_number, gold_numbers, numbers)):
+        return "right"
+    return "wrong" if brackets or repeated else None
 
 
-def elements(text: str) -> tuple[str, list[str], str]:
-    """`(1,2]` -> "(", ["1", "2"], "]"; brackets that are part of an element count as that element's."""
-    opened = closed = ""
+def elements(text: str) -> tuple[str, list[str]]:
+    """`(1,2]` -> "(]", ["1", "2"], and `1,2` -> "", ["1", "2"]."""
+    brackets = ""
     if LISTED.fullmatch(text):
-        opened, text, closed = text[0], text[1:-1], text[-1]
-    return opened, [element.strip() for element in text.split(",")], closed
+        brackets, text = text[0] + text[-1], text[1:-1]
+    return brackets, [element.strip() for element in text.split(",")]

@@ -88,15 +88,19 @@ class UserReward:
         """
         if not offered["completions"]:
             return UserScores([])
-        if not self._per_completion:
-            self._require_parameters(offered)
-            try:
-                return self._call_batch(offered)
-            except _FunctionError as error:
-                batch_error = error
-            if len(offered["completions"]) == 1:
-                raise self._every_call_failed(1, batch_error.__cause__) from batch_error.__cause__
-        return self._call_each(offered)
+        if self._per_completion:
+            return self._call_each(offered)
+        self._require_parameters(offered)
+        try:
+            return self._call_batch(offered)
+        except _FunctionError as error:
+            cause = error.__cause__
+        if len(offered["completions"]) == 1:
+            raise self._every_call_failed(1, cause) from cause
+        scores = self._call_each(offered)
+        if not scores.errors:
+            self._show_once(cause, "on the whole batch, but on no completion alone; nothing is lost")
+        return scores
 
     def _call_each(self, offered: dict[str, list]) -> UserScores:
         """One call per completion, so that a completion that makes the function raise costs only its own reward."""
@@ -108,7 +112,7 @@ class UserReward:
             try:
                 one = self._call_one(row) if self._per_completion else self._call_batch(row)
             except _FunctionError as error:
-                self._show_once(error.__cause__, row["completions"][0])
+                self._show_once(error.__cause__, f"and this completion earns 0: {_short(row['completions'][0])}")
                 scores.rewards.append(0.0)
                 scores.errors += 1
                 if scores.errors == count:
@@ -182,11 +186,11 @@ class UserReward:
             raise ValueError(f"reward {self.name}: metrics are {_short(metrics)}; expected a dict of floats")
         return {f"{self.name}/{name}": self._checked(value, f"metric {name}") for name, value in metrics.items()}
 
-    def _show_once(self, error: BaseException, completion: object) -> None:
+    def _show_once(self, error: BaseException, what: str) -> None:
         if not self._error_shown:
             self._error_shown = True
             text = "".join(traceback.format_exception(error))
-            logger.warning("reward %s raised; the completion earns 0: %s\n%s", self.name, _short(completion), text)
+            logger.warning("reward %s raised %s\n%s", self.name, what, text)
 
     def _every_call_failed(self, count: int, error: BaseException) -> ValueError:
         return ValueError(

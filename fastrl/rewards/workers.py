@@ -22,7 +22,7 @@ START_S = 60.0  # wall time for a worker to import its libraries on a busy machi
 # No secrets of the trainer. Sets iterate in one order in every worker. gmpy2 would make sympy run for minutes inside C
 # code that no signal handler can interrupt.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"}
-INHERITED = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "LANG", "SYSTEMROOT")
+INHERITED = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "LANG")
 
 
 class Worker:
