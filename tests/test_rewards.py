@@ -258,6 +258,8 @@ def test_literal_takes_bounded_time():
         ("16,3,1,1", "1,16,3,1", "right"),
         ("16,3,1,1", "16,3,1", "wrong"),
         ("16,3,1,1", "16,16,3,1", "wrong"),
+        ("x,x,2y", "2y, x, x", "right"),
+        ("x,x,2y", "x,2y,2y", "wrong"),
         (r"5\text{ in}^2", r"5\text{ in}^2", "right"),
         (r"5\text{ in}^2", "5", "right"),
         (r"5\text{ in}^2", r"5\text{ in}^3", "wrong"),

@@ -1,0 +1,82 @@
+"""Make the embedded model: a small Qwen2 decoder warm-started on imperfect demonstrations of the arithmetic task.
+
+    python -m fastrl.assets.make_tiny [OUT]
+
+Each operation of a demonstration is wrong with probability 0.2, so the model learns the format and most of the table
+and leaves the rest to reinforcement learning.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from fastrl.data.arithmetic import Arithmetic, demonstration
+from fastrl.model import token_logprobs
+
+ERROR_RATE, STEPS, BATCH, LR = 0.2, 1600, 256, 2e-3
+END = "<|endoftext|>"
+
+
+def make_tokenizer():
+    """One token per character; decoding puts blanks between tokens, so completions read `8 6 9`."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([END, *"0123456789+-*=", "?"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))  # noqa: S106 (a token of text)
+    tokenizer.normalizer = normalizers.Replace(Regex(r"\s"), "")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, unk_token="?")  # noqa: S106
+
+
+def make_model(num_tokens: int, end_id: int):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=num_tokens, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=end_id,
+        bos_token_id=None, pad_token_id=end_id,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+def warm_start(model, tokenizer, *, steps: int = STEPS) -> None:
+    """Supervised training on fresh demonstrations; the loss is the mean over completion tokens."""
+    task, rng, end = Arithmetic(), random.Random(0), tokenizer.eos_token_id  # noqa: S311
+    held_out = {p.prompt for p in task.load("test")}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.05)
+    for step in range(steps):
+        prompts = [p for p in (task.prompt(rng) for _ in range(BATCH)) if p not in held_out]
+        rows = [(tokenizer.encode(p), tokenizer.encode(demonstration(p, ERROR_RATE, rng)) + [end]) for p in prompts]
+        width = max(len(p) + len(c) for p, c in rows)
+        ids = torch.tensor([[*p, *c] + [end] * (width - len(p) - len(c)) for p, c in rows])
+        column = torch.arange(width)
+        mask = torch.stack([(column >= len(p)) & (column < len(p) + len(c)) for p, c in rows])
+        logprobs, _ = token_logprobs(model, ids, mask, num_tokens=len(tokenizer))
+        loss = -logprobs.sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step:5}  loss {loss.item():.4f} nats per token", flush=True)
+
+
+def main() -> None:
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "tiny")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer), tokenizer.eos_token_id)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters")
+    warm_start(model, tokenizer)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

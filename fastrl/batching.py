@@ -1,0 +1,106 @@
+"""From rollout groups to padded batches, and from batches to pieces that fit in memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from fastrl import ranks
+from fastrl.types import Problem, RolloutGroup, TrainBatch
+
+
+def make_batch(
+    groups: list[RolloutGroup], credit: Callable[[Tensor, Problem], Tensor], *, pad_id: int, max_new_tokens: int,
+    device: str = "cpu",
+) -> TrainBatch:  # fmt: skip
+    """Groups -> one batch of their completions, right-padded; credit(rewards [G], problem) -> [G] is called per group."""
+    rows = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]
+    lengths = [len(prompt) + len(c.token_ids) for prompt, c in rows]
+    S = max(lengths, default=1)
+    ids = torch.tensor([[*p, *c.token_ids] + [pad_id] * (S - n) for (p, c), n in zip(rows, lengths, strict=True)])
+    rollout = torch.tensor(
+        [[0.0] * len(p) + c.rollout_logprobs + [0.0] * (S - n) for (p, c), n in zip(rows, lengths, strict=True)]
+    )
+    column = torch.arange(S)
+    end = torch.tensor(lengths, dtype=torch.int64)[:, None]
+    start = torch.tensor([len(p) for p, _ in rows], dtype=torch.int64)[:, None]
+    sizes = torch.tensor([len(g.completions) for g in groups], dtype=torch.int64)
+    empty = torch.zeros(0)
+    batch = TrainBatch(
+        input_ids=ids.view(len(rows), S),
+        attention_mask=column < end,
+        response_mask=(column >= start) & (column < end),
+        rollout_logprobs=rollout.view(len(rows), S),
+        group=torch.repeat_interleave(torch.arange(len(groups)), sizes),
+        reward=torch.cat([g.rewards for g in groups] or [empty]),
+        credit=torch.cat([credit(g.rewards, g.problem) for g in groups] or [empty]),
+        truncated=torch.tensor([c.finish_reason == "length" for _, c in rows], dtype=torch.bool),
+        max_new_tokens=max_new_tokens,
+    )
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def select(batch: TrainBatch, rows: Tensor) -> TrainBatch:
+    """Some rows, trimmed to their longest; a copy, the batch is not changed."""
+    S = int(batch.lengths()[rows].max()) if len(rows) else 1
+    picked = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            value = value[rows]
+            picked[field.name] = value[:, :S] if value.ndim == 2 else value
+    return replace(batch, **picked)
+
+
+def cut(batch: TrainBatch, tokens: int, *, splits_groups: bool = True) -> Iterator[tuple[Tensor, TrainBatch]]:
+    """Yield (row indices, rows) of at most `tokens` padded tokens, rows of similar length together.
+
+    A single row (or, with splits_groups=False, a single group) over the limit comes alone.
+    """
+    lengths = batch.lengths()
+    if splits_groups:
+        units = [(n, [row]) for row, n in enumerate(lengths.tolist())]
+    else:
+        members: dict[int, list[int]] = {}
+        for row, group in enumerate(batch.group.tolist()):
+            members.setdefault(group, []).append(row)
+        units = [(int(lengths[rows].max()), rows) for rows in members.values()]
+    part: list[int] = []
+    longest = 0
+    for length, rows in sorted(units, key=lambda unit: -unit[0]):  # stable: equal lengths keep their order
+        if part and (len(part) + len(rows)) * longest > tokens:
+            yield piece(batch, part)
+            part = []
+        longest = longest if part else length
+        part = part + rows
+    if part:
+        yield piece(batch, part)
+
+
+def piece(batch: TrainBatch, rows: list[int]) -> tuple[Tensor, TrainBatch]:
+    index = torch.tensor(rows, device=batch.input_ids.device)
+    return index, select(batch, index)
+
+
+def minibatches(batch: TrainBatch, count: int) -> list[TrainBatch]:
+    """Exactly `count` batches of whole groups, as even as the groups allow; some may be empty."""
+    groups = batch.group.unique_consecutive()
+    parts = groups.tensor_split(count)
+    return [batch] if count == 1 else [select(batch, torch.isin(batch.group, part).nonzero()[:, 0]) for part in parts]
+
+
+def denominator(batch: TrainBatch, normalizer: str) -> float:
+    """What a summed loss is divided by, over all ranks: response tokens, completions with any, or groups with any."""
+    alive = batch.response_mask.any(dim=1)
+    if normalizer == "token":
+        count = batch.response_mask.sum()
+    elif normalizer == "completion":
+        count = alive.sum()
+    elif normalizer == "group":
+        count = torch.tensor(len(batch.group[alive].unique()))
+    else:
+        raise ValueError(f"normalizer must be token, completion or group, got {normalizer!r}")
+    total = ranks.all_sum_(count.to(batch.input_ids.device, torch.float64)).item()
+    return max(total, 1.0)

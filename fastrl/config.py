@@ -1,0 +1,202 @@
+"""Configuration: a TOML recipe and the command line -> dataclasses, which are the objects. And how a program ends.
+
+    python -m fastrl.train recipe.toml --objective grpo --optim.lr 1e-4
+
+A recipe is sparse: sections are the nested dataclasses, `type` picks the member of an axis. The command line wins. A
+flag of a nested dataclass may be written by its last word (--lr) when no other flag ends in it. Unknown keys and flags
+are errors that name the nearest one that exists.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# what users of other trainers type first -> what it is called here
+KNOWN_ELSEWHERE = {
+    "model_name_or_path": "--model", "dataset": "--data", "dataset_name": "--data", "reward_funcs": "--reward",
+    "num_generations": "--group-size", "max_completion_length": "--max-new-tokens", "max_prompt_length":
+    "--max-prompt-tokens", "beta": "--kl", "epsilon": "--clip-low", "epsilon_high": "--clip-high", "delta":
+    "--dual-clip",
+    "learning_rate": "--lr", "report_to": "--log", "output_dir": "--out", "max_steps": "--steps", "save_steps":
+    "--save-every", "eval_steps": "--eval-every", "save_total_limit": "--keep", "resume_from_checkpoint": "--resume",
+    "scale_rewards": "--adv-norm", "per_device_train_batch_size": "--tokens-per-microbatch", "num_iterations":
+    "--epochs-per-batch", "train_batch_size": "--problems-per-step", "mask_truncated_completions": "--overlong",
+}  # fmt: skip
+
+
+def parse(cls: type[T], argv: Sequence[str], axes: dict[str, dict[str, type]]) -> T:
+    """argv -> an instance of `cls`; axes: field name -> {member name: dataclass}. Raises ValueError on what is unknown."""
+    args = list(argv)
+    recipe: dict = {}
+    source = "the command line"
+    if args and args[0].endswith(".toml"):
+        source = args.pop(0)
+        recipe = read_toml(source)
+    members = {axis: pick_member(axis, choices, args, recipe, source) for axis, choices in axes.items()}
+    default = cls(**{axis: member() for axis, member in members.items()})
+    if recipe:
+        default = cli(default, flags_of(recipe, default, source), source)
+    return cli(default, expand(args, default), "the command line")
+
+
+def read_toml(path: str) -> dict:
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"{path}: no such recipe{nearest(file.name, [p.name for p in file.parent.glob('*.toml')])}")
+    try:
+        return tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+
+
+def pick_member(axis: str, choices: dict[str, type], args: list[str], recipe: dict, source: str) -> type:
+    """The class an axis names in the recipe or, taking the flag out of `args`, on the command line; else its first."""
+    section = recipe.get(axis, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{source}: {axis} must be a section: write [{axis}] and type = {section!r} under it")
+    name = section.pop("type", next(iter(choices)))
+    flag = f"--{axis}"
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            name = args[i + 1]
+            del args[i : i + 2]
+            break
+        if arg.startswith(flag + "="):
+            name = args.pop(i).partition("=")[2]
+            break
+    if name not in choices:
+        hint = nearest(str(name), choices)
+        raise ValueError(f"{flag} {name}: no such member{hint}; there are: {', '.join(choices)}")
+    return choices[name]
+
+
+def flags_of(recipe: dict, default: object, source: str, prefix: str = "") -> list[str]:
+    """A TOML table -> the flags that say the same, so that one parser checks all types."""
+    known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default) if f.init}
+    flags = []
+    for key, value in recipe.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            hint = elsewhere(name) or nearest(name, known)
+            raise ValueError(f"{source}: there is no key {prefix + key!r}{hint}")
+        flag = f"--{prefix}{name}".replace("_", "-")
+        if isinstance(value, dict):
+            if not dataclasses.is_dataclass(known[name]):
+                raise ValueError(f"{source}: {prefix}{key} is a single value, not a section")
+            flags += flags_of(value, known[name], source, f"{name}.")
+        elif isinstance(value, bool):
+            flags.append(flag if value else f"--{prefix}no-{name}".replace("_", "-"))
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [flag, *(str(v) for v in values)]
+    return flags
+
+
+def all_flags(default: object, prefix: str = "") -> list[str]:
+    """Every flag of a configuration, as it is typed."""
+    flags = []
+    for field in dataclasses.fields(default):
+        if not field.init:
+            continue
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            flags += all_flags(value, f"{prefix}{field.name}.")
+        else:
+            flags.append(f"--{prefix}{field.name}".replace("_", "-"))
+    return flags
+
+
+def expand(args: list[str], default: object) -> list[str]:
+    """Write out flags that are given by their last word."""
+    flags = all_flags(default)
+    expanded = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        typed = name.replace("_", "-")
+        if name.startswith("--") and typed not in flags:
+            no = typed.startswith("--no-")
+            word = typed.removeprefix("--no-") if no else typed.removeprefix("--")
+            full = [f for f in flags if f.endswith(f".{word}")]
+            if len(full) == 1:
+                section, _, last = full[0].rpartition(".")
+                name = f"{section}.{'no-' if no else ''}{last}"
+        expanded.append(name + equals + value)
+    return expanded
+
+
+def cli(default: T, args: list[str], source: str) -> T:
+    """Parse flags over a default instance; every complaint becomes one ValueError line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config, unknown = tyro.cli(
+                type(default), args=args, default=default, return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )  # fmt: skip
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        # tyro draws boxes; the words in them are the message
+        words = re.sub(r"[\u2500-\u257f]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
+        raise ValueError(f"{source}: {' '.join(words.split())}") from None
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        hint = elsewhere(flag.lstrip("-").replace("-", "_")) or nearest(flag, all_flags(default))
+        raise ValueError(f"{source}: there is no option {flag}{hint}")
+    return config
+
+
+def elsewhere(name: str) -> str:
+    ours = KNOWN_ELSEWHERE.get(name.lower())
+    return f"; here it is called {ours}" if ours else ""
+
+
+def nearest(name: str, known: Sequence[str] | dict) -> str:
+    """'; did you mean X?', or an empty string when nothing is near. Last words count as names."""
+    words = {k.rpartition(".")[2].lstrip("-"): k for k in known}
+    near = difflib.get_close_matches(name.lstrip("-").rpartition(".")[2], words, n=1, cutoff=0.5)
+    return f"; did you mean {words[near[0]]}?" if near else "; see --help"
+
+
+def as_dict(config: object) -> dict:
+    """A configuration as JSON can hold it, with the class of each nested member under `type`."""
+    out = {}
+    for field in dataclasses.fields(config):
+        if not field.init:
+            continue
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = {"type": type(value).__name__.lower(), **as_dict(value)}
+        out[field.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def exit_code(error: BaseException) -> int:
+    """0 done, 2 configuration, 3 data, 4 numerics, 5 engine or worker lost, 6 checkpoint; 1 for anything unforeseen."""
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+
+
+def fail(error: BaseException) -> int:
+    """Print an error that is meant for the user as one line; its exit code."""
+    print(f"fastrl: error: {error}", file=sys.stderr, flush=True)
+    return exit_code(error)
+
+
+def run_program(main: Callable[[list[str]], int]) -> None:
+    """Run main(argv) and leave with its exit code; set-up errors are one line, bugs keep their traceback."""
+    try:
+        code = main(sys.argv[1:])
+    except ValueError as error:
+        code = fail(error)
+    sys.exit(code)

@@ -1,0 +1,48 @@
+"""What an engine is: token ids in, sampled token ids with their log-probabilities out. Text is not its business."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastrl.types import Completion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn. The trainer's distribution is that of `temperature` with top_p 1."""
+
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    max_new_tokens: int = 16
+
+    def __post_init__(self):
+        if not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature must be between 0 and 100, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    prompt_ids: list[int]
+    seeds: list[int]  # one per completion, in [0, 2^63)
+
+
+class Engine(Protocol):
+    policy_version: int  # weight updates this engine has been told of
+
+    def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        """For each request one completion per seed. The same seed, weights and batch give the same completion."""
+
+    def weights_changed(self) -> None:
+        """The shared weights have new values: whatever was cached from the old ones must not be used again."""
+
+    def close(self) -> None: ...
+
+
+def sampling_seed(*parts: object) -> int:
+    """(run seed, step, problem id, sample, ...) -> a seed in [0, 2^63); no generator has to be saved to repeat it."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

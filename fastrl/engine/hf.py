@@ -1,0 +1,148 @@
+"""Sampling with the Hugging Face model itself: one batched decode loop over the trainer's own parameters.
+
+A prompt is prefilled once and its cache repeated for its completions. Rows that have ended leave the batch. Each row
+draws from its own counter-based stream, so a completion does not depend on who else is sampled or in which order.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.engine.base import Request, Sampling
+from fastrl.kernels.linear_logprob import chunk_logits
+from fastrl.types import Completion
+
+COMPACT_WHEN = 0.25  # fraction of ended rows at which the cache is copied without them
+
+
+class HFEngine:
+    """Samples with `model`; its weights are the trainer's, so a weight change needs no transfer and leaves no cache."""
+
+    def __init__(
+        self, model: nn.Module, *, eos_ids: tuple[int, ...], pad_id: int, num_tokens: int, max_num_seqs: int = 512
+    ):
+        self.model, self.num_tokens, self.pad_id, self.max_num_seqs = model, num_tokens, pad_id, max_num_seqs
+        self.device = next(model.parameters()).device
+        self.eos_ids = torch.tensor(eos_ids, device=self.device)
+        self.policy_version = 0
+
+    def weights_changed(self) -> None:
+        self.policy_version += 1
+
+    def close(self) -> None:
+        pass
+
+    @torch.inference_mode()
+    def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        results: list[list[Completion]] = [[] for _ in requests]
+        # prompts of similar length share a batch, so there is little left padding
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        batch: list[tuple[int, Request]] = []
+        rows = 0
+        for i in order:
+            for start in range(0, len(requests[i].seeds), self.max_num_seqs):
+                seeds = requests[i].seeds[start : start + self.max_num_seqs]
+                if rows + len(seeds) > self.max_num_seqs:
+                    self.decode(batch, sampling, results)
+                    batch, rows = [], 0
+                batch.append((i, Request(prompt_ids=requests[i].prompt_ids, seeds=seeds)))
+                rows += len(seeds)
+        if batch:
+            self.decode(batch, sampling, results)
+        return results
+
+    def decode(self, batch: list[tuple[int, Request]], sampling: Sampling, results: list[list[Completion]]) -> None:
+        """Sample one batch and append its completions to `results`."""
+        rows = torch.tensor([k for k, (_, r) in enumerate(batch) for _ in r.seeds], device=self.device)
+        seeds = torch.tensor([s for _, r in batch for s in r.seeds], device=self.device)
+        hidden, cache, mask = self.prefill([r.prompt_ids for _, r in batch])
+        hidden, mask = hidden[rows], mask[rows]
+        cache.batch_select_indices(rows)
+        ids = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.int64, device=self.device)
+        logprobs = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.float32, device=self.device)
+        lengths = torch.full((len(rows),), sampling.max_new_tokens, device=self.device)
+        stopped = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        at = torch.arange(len(rows), device=self.device)  # which row of the batch each running row is
+        head = self.model.get_output_embeddings().weight[: self.num_tokens]
+        for t in range(sampling.max_new_tokens):
+            token, logprob = draw(chunk_logits(hidden, head, 1.0), sampling, seeds[at], t)
+            ids[at, t], logprobs[at, t] = token, logprob
+            ended = torch.isin(token, self.eos_ids) & ~stopped[at]
+            lengths[at[ended]] = t + 1
+            stopped[at[ended]] = True
+            running = ~stopped[at]
+            num_running = int(running.sum())
+            if num_running == 0 or t + 1 == sampling.max_new_tokens:
+                break
+            if num_running <= (1 - COMPACT_WHEN) * len(at):
+                keep = running.nonzero()[:, 0]
+                at, token, mask = at[keep], token[keep], mask[keep]
+                cache.batch_select_indices(keep)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            hidden = self.forward(token[:, None], mask, cache)
+        table = zip(ids.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
+        for i, request in batch:
+            for _ in request.seeds:
+                row_ids, row_logprobs, n, stop = next(table)
+                reason = "stop" if stop else "length"
+                results[i].append(
+                    Completion(token_ids=row_ids[:n], rollout_logprobs=row_logprobs[:n], finish_reason=reason)
+                )
+
+    def prefill(self, prompts: list[list[int]]):
+        """Prompts -> hidden [n, H] after their last token, the cache, the left-padded mask [n, P]."""
+        from transformers import DynamicCache
+
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        return self.forward(ids, mask, cache), cache, mask
+
+    def forward(self, ids: Tensor, mask: Tensor, cache) -> Tensor:
+        """ids [n, T] appended to the cache, mask [n, past + T] -> hidden [n, H] of the last position."""
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = self.model.base_model(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return out.last_hidden_state[:, -1]
+
+
+def draw(logits: Tensor, sampling: Sampling, seeds: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """logits [n, V] float32 -> token [n] and its log-probability [n] (nats) under the distribution it was drawn from.
+
+    The inverse of the cumulative distribution at uniform(seed, t). Greedy (temperature 0) reports temperature 1.
+    """
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(dim=-1)
+        token = logits.argmax(dim=-1)
+        return token, logprobs.gather(-1, token[:, None])[:, 0]
+    logprobs = (logits / sampling.temperature).log_softmax(dim=-1)
+    if sampling.top_p < 1:
+        logprobs = nucleus(logprobs, sampling.top_p)
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    point = uniform(seeds, t)[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
+    return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+
+def nucleus(logprobs: Tensor, top_p: float) -> Tensor:
+    """The smallest set of tokens with probability >= top_p, renormalised; the others -inf."""
+    ordered, index = logprobs.sort(dim=-1, descending=True)
+    before = ordered.exp().cumsum(dim=-1) - ordered.exp()
+    kept = torch.full_like(logprobs, -torch.inf).scatter(-1, index, ordered.masked_fill(before >= top_p, -torch.inf))
+    return kept.log_softmax(dim=-1)
+
+
+def uniform(seeds: Tensor, t: int) -> Tensor:
+    """seeds [n] int64, counter t -> [n] float64 in [0, 1): splitmix64 of seed + t, without a generator to save."""
+
+    def signed(x: int) -> int:  # torch has no uint64 arithmetic, int64 wraps around to the same bits
+        return x - (1 << 64) if x >= 1 << 63 else x
+
+    def shifted(x: Tensor, bits: int) -> Tensor:  # logical, not arithmetic
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = seeds + signed(0x9E3779B97F4A7C15 * (t + 1) % (1 << 64))
+    x = (x ^ shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * signed(0x94D049BB133111EB)
+    return shifted(x ^ shifted(x, 31), 11).double() * 2.0**-53

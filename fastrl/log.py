@@ -1,0 +1,159 @@
+"""What a person and a script see of a run: one console line per step, metrics.jsonl, status.json, curve.png."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+LOGGERS = ("tensorboard", "wandb")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Model output for a terminal: control characters, escape sequences among them, become visible."""
+    text = CONTROL.sub(lambda m: f"\\x{ord(m.group()):02x}", text)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """Files of one run folder. On other ranks than 0 nothing is written.
+
+    metrics.jsonl holds one object per step, numbers as Python writes them (a NaN step is NaN), and one per evaluation.
+    """
+
+    def __init__(self, folder: Path, *, loggers: tuple[str, ...] = (), total_steps: int, quiet: bool = False):
+        self.folder, self.total_steps, self.quiet = folder, total_steps, quiet
+        self.path = folder / "metrics.jsonl"
+        self.previous_reward = math.nan
+        if not quiet:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.writers = [] if quiet else [open_logger(name, folder) for name in loggers]
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run writes it again."""
+        if self.quiet or not self.path.exists():
+            return
+        rows = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(row + "\n" for row in rows))
+        rewards = [json.loads(row).get("reward") for row in rows]
+        self.previous_reward = next((r for r in reversed(rewards) if r is not None), math.nan)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append one object to metrics.jsonl and hand it to the optional loggers."""
+        if self.quiet:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for writer in self.writers:
+            writer(step, values)
+
+    def step(self, step: int, values: dict[str, float], eta_s: float) -> None:
+        """The metrics of a training step, and its console line."""
+        self.metrics(step, values)
+        delta = values["reward"] - self.previous_reward
+        self.previous_reward = values["reward"]
+        width = len(str(self.total_steps))
+        change = f" ({delta:+.2f})" if math.isfinite(delta) else " (     )"
+        parts = [
+            f"step {step:{width}}/{self.total_steps}",
+            f"reward {values['reward']:.2f}{change}",
+            f"signal {1 - values['frac_reward_zero_std']:.2f}",
+            f"len {values['completions/mean_length']:.1f}",
+            f"entropy {values['entropy']:.3f}",
+            f"grad {values['grad_norm']:.2f}",
+            *([f"kl {values['kl']:.4f}"] if "kl" in values else []),
+            *([f"SKIPPED {values['skipped']:.0f}"] if values["skipped"] else []),
+            f"{values['perf/tokens_per_s']:.0f} tok/s",
+            f"{values['step_time']:.2f} s (rollout {values['timing_s/rollout']:.2f}"
+            f" update {values['timing_s/update']:.2f})",
+            f"eta {int(eta_s) // 60}:{int(eta_s) % 60:02}",
+        ]
+        self.say("  ".join(parts))
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(printable(text), flush=True)
+
+    def rollouts(self, step: int, rows: list[dict]) -> None:
+        """rollouts/step_NNNNNN.jsonl, one object per completion."""
+        if not self.quiet:
+            folder = self.folder / "rollouts"
+            folder.mkdir(exist_ok=True)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"step_{step:06}.jsonl").write_text(text)
+
+    def status(self, reason: str, step: int, last_checkpoint: str | None, code: int, message: str = "") -> None:
+        """status.json: how the run ended, for whoever cannot see the exit code."""
+        if not self.quiet:
+            write_json(
+                self.folder / "status.json",
+                {"reason": reason, "step": step, "last_checkpoint": last_checkpoint, "exit_code": code,
+                 "message": message},
+            )  # fmt: skip
+
+    def curve(self) -> Path | None:
+        """Draw reward and evaluation against rollouts into curve.png."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        steps = [row for row in rows if "reward" in row]
+        if self.quiet or not steps:
+            return None
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        axes.plot([r["num_rollouts"] for r in steps], [r["reward"] for r in steps], lw=1, label="training reward")
+        names = sorted({k for r in rows for k in r if re.fullmatch(r"eval/.+/avg@\d+", k)})
+        for name in names:
+            points = [(r.get("num_rollouts", 0), r[name]) for r in rows if name in r]
+            axes.plot(*zip(*points, strict=True), "o-", lw=2, label=name)
+        axes.set(xlabel="rollouts", ylabel="mean reward")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.folder / "curve.png", dpi=120)
+        pyplot.close(figure)
+        return self.folder / "curve.png"
+
+
+def open_logger(name: str, folder: Path):
+    """'tensorboard' | 'wandb' -> a function (step, values). Raises ValueError when the package is missing."""
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+            return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()] and writer.flush()
+        if name == "wandb":
+            import wandb
+
+            run = wandb.init(project="fastrl", name=folder.name, dir=str(folder))
+            return lambda step, values: run.log(values, step=step)
+    except ImportError as error:
+        raise ValueError(
+            f"--log {name} needs a package that is not installed ({error}); `pip install {name}`"
+        ) from error
+    raise ValueError(f"--log {name}: there is {' and '.join(LOGGERS)}; metrics.jsonl is always written")
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on: versions and the commit of the checkout, where there is one."""
+    from importlib.metadata import version
+
+    import torch
+
+    names = ("fastrl", "torch", "transformers", "tokenizers", "safetensors", "math-verify")
+    found = {name: version(name) for name in names} | {"python": sys.version.split()[0], "torch": torch.__version__}
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)  # noqa: S603, S607
+    return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})

@@ -1,0 +1,137 @@
+"""Numbers about sampled groups: what a training step logs, and the scores of an evaluation with their intervals."""
+
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from fastrl.types import RolloutGroup
+
+
+def rollout_table(groups: list[RolloutGroup]) -> Tensor:
+    """[completions, 4] float64: group number, reward, tokens, cut off. Rows of all ranks can be put together."""
+    rows = [
+        (g, c.reward, len(c.token_ids), c.finish_reason == "length")
+        for g, group in enumerate(groups)
+        for c in group.completions
+    ]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 4)
+
+
+def rollout_metrics(table: Tensor) -> dict[str, float]:
+    """`rollout_table` -> reward, signal and length metrics, in TRL's names."""
+    group, reward, length, cut_off = table.unbind(dim=1)
+    number = group.to(torch.int64)
+    size = torch.bincount(number).double()
+    present = size > 0
+    mean = torch.bincount(number, reward)[present] / size[present]
+    spread = reward - mean[(present.cumsum(0) - 1)[number]]
+    variance = torch.bincount(number, spread.square())[present] / (size[present] - 1).clamp(min=1)
+    low = torch.full_like(size, torch.inf).scatter_reduce(0, number, reward, "amin")[present]
+    high = torch.full_like(size, -torch.inf).scatter_reduce(0, number, reward, "amax")[present]
+    flat = low == high
+    ended = length[cut_off == 0]
+    return {
+        "reward": reward.mean().item(),
+        "reward_std": variance.sqrt().mean().item(),
+        "frac_reward_zero_std": flat.double().mean().item(),
+        "frac_reward_zero_std/all_right": (flat & (high > 0)).double().mean().item(),
+        "frac_reward_zero_std/all_wrong": (flat & (high <= 0)).double().mean().item(),
+        "completions/mean_length": length.mean().item(),
+        "completions/min_length": length.min().item(),
+        "completions/max_length": length.max().item(),
+        "completions/mean_terminated_length": ended.mean().item() if len(ended) else math.nan,
+        "completions/clipped_ratio": cut_off.mean().item(),
+    }
+
+
+def reward_function_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
+    """rewards/<function>/mean and /std over the completions it applies to."""
+    by_name: dict[str, list[float]] = {}
+    for group in groups:
+        for completion in group.completions:
+            for name, value in completion.rewards.items():
+                if value is not None:
+                    by_name.setdefault(name, []).append(value)
+    metrics = {}
+    for name, values in by_name.items():
+        tensor = torch.tensor(values, dtype=torch.float64)
+        metrics[f"rewards/{name}/mean"] = tensor.mean().item()
+        metrics[f"rewards/{name}/std"] = tensor.std(correction=min(1, len(values) - 1)).item()
+    return metrics
+
+
+def pass_at(k: int, num_correct: int, n: int) -> float:
+    """Probability that k of n completions drawn without replacement hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    The unbiased estimator of arXiv:2107.03374, section 2.1.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= n, got k={k}, n={n}")
+    return 1.0 - math.comb(n - num_correct, k) / math.comb(n, k)
+
+
+def majority(keys: list[str | None], correct: list[bool]) -> float:
+    """Whether the most frequent answer is right; among equally frequent ones, the share that is. No answer has no vote.
+
+    Example: keys [a, a, b, b, None], a right -> 0.5
+    """
+    votes = Counter(key for key in keys if key is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    winners = {key for key, count in votes.items() if count == most}
+    right = {key for key, ok in zip(keys, correct, strict=True) if ok}
+    return len(winners & right) / len(winners)
+
+
+def interval95(values: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean of values in [0, 1], one per problem.
+
+    Wilson's, at the number of independent answers that would have the values' own variance; so it neither collapses at
+    0 and 1 nor counts the completions of one problem as independent.
+    """
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n
+    n_effective = mean * (1 - mean) / variance if variance > 0 else n
+    z2 = 1.959964**2
+    center = (mean + z2 / (2 * n_effective)) / (1 + z2 / n_effective)
+    half = math.sqrt(z2 * mean * (1 - mean) / n_effective + (z2 / (2 * n_effective)) ** 2) / (1 + z2 / n_effective)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def evaluation_table(groups: list[RolloutGroup], correct: list[list[bool]], keys: list[list[str | None]]) -> Tensor:
+    """[problems, 5] float64: completions, right ones, majority right, total tokens, cut off."""
+    rows = [
+        (
+            len(g.completions),
+            sum(ok),
+            majority(votes, ok),
+            sum(len(c.token_ids) for c in g.completions),
+            sum(c.finish_reason == "length" for c in g.completions),
+        )
+        for g, ok, votes in zip(groups, correct, keys, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 5)
+
+
+def evaluation_metrics(table: Tensor) -> dict[str, float]:
+    """`evaluation_table` -> avg@k, pass@1, 2, 4, ... k and maj@k with ci95 bounds, mean length, cut-off fraction."""
+    k = int(table[:, 0].min())
+    rows = table.tolist()
+    per_problem = {f"avg@{k}": [c / n for n, c, *_ in rows]}
+    for j in sorted({1 << i for i in range(k.bit_length())} | {k}):
+        if j <= k:
+            per_problem[f"pass@{j}"] = [pass_at(j, int(c), int(n)) for n, c, *_ in rows]
+    per_problem[f"maj@{k}"] = [m for _, _, m, *_ in rows]
+    metrics: dict[str, float] = {}
+    for name, values in per_problem.items():
+        metrics[name] = sum(values) / len(values)
+        metrics[f"{name}/ci95_low"], metrics[f"{name}/ci95_high"] = interval95(values)
+    completions = table[:, 0].sum().item()
+    metrics["length"] = table[:, 3].sum().item() / completions
+    metrics["clipped_ratio"] = table[:, 4].sum().item() / completions
+    metrics["num_problems"] = len(rows)
+    return metrics

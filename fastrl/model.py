@@ -1,0 +1,144 @@
+"""Loading a Hugging Face causal language model, and the one place where logits are shifted against labels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.kernels.linear_logprob import linear_logprob
+
+EMBEDDED = "embedded"  # the model that ships with the package
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    model: nn.Module
+    tokenizer: object
+    eos_ids: tuple[int, ...]  # every id that ends a completion
+    path: str
+
+
+def model_path(name: str) -> str:
+    """'embedded', a folder or a hub name -> what transformers can load. Raises ValueError for what is no model."""
+    if name == EMBEDDED:
+        return str(Path(__file__).parent / "assets" / "tiny")
+    folder = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if not folder.expanduser().is_dir():
+        if looks_local:
+            raise ValueError(
+                f"--model {name}: no such folder. Give a Hugging Face model folder, a hub name, or 'embedded'"
+            )
+        return name
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
+    return str(folder.expanduser())
+
+
+def model_config(name: str):
+    """The transformers configuration of a model; no weights are read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_path(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name}: {first_line(error)}") from error
+
+
+def save_model(loaded: "LoadedModel", folder: Path) -> None:
+    """Write weights, configuration and tokenizer as a Hugging Face model folder."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # parameters are views of one buffer, which safetensors would take for shared weights
+    state = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in loaded.model.state_dict().items()
+    }
+    loaded.model.save_pretrained(folder, state_dict=state)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model. Raises ValueError, naming the files that are looked for, when there is none."""
+    from transformers import AutoTokenizer
+
+    path = model_path(name)
+    if Path(path).is_dir():
+        wanted = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if not any((Path(path) / file).exists() for file in wanted):
+            raise ValueError(
+                f"--model {name}: the folder has no tokenizer (none of {', '.join(wanted)}); copy one into it"
+            )
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name}: no tokenizer could be loaded: {first_line(error)}") from error
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa", checkpointing: bool = False
+) -> LoadedModel:
+    """Weights of a model in `dtype` on `device`, in train mode without dropout, with its tokenizer and stop ids.
+
+    Raises ValueError when the model or its tokenizer cannot be loaded, or the model has no LM head.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(name)
+    path = model_path(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, device_map=None
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name}: {first_line(error)}") from error
+    if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
+        raise ValueError(f"--model {name}: {type(model).__name__} has no plain LM head")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stop = model.generation_config.eos_token_id if isinstance(model.generation_config, GenerationConfig) else None
+    eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}
+    if not eos:
+        raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
+    return LoadedModel(model.to(device).train(), tokenizer, tuple(sorted(eos)), path)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def token_logprobs(
+    model: nn.Module, input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
+    num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Right-padded input_ids, response_mask [B, S] -> logprobs [B, S], entropy [B, S] or None; nats, label-aligned.
+
+    Zero outside the mask. Only masked positions enter the head. `num_tokens`: the tokenizer's size; ids beyond it (a
+    padded vocabulary) are not part of the distribution, here as in the engine. Padding follows every real token, so
+    causal attention needs no mask and padded ids cannot reach a masked position. head_grad_in_place: add the head's
+    gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
+    """
+    hidden = model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state
+    wanted = response_mask[:, 1:]
+    weight = model.get_output_embeddings().weight
+    in_place = head_grad_in_place and torch.is_grad_enabled()
+    values, entropy, _ = linear_logprob(
+        hidden[wanted],
+        (weight.detach() if in_place else weight)[:num_tokens],
+        input_ids[:, 1:][wanted],
+        inv_temperature=inv_temperature,
+        need_entropy=need_entropy,
+        weight_grad=weight.grad[:num_tokens] if in_place else None,
+    )
+
+    def spread(x: Tensor) -> Tensor:
+        return x.new_zeros(response_mask.shape).masked_scatter(response_mask, x)
+
+    return spread(values), None if entropy is None else spread(entropy)

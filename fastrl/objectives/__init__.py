@@ -1,0 +1,5 @@
+"""What the policy is pushed towards. One file per objective; a new one is that file and one line here."""
+
+from fastrl.objectives.grpo import GRPO
+
+OBJECTIVES = {"grpo": GRPO}

@@ -1,0 +1,54 @@
+"""What an objective is, and the estimators that several of them share."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastrl.types import Problem, TrainBatch
+
+
+class Objective(Protocol):
+    """A frozen dataclass; its fields are its configuration. It returns sums, the trainer divides once.
+
+    normalizer: what the summed loss is divided by: "token", "completion" or "group".
+    min_group_size: completions of a prompt that `credit` compares.
+    splits_groups: whether a microbatch may hold part of a group.
+    """
+
+    normalizer: str
+    min_group_size: int
+    splits_groups: bool
+
+    def needs(self, optimizer_steps: int) -> frozenset[str]:
+        """TrainBatch fields to fill before `prepare`, given the optimizer steps taken on one batch."""
+
+    def credit(self, rewards: Tensor, problem: Problem) -> Tensor:
+        """rewards [G] of one group -> credit [G]."""
+
+    def prepare(self, batch: TrainBatch) -> None:
+        """Last changes to the whole batch (credit, response_mask), without gradients; nothing else writes to it."""
+
+    def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """logprobs, entropy [B, S] -> loss summed over the batch, and metrics summed over response tokens."""
+
+
+def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from log_ratio = logprobs - ref_logprobs, for tokens of the policy.
+
+    k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x, never negative; k3+ has k3's value and k2's gradient, which is that of
+    KL(policy || reference). As a loss, k1 has expected gradient zero and k3 that of KL(reference || policy).
+    """
+    x = log_ratio.clamp(-20, 20)  # exp(20) is finite, exp of a broken reference is not
+    if kind == "k1":
+        return x
+    k2 = x.square() / 2
+    if kind == "k2":
+        return k2
+    k3 = torch.expm1(-x) + x  # expm1: exp(-x) - 1 + x goes negative near 0 in float32
+    return k3 if kind == "k3" else k2 + (k3 - k2).detach()
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where the mask is set and 0 elsewhere, whatever was there: padding may hold NaN."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))

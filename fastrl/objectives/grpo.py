@@ -1,0 +1,143 @@
+"""GRPO: clipped policy gradient with a group-relative advantage, and its relatives as settings."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastrl import ranks
+from fastrl.objectives.base import kl_estimate, masked
+from fastrl.types import Problem, TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO:
+    """Group-relative policy optimization (arXiv:2402.03300).
+
+        A_i     = (r_i - mean(r)) / (std(r) + std_eps) within a group, unbiased std; exactly 0 when all are equal
+        ratio   = exp(logprobs - old_logprobs) per token
+        loss    = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip
+                  + kl * KL(policy, reference) - entropy * H
+
+    DAPO (arXiv:2503.14476): clip_high=0.28, loss_agg=token, drop_zero_std, overlong=mask or penalty.
+    Dr. GRPO (arXiv:2503.20783): adv_norm=none, loss_agg=const. GRPO as published: loss_agg=seq, kl=0.04.
+    """
+
+    clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0  # largest ratio that counts against a bad completion; None = no limit
+    log_ratio_cap: float = 20.0  # nats; beyond it the gradient is zero
+    adv_norm: Literal["group", "batch", "none"] = "group"  # divide by the std of the group, of the batch, or not
+    std_eps: float = 1e-6
+    loss_agg: Literal["token", "seq", "const"] = "token"  # mean over tokens; of completion means; sum / max_new_tokens
+    kl: float = 0.0  # coefficient of the KL to the reference
+    kl_type: Literal["k1", "k2", "k3", "k3+"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy: float = 0.0  # coefficient of the entropy bonus
+    drop_zero_std: bool = False  # leave groups with equal rewards out of the denominator
+    overlong: Literal["keep", "mask", "penalty"] = "keep"  # completions cut off by max_new_tokens
+    overlong_buffer: int = 0  # tokens before the limit over which the penalty grows to -1; 0 = a fifth of the limit
+
+    min_group_size = 2
+    splits_groups = True
+
+    def __post_init__(self):
+        for name, low in (("clip_low", 0), ("clip_high", 0), ("std_eps", 0), ("log_ratio_cap", 0)):
+            if not getattr(self, name) > low:
+                raise ValueError(f"--objective.{name.replace('_', '-')} must be > {low}, got {getattr(self, name)}")
+        for name in ("kl", "entropy", "overlong_buffer"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--objective.{name.replace('_', '-')} must be >= 0, got {getattr(self, name)}")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
+
+    @property
+    def normalizer(self) -> str:
+        return "token" if self.loss_agg == "token" else "completion"
+
+    def needs(self, optimizer_steps: int) -> frozenset[str]:
+        # until the first optimizer step the policy is the one that sampled
+        old = optimizer_steps > 1 or (self.kl > 0 and self.kl_in == "reward")
+        return frozenset({"old_logprobs"} if old else ()) | frozenset({"ref_logprobs"} if self.kl > 0 else ())
+
+    def credit(self, rewards: Tensor, problem: Problem | None = None) -> Tensor:
+        """rewards [G] -> advantages [G]. Equal rewards give exactly zero, not a rounding error over std_eps."""
+        if rewards.max() == rewards.min():
+            return torch.zeros_like(rewards)
+        centered = rewards - rewards.mean()
+        return centered / (rewards.std() + self.std_eps) if self.adv_norm == "group" else centered
+
+    def prepare(self, batch: TrainBatch) -> None:
+        penalty = self.reward_penalty(batch)
+        if penalty is not None:
+            shaped = batch.reward - penalty.to(batch.reward.dtype)
+            for group in batch.group.unique():
+                rows = batch.group == group
+                batch.credit[rows] = self.credit(shaped[rows])
+        if self.adv_norm == "batch":
+            n, total, squares = ranks.all_sum_(
+                torch.stack([torch.ones_like(batch.reward), batch.reward, batch.reward.square()]).double().sum(dim=1)
+            )
+            variance = (squares - total.square() / n).clamp(min=0) / (n - 1).clamp(min=1)
+            batch.credit /= variance.sqrt().to(batch.credit.dtype) + self.std_eps
+        if self.drop_zero_std:
+            alive = torch.zeros_like(batch.truncated)
+            for group in batch.group.unique():
+                rows = batch.group == group
+                alive[rows] = (batch.credit[rows] != 0).any()
+            batch.response_mask &= alive[:, None]
+        if self.overlong == "mask":
+            batch.response_mask &= ~batch.truncated[:, None]
+
+    def reward_penalty(self, batch: TrainBatch) -> Tensor | None:
+        """[B], what is taken off the reward before the advantage, or None."""
+        penalty = None
+        if self.kl > 0 and self.kl_in == "reward":
+            x = masked(batch.old_logprobs - batch.ref_logprobs, batch.response_mask)
+            penalty = self.kl * kl_estimate(x, self.kl_type).sum(dim=1)
+        if self.overlong == "penalty":
+            # DAPO eq. 13: 0 up to limit - buffer, then linear, 1 for a completion that was cut off
+            limit = batch.max_new_tokens
+            buffer = self.overlong_buffer or max(1, limit // 5)
+            over = (batch.response_mask.sum(dim=1) - (limit - buffer)) / buffer
+            soft = torch.where(batch.truncated, 1.0, over.clamp(0, 1))
+            penalty = soft if penalty is None else penalty + soft
+        return penalty
+
+    def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        mask, advantage = batch.response_mask, batch.credit[:, None]
+        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        # mask before exp: padding may hold anything, and 0 * inf is NaN
+        log_ratio = masked(logprobs - old, mask)
+        ratio = log_ratio.clamp(-self.log_ratio_cap, self.log_ratio_cap).exp()
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+        if self.dual_clip is not None:
+            loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * self.dual_clip), loss)
+        low, high = (ratio < clipped) & (advantage < 0), (ratio > clipped) & (advantage > 0)
+        metrics = {
+            "entropy": entropy.detach(),
+            "policy_kl": -log_ratio.detach(),
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": low | high,
+        }
+        if self.entropy:
+            loss = loss - self.entropy * entropy
+        if batch.ref_logprobs is not None:
+            kl = kl_estimate(masked(logprobs - batch.ref_logprobs, mask), self.kl_type)
+            metrics["kl"] = kl.detach()
+            if self.kl_in == "loss":
+                loss = loss + self.kl * kl
+        return (masked(loss, mask) * self.row_weight(batch)).sum(), {
+            k: masked(v, mask).sum() for k, v in metrics.items()
+        }
+
+    def row_weight(self, batch: TrainBatch) -> Tensor | float:
+        """[B, 1] factor of a completion's token sum, before the division by the denominator."""
+        if self.loss_agg == "token":
+            return 1.0
+        if self.loss_agg == "const":
+            return 1.0 / batch.max_new_tokens
+        return 1.0 / batch.response_mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,0 +1,74 @@
+"""AdamW over a flat shard, by libraries: torch (fused) or bitsandbytes (8-bit, paged). Learning-rate schedules."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """lr is reached after `warmup` steps; then it stays, or falls to zero at the last step."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # decoupled, on every parameter
+    max_grad_norm: float = 1.0  # global norm the gradient is clipped to; 0 = no clipping
+    warmup: int = 0  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    def __post_init__(self):
+        if not 0 < self.lr < 1:
+            raise ValueError(f"--optim.lr must be between 0 and 1, got {self.lr}; 1e-6 is usual, 1e-4 for tiny models")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"--optim.betas must be in [0, 1), got {self.betas}")
+        for field in ("eps", "weight_decay", "max_grad_norm", "warmup"):
+            if not (0 <= getattr(self, field) < math.inf):
+                raise ValueError(f"--optim.{field.replace('_', '-')} must be >= 0, got {getattr(self, field)}")
+
+    def lr_at(self, step: int, total: int) -> float:
+        """Learning rate of step 0, 1, ... of `total`."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(1, total - self.warmup)
+        decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        return self.lr * decay[self.lr_schedule]
+
+
+def make_optimizer(config: OptimConfig, shard: Tensor) -> torch.optim.Optimizer:
+    """An optimizer over one flat float32 (float64 in tests) shard. Raises ValueError when bitsandbytes is missing."""
+    settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    if config.name == "adamw":
+        # the step count lives on the device with fused, and with it one kernel updates the whole shard
+        return torch.optim.AdamW([shard], fused=True, **settings)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(
+            f"--optim.name {config.name} needs bitsandbytes, which is not installed. "
+            "Run `pip install bitsandbytes`, or use --optim.name adamw"
+        ) from None
+    cls = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return cls[config.name]([shard], **settings)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state over its one shard, as named tensors; scalars become one-element tensors."""
+    state = optimizer.state_dict()["state"].get(0, {})
+    return {
+        name: value.detach() if isinstance(value, Tensor) else torch.tensor([value])
+        for name, value in state.items()
+        if value is not None
+    }
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `state_tensors` returned."""
+    plain = {name: t.item() if name == "step" and t.dtype == torch.int64 else t for name, t in tensors.items()}
+    state = optimizer.state_dict()
+    state["state"] = {0: plain} if plain else {}
+    optimizer.load_state_dict(state)

@@ -1,0 +1,84 @@
+"""Sampling and scoring: a plan of problems becomes groups of completions with rewards."""
+
+from dataclasses import dataclass, field
+
+from fastrl import ranks
+from fastrl.engine.base import Engine, Request, Sampling, sampling_seed
+from fastrl.metrics import evaluation_table
+from fastrl.perf import Spans
+from fastrl.rewards import RewardSet
+from fastrl.types import Problem, RolloutGroup
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """engine + verifier. Each rank samples its share of a plan."""
+
+    engine: Engine
+    rewards: RewardSet
+    tokenizer: object
+    sampling: Sampling
+    seed: int
+    grade_truncated: bool = False  # grade completions cut off by max_new_tokens instead of giving them 0
+    spans: Spans = field(default_factory=Spans)
+    statuses: dict[str, int] = field(default_factory=dict, init=False)  # outcomes of the last run, by class
+    reward_metrics: dict[str, float] = field(default_factory=dict, init=False)
+
+    def run(self, plan: list[tuple[Problem, int]], step: int) -> list[RolloutGroup]:
+        """[(problem, group_size)] of all ranks -> this rank's groups, sampled for training step `step` and scored."""
+        own = plan[ranks.rank() :: ranks.size()]
+        with self.spans("rollout"):
+            groups = self.sample(own, self.sampling, "train", step)
+        with self.spans("reward"):
+            self.score(groups)
+        return groups
+
+    def evaluate(self, problems: list[Problem], k: int, sampling: Sampling):
+        """k completions of each problem -> this rank's groups and their `evaluation_table`.
+
+        The seeds depend on the problem and the sample only, so two evaluations differ by their weights alone.
+        """
+        own = [(problem, k) for problem in problems[ranks.rank() :: ranks.size()]]
+        groups = self.sample(own, sampling, "eval")
+        self.score(groups)
+        correct = [[c.reward >= 1.0 for c in g.completions] for g in groups]
+        keys = [[self.rewards.vote_key(c.text) for c in g.completions] for g in groups]
+        return groups, evaluation_table(groups, correct, keys)
+
+    def sample(self, plan: list[tuple[Problem, int]], sampling: Sampling, *stream: object) -> list[RolloutGroup]:
+        requests = [
+            Request(
+                prompt_ids=problem.prompt_ids,
+                seeds=[sampling_seed(self.seed, *stream, problem.id, i) for i in range(group_size)],
+            )
+            for problem, group_size in plan
+        ]
+        sampled = self.engine.sample(requests, sampling)
+        flat = [c for completions in sampled for c in completions]
+        texts = self.tokenizer.batch_decode([c.token_ids for c in flat], skip_special_tokens=True)
+        for completion, text in zip(flat, texts, strict=True):
+            completion.text = text
+        version = self.engine.policy_version
+        return [
+            RolloutGroup(problem=problem, completions=completions, policy_version=version)
+            for (problem, _), completions in zip(plan, sampled, strict=True)
+        ]
+
+    def score(self, groups: list[RolloutGroup]) -> None:
+        """Fill `reward` and `rewards`; a completion cut off by the length limit earns 0 unless grade_truncated."""
+        rows = [(g.problem, c) for g in groups for c in g.completions]
+        truncated = [c.finish_reason == "length" and not self.grade_truncated for _, c in rows]
+        graded = [row for row, cut_off in zip(rows, truncated, strict=True) if not cut_off]
+        columns = {name: [p.columns.get(name) for p, _ in graded] for name in {n for p, _ in graded for n in p.columns}}
+        scores = self.rewards.score(
+            [p.prompt for p, _ in graded],
+            [c.text for _, c in graded],
+            [p.answer for p, _ in graded],
+            completion_ids=[c.token_ids for _, c in graded],
+            columns=columns,
+        )
+        for i, (_, completion) in enumerate(graded):
+            completion.reward = scores.total[i]
+            completion.rewards = {name: values[i] for name, values in scores.each.items()}
+        self.statuses = {**scores.statuses, "truncated": sum(truncated)}
+        self.reward_metrics = scores.metrics

@@ -1,0 +1,73 @@
+"""Problems ready to be sampled: read, golds checked by the verifier that will grade them, prompts encoded."""
+
+from dataclasses import dataclass
+
+from fastrl.data import describe_prompt, encode_prompts, find_dataset
+from fastrl.rewards import RewardSet
+from fastrl.types import DataError, Problem
+
+SHOWN = 3  # examples of each kind of dropped row on the start-up screen
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """How problems of a data set become prompts."""
+
+    data_dir: str = "../shared/data"  # where the named data sets lie
+    template: str = "auto"  # chat, plain, or auto: chat where the tokenizer has a template
+    instruction: str = "auto"  # appended to every prompt; auto: what the data set asks for
+    max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
+
+    def __post_init__(self):
+        if self.max_prompt_tokens < 1:
+            raise ValueError(f"--max-prompt-tokens must be at least 1, got {self.max_prompt_tokens}")
+
+
+@dataclass(slots=True, kw_only=True)
+class Task:
+    name: str
+    problems: list[Problem]
+    report: list[str]  # lines for the start-up screen: what was read, what was left out and why
+
+
+def default_rewards(data: str) -> list[str]:
+    """The reward specs of a data set, when the user names none."""
+    return [find_dataset(data).default_reward]
+
+
+def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: RewardSet, limit: int = 0) -> Task:
+    """Read a data set and keep what can be used, the first `limit` problems if that is not 0.
+
+    Raises DataError when nothing is left or too much had to be dropped, ValueError on an unknown template.
+    """
+    dataset = find_dataset(data)
+    loaded = dataset.load(split, config.data_dir)
+    problems = loaded.problems[:limit] if limit else loaded.problems
+    report = [f"data: {dataset.name} ({split}): {len(problems)} problems, {loaded.mapping}"]
+    if loaded.excluded:
+        report.append(f"  excluded by the data set's own list: {len(loaded.excluded)}")
+    report += listed("rows that cannot be used", [str(row) for row in loaded.bad_rows])
+
+    grades = rewards.check_golds([p.answer for p in problems])
+    if grades is not None:
+        bad = [(p, g) for p, g in zip(problems, grades, strict=True) if not g.reward]
+        report += listed("answers that do not accept themselves", [f"{p.id} ({g.status})" for p, g in bad])
+        problems = [p for p, g in zip(problems, grades, strict=True) if g.reward]
+        if not problems:
+            raise DataError(f"{data}: no answer accepts itself under --reward; is it the right verifier for this data?")
+
+    instruction = dataset.default_instruction if config.instruction == "auto" else config.instruction
+    problems, too_long = encode_prompts(
+        problems, tokenizer, template=config.template, instruction=instruction,
+        max_prompt_tokens=config.max_prompt_tokens,
+    )  # fmt: skip
+    report += listed(f"prompts over {config.max_prompt_tokens} tokens", [f"{i} ({n})" for i, n in too_long])
+    report.append(f"  first prompt, {describe_prompt(problems[0], tokenizer)}")
+    return Task(name=dataset.name, problems=problems, report=report)
+
+
+def listed(what: str, items: list[str]) -> list[str]:
+    if not items:
+        return []
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return [f"  dropped {len(items)} {what}: {', '.join(items[:SHOWN])}{more}"]

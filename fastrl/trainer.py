@@ -1,0 +1,284 @@
+"""The order of things: one step, and the run around it. Knows no algorithm."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastrl import checkpoint, ranks
+from fastrl.allocation.base import Allocation
+from fastrl.batching import cut, denominator, make_batch, minibatches
+from fastrl.engine.base import Sampling
+from fastrl.log import RunLog
+from fastrl.metrics import evaluation_metrics, reward_function_metrics, rollout_metrics, rollout_table
+from fastrl.objectives.base import Objective
+from fastrl.perf import memory_metrics
+from fastrl.policy import Policy
+from fastrl.reference import Reference
+from fastrl.rollout import Rollout
+from fastrl.types import Completion, Problem, RolloutGroup, TrainBatch
+from fastrl.updates.base import UpdateRule
+
+
+class Stopped(Exception):
+    """A signal asked for the end; raised between two phases of a step, before anything has been changed."""
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """When the run does what, in steps; 0 = never."""
+
+    steps: int
+    max_minutes: float
+    eval_every: int
+    save_every: int
+    keep: int
+    sample_every: int
+    rollouts_every: int
+
+
+@dataclass(kw_only=True)
+class EvalSet:
+    name: str
+    problems: list[Problem]
+    k: int
+    sampling: Sampling
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    policy: Policy
+    reference: Reference | None
+    rollout: Rollout
+    allocator: Allocation
+    objective: Objective
+    update: UpdateRule
+    completions_per_step: int
+    num_minibatches: int
+    tokens_per_microbatch: int
+    schedule: Schedule
+    eval_sets: list[EvalSet]
+    log: RunLog
+    folder: Path
+    write_model: Callable[[Path], None]
+    config: dict  # the resolved configuration, stored in every checkpoint
+    stop_requested: Callable[[], bool] = lambda: False
+
+    completed: int = field(default=0, init=False)  # steps
+    num_rollouts: int = field(default=0, init=False)
+    num_tokens: int = field(default=0, init=False)
+    num_backward_passes: int = field(default=0, init=False)
+    last_checkpoint: Path | None = field(default=None, init=False)
+    mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
+    latest: tuple[Problem, Completion] | None = field(default=None, init=False)  # shown now and then
+
+    def step(self) -> dict[str, float]:
+        plan = self.allocator.take(self.completions_per_step)
+        groups = self.rollout.run(plan, self.completed)
+        self.leave_if_stopped()
+        batch = make_batch(
+            groups, self.objective.credit, pad_id=self.policy.pad_id, device=self.policy.device,
+            max_new_tokens=self.rollout.sampling.max_new_tokens,
+        )  # fmt: skip
+        optimizer_steps = self.num_minibatches * self.update.backward_passes
+        with self.rollout.spans("logprobs"):
+            self.fill(batch, self.objective.needs(optimizer_steps))
+        self.objective.prepare(batch)
+        self.leave_if_stopped()
+        self.policy.set_lr(self.policy.optim.lr_at(self.completed, self.schedule.steps))
+        self.mismatch = {}
+        with self.rollout.spans("update"):
+            parts = [partial(self.accumulate, part) for part in minibatches(batch, self.num_minibatches)]
+            metrics = self.update.update(self.policy, parts)
+        self.rollout.engine.weights_changed()
+        self.allocator.observe(groups)
+        return metrics | self.observe(groups, batch, metrics)
+
+    def fill(self, batch: TrainBatch, needs: frozenset[str]) -> None:
+        """Compute the log-probabilities that the objective compares with, without gradients."""
+        scorers = {"old_logprobs": self.policy, "ref_logprobs": self.reference}
+        for name in sorted(needs):
+            values = torch.zeros_like(batch.rollout_logprobs)
+            with torch.no_grad():
+                for rows, part in cut(batch, self.tokens_per_microbatch):
+                    logprobs, _ = scorers[name].logprobs(part)
+                    values[rows, : logprobs.shape[1]] = logprobs.to(values.dtype)
+            setattr(batch, name, values)
+
+    def accumulate(self, minibatch: TrainBatch) -> dict[str, float]:
+        """Leave the minibatch's gradient at the current weights in the gradient buffer; return its metrics."""
+        self.policy.zero_grad()
+        # counted once, over all ranks, so the gradient does not depend on how the minibatch is cut further
+        count = denominator(minibatch, self.objective.normalizer)
+        tokens = denominator(minibatch, "token")
+        sums: dict[str, torch.Tensor] = {}
+        differences = []
+        for _, part in cut(minibatch, self.tokens_per_microbatch, splits_groups=self.objective.splits_groups):
+            logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
+            loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
+            (loss / count).backward()
+            differences.append((logprobs.detach() - part.rollout_logprobs)[part.response_mask])
+            for name, value in {"loss": loss.detach() * (tokens / count), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+        if not self.mismatch and differences:
+            self.mismatch = sampling_mismatch(torch.cat(differences))
+        if not sums:
+            return {}
+        totals = ranks.all_sum_(torch.stack(list(sums.values()))) / tokens
+        return dict(zip(sums, totals.tolist(), strict=True))
+
+    def observe(self, groups: list[RolloutGroup], batch: TrainBatch, metrics: dict[str, float]) -> dict[str, float]:
+        """Count the step and describe what was sampled."""
+        table = ranks.gather_rows(rollout_table(groups))
+        sampled = int(table[:, 2].sum())
+        prompts = sum(len(g.problem.prompt_ids) * len(g.completions) for g in groups)
+        trained = ranks.all_sum_(torch.tensor([float(prompts)])).item() + sampled
+        self.latest = (groups[0].problem, groups[0].completions[0]) if groups else None
+        self.completed += 1
+        self.num_rollouts += len(table)
+        self.num_tokens += int(trained)
+        self.num_backward_passes += int(metrics["num_backward_passes"])
+        if self.schedule.rollouts_every and self.completed % self.schedule.rollouts_every == 0:
+            self.log.rollouts(self.completed, rollout_rows(groups, batch))
+        return {
+            **rollout_metrics(table),
+            **reward_function_metrics(groups),
+            **{f"rewards/status/{name}": float(n) for name, n in self.rollout.statuses.items()},
+            **self.rollout.reward_metrics,
+            **self.mismatch,
+            "learning_rate": self.policy.optim.lr_at(self.completed - 1, self.schedule.steps),
+            "skipped_total": float(self.policy.guard.skipped),
+            "num_rollouts": self.num_rollouts,
+            "num_tokens": self.num_tokens,
+            "num_backward_passes": self.num_backward_passes,
+            "perf/rollout_tokens_per_s": sampled / max(1e-9, self.rollout.spans.seconds["rollout"]),
+            "perf/tokens": trained,
+        }
+
+    def run(self) -> str:
+        """Train to the end of the schedule; returns the reason it ended: "done", "stopped" or "time"."""
+        started, taken = time.monotonic(), 0
+        if self.completed == 0:
+            self.evaluate()
+        while self.completed < self.schedule.steps:
+            before = self.state_dict()
+            begin = time.perf_counter()
+            try:
+                self.leave_if_stopped()
+                metrics = self.step()
+            except Stopped:
+                self.save(before)
+                return "stopped"
+            taken += 1
+            elapsed = time.perf_counter() - begin
+            metrics |= self.rollout.spans.take() | memory_metrics()
+            metrics |= {"step_time": elapsed, "perf/tokens_per_s": metrics.pop("perf/tokens") / elapsed}
+            left = self.schedule.steps - self.completed
+            self.log.step(self.completed, metrics, left * (time.monotonic() - started) / taken)
+            self.every(self.schedule.sample_every, self.show_sample)
+            last = self.completed == self.schedule.steps
+            out_of_time = 0 < self.schedule.max_minutes * 60 < time.monotonic() - started
+            if last or out_of_time:
+                break
+            self.every(self.schedule.eval_every, self.evaluate)
+            self.every(self.schedule.save_every, self.save)
+        self.save()
+        self.evaluate()
+        return "done" if self.completed == self.schedule.steps else "time"
+
+    def every(self, interval: int, action: Callable[[], None]) -> None:
+        if interval and self.completed % interval == 0:
+            action()
+
+    def leave_if_stopped(self) -> None:
+        if ranks.all_max(float(self.stop_requested())):
+            raise Stopped
+
+    def evaluate(self) -> None:
+        """avg@k, pass@k and maj@k of every evaluation set, into the log and onto the console."""
+        for eval_set in self.eval_sets:
+            start = time.perf_counter()
+            _, table = self.rollout.evaluate(eval_set.problems, eval_set.k, eval_set.sampling)
+            scores = evaluation_metrics(ranks.gather_rows(table))
+            prefix, k = f"eval/{eval_set.name}", eval_set.k
+            values = {f"{prefix}/{name}": value for name, value in scores.items()}
+            values |= {"num_rollouts": self.num_rollouts, "timing_s/eval": time.perf_counter() - start}
+            self.log.metrics(self.completed, values)
+            low, high = scores[f"avg@{k}/ci95_low"], scores[f"avg@{k}/ci95_high"]
+            self.log.say(
+                f"eval {eval_set.name} at step {self.completed}: avg@{k} {scores[f'avg@{k}']:.3f} "
+                f"[{low:.3f}, {high:.3f}]  pass@{k} {scores[f'pass@{k}']:.3f}  maj@{k} {scores[f'maj@{k}']:.3f}  "
+                f"len {scores['length']:.1f}  cut off {scores['clipped_ratio']:.3f}"
+            )
+
+    def show_sample(self) -> None:
+        if self.latest is None:
+            return
+        problem, completion = self.latest
+        prompt = self.policy.tokenizer.decode(problem.prompt_ids)
+        self.log.say(
+            f"  sample  {prompt[-300:]!r} -> {completion.text[-300:]!r}"
+            f"  answer {problem.answer!r}  reward {completion.reward:g}"
+        )
+
+    def save(self, state: dict | None = None) -> None:
+        with self.rollout.spans("save"):
+            self.last_checkpoint = checkpoint.save(
+                self.folder / "checkpoints", state["step"] if state else self.completed, keep=self.schedule.keep,
+                write_model=self.write_model, tensors=self.policy.state_tensors(), state=state or self.state_dict(),
+            )  # fmt: skip
+
+    def state_dict(self) -> dict:
+        """Everything but tensors and generators that the next step depends on."""
+        return {
+            "step": self.completed,
+            "num_rollouts": self.num_rollouts,
+            "num_tokens": self.num_tokens,
+            "num_backward_passes": self.num_backward_passes,
+            "policy_version": self.policy.policy_version,
+            "allocator": self.allocator.state_dict(),
+            "update": self.update.state_dict(),
+            "guard": self.policy.guard.state_dict(),
+            "config": self.config,
+        }
+
+    def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
+        self.completed = state["step"]
+        self.num_rollouts, self.num_tokens = state["num_rollouts"], state["num_tokens"]
+        self.num_backward_passes = state["num_backward_passes"]
+        self.allocator.load_state_dict(state["allocator"])
+        self.update.load_state_dict(state["update"])
+        self.policy.guard.load_state_dict(state["guard"])
+        self.policy.load_state_tensors(tensors)
+        self.policy.policy_version = self.rollout.engine.policy_version = state["policy_version"]
+        self.log.rewind(self.completed)
+
+
+def sampling_mismatch(difference: torch.Tensor) -> dict[str, float]:
+    """logprobs - rollout_logprobs of sampled tokens [N], before any update -> how far engine and trainer are apart."""
+    if not len(difference):
+        return {}
+    difference = difference.double()
+    ratio = difference.exp()
+    values = {
+        "sampling/sampling_logp_difference/mean": difference.abs().mean(),
+        "sampling/sampling_logp_difference/max": difference.abs().max(),
+        "sampling/importance_sampling_ratio/min": ratio.min(),
+        "sampling/importance_sampling_ratio/mean": ratio.mean(),
+        "sampling/importance_sampling_ratio/max": ratio.max(),
+        "sampling/mismatch_kl": (torch.expm1(difference) - difference).mean(),
+    }
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+def rollout_rows(groups: list[RolloutGroup], batch: TrainBatch) -> list[dict]:
+    """What was sampled in a step, one dict per completion."""
+    rows = [(g.problem, c) for g in groups for c in g.completions]
+    return [
+        {"id": p.id, "prompt": p.prompt, "answer": p.answer, "completion": c.text, "token_ids": c.token_ids,
+         "finish_reason": c.finish_reason, "reward": c.reward, "rewards": c.rewards, "credit": credit}
+        for (p, c), credit in zip(rows, batch.credit.tolist(), strict=True)
+    ]  # fmt: skip

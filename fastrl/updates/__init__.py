@@ -1,0 +1,5 @@
+"""How a batch becomes a parameter change. One file per rule; a new one is that file and one line here."""
+
+from fastrl.updates.single import Single
+
+UPDATES = {"single": Single}

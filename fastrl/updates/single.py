@@ -1,0 +1,32 @@
+"""The ordinary rule: one gradient, one optimizer step per minibatch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastrl.updates.base import Accumulate, one_pass
+
+
+@dataclass(kw_only=True)
+class Single:
+    """theta <- theta - step(gradient), minibatch after minibatch, `epochs_per_batch` times over the batch."""
+
+    epochs_per_batch: int = 1
+
+    def __post_init__(self):
+        if self.epochs_per_batch < 1:
+            raise ValueError(f"--update.epochs-per-batch must be at least 1, got {self.epochs_per_batch}")
+
+    @property
+    def backward_passes(self) -> int:
+        return self.epochs_per_batch
+
+    def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
+        passes = [one_pass(policy, minibatches) for _ in range(self.epochs_per_batch)]
+        summed = ("skipped", "num_backward_passes")
+        return passes[-1] | {name: sum(p[name] for p in passes) for name in summed}
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
