@@ -117,8 +117,7 @@ class Math(Verifier):
         statuses = [self._decide(gold, found, equal_text) for gold, found in pairs]
         # each different pair once: a group often agrees on its answer
         hard = list(dict.fromkeys(pair for pair, status in zip(pairs, statuses, strict=True) if status is None))
-        tasks = [(gold, found if equal_text else None) for gold, found in hard]
-        replies = dict(zip(hard, self.workers.run(tasks), strict=True))
+        replies = dict(zip(hard, self.workers.run(hard), strict=True))
         return [Grade.of(status or replies[pair]) for pair, status in zip(pairs, statuses, strict=True)]
 
     def _decide(self, gold: str, found: str | None, equal_text: bool) -> str | None:

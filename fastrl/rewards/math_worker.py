@@ -69,17 +69,17 @@ def parse_latex(text: str, units: bool):
 parse_gold = functools.lru_cache(maxsize=2048)(parse)
 
 
-def compare(gold, text: str | None) -> str:
-    """Status of an answer against a parsed gold; of the gold against itself if the answer is None."""
+def compare(gold, text: str) -> str:
+    """Status of an answer against a parsed gold."""
     from math_verify import verify
 
-    answer = gold if text is None else parse(text)
+    answer = parse(text)
     if gold is None or answer is None:
         return "unparsed"
     return "right" if verify(gold, answer, timeout_seconds=None, raise_on_error=True) else "wrong"
 
 
-def grade(gold: str, answer: str | None, limits: dict[str, float]) -> str:
+def grade(gold: str, answer: str, limits: dict[str, float]) -> str:
     """Status of an answer. The gold has a time limit of its own: whether it was cached must not change a grade."""
     try:
         parsed_gold = limited(parse_gold, gold, **limits)
