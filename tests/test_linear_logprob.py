@@ -1,0 +1,292 @@
+"""Log-probabilities from hidden states and the head: against float64, by hand, and at the edges of chunks and ids."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastrl.kernels import linear_logprob as module
+from fastrl.kernels.linear_logprob import linear_logprob, linear_logprob_ref
+
+H = 16
+NAMES = ("logprobs", "entropy", "lse")
+UPSTREAMS = [("logprobs",), ("entropy",), ("lse",), NAMES]
+
+
+def inputs(N, V, dtype=torch.float64, seed=0):
+    """hidden [N, H], weight [V, H], target [N], one upstream gradient [N] per output; logits are of size 1 to 10."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, H, generator=g, dtype=torch.float64).to(dtype)
+    weight = torch.randn(V, H, generator=g, dtype=torch.float64).to(dtype)
+    target = torch.randint(0, V, (N,), generator=g)
+    upstream = {name: torch.randn(N, generator=g, dtype=torch.float64) for name in NAMES}
+    return hidden, weight, target, upstream
+
+
+def run(function, hidden, weight, target, upstream, **options):
+    """Outputs, then gradients to hidden and weight, of sum over outputs of (output * upstream)."""
+    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    outputs = dict(zip(NAMES, function(hidden, weight, target, **options), strict=True))
+    outputs = {name: value for name, value in outputs.items() if value is not None}
+    loss = sum((outputs[name] * up.to(outputs[name].dtype)).sum() for name, up in upstream.items())
+    loss.backward()
+    return {name: value.detach() for name, value in outputs.items()} | {"dhidden": hidden.grad, "dweight": weight.grad}
+
+
+def plain(hidden, weight, target, *, inv_temperature=1.0, need_entropy=False):
+    """What one writes in torch: logits in the dtype of the model."""
+    logits = (hidden @ weight.T * inv_temperature).to(torch.promote_types(hidden.dtype, torch.float32))
+    logp = logits.log_softmax(dim=-1)
+    entropy = -(logp.exp() * logp).sum(dim=-1) if need_entropy else None
+    return logp.gather(-1, target[:, None]).squeeze(-1), entropy, logits.logsumexp(dim=-1)
+
+
+def ulp(value, dtype):
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(value)) if value else 0.0
+
+
+def assert_as_good(ours, theirs, truth):
+    """|ours - truth| <= 2 |theirs - truth| + 4 ulp(max), max over the tensor and the log-probabilities it is made of."""
+    largest = truth["logprobs"].abs().max().item() if len(truth["logprobs"]) else 0.0
+    for name, true in truth.items():
+        if true.numel() == 0:
+            assert ours[name].shape == true.shape
+            continue
+        allowed = 4 * ulp(max(true.abs().max().item(), largest), ours[name].dtype)
+        allowed += 2 * (theirs[name].double() - true).abs().max().item()
+        error = (ours[name].double() - true).abs().max().item()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N", [0, 1, 5])
+@pytest.mark.parametrize("V", [1, 7, 1003, 1025])
+def test_is_as_exact_as_torch(V, N, dtype):
+    hidden, weight, target, upstream = inputs(N, V, dtype, seed=V + N)
+    for names in UPSTREAMS:
+        some = {name: upstream[name] for name in names}
+        options = dict(inv_temperature=0.75, need_entropy="entropy" in names)
+        truth = run(linear_logprob_ref, hidden.double(), weight.double(), target, some, **options)
+        ours = run(linear_logprob, hidden, weight, target, some, **options)
+        assert_as_good(ours, run(plain, hidden, weight, target, some, **options), truth)
+        assert ("entropy" in ours) == ("entropy" in names)
+        assert {ours[name].dtype for name in names} == {torch.float32}
+        assert ours["dhidden"].dtype == ours["dweight"].dtype == dtype
+
+
+def test_bfloat16_products_are_not_rounded():
+    # bfloat16 logits of size 10 are off by up to 2^-5; the 8 bits of the inputs are no error
+    hidden, weight, target, upstream = inputs(5, 1003, torch.bfloat16)
+    truth = run(linear_logprob_ref, hidden.double(), weight.double(), target, upstream, need_entropy=True)
+    ours = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    for name in NAMES:
+        assert (ours[name].double() - truth[name]).abs().max() < 2e-5
+    for name in ("dhidden", "dweight"):
+        assert (ours[name].double() - truth[name]).norm() < 6e-3 * truth[name].norm()
+
+
+def test_definition_is_log_softmax():
+    hidden, weight, target, _ = inputs(5, 7)
+    logprobs, entropy, lse = linear_logprob_ref(hidden, weight, target, inv_temperature=0.5, need_entropy=True)
+    logits = [[sum(h * w for h, w in zip(x, y, strict=True)) / 2 for y in weight.tolist()] for x in hidden.tolist()]
+    for n, z in enumerate(logits):
+        total = sum(math.exp(v) for v in z)
+        p = [math.exp(v) / total for v in z]
+        assert lse[n].item() == pytest.approx(math.log(total), rel=1e-12)
+        assert logprobs[n].item() == pytest.approx(math.log(p[target[n]]), rel=1e-12)
+        assert entropy[n].item() == pytest.approx(-sum(q * math.log(q) for q in p), rel=1e-12)
+
+
+@pytest.mark.parametrize("function", [linear_logprob, linear_logprob_ref])
+def test_three_words_by_hand(function):
+    # logits 0, ln 2, ln 5: p = 1/8, 2/8, 5/8, lse = ln 8
+    ln2, ln5 = math.log(2), math.log(5)
+    hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[0.0], [ln2], [ln5]], dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    ours = run(function, hidden, weight, torch.tensor([2]), {"logprobs": one}, need_entropy=True)
+    assert ours["lse"].item() == pytest.approx(3 * ln2)
+    assert ours["logprobs"].item() == pytest.approx(ln5 - 3 * ln2)
+    assert ours["entropy"].item() == pytest.approx(3 * ln2 - (2 * ln2 + 5 * ln5) / 8)
+    # dz = 1[target] - p
+    assert ours["dweight"].flatten().tolist() == pytest.approx([-1 / 8, -2 / 8, 3 / 8])
+    assert ours["dhidden"].item() == pytest.approx(-2 / 8 * ln2 + 3 / 8 * ln5)
+    dlse = run(function, hidden, weight, torch.tensor([2]), {"lse": one})
+    assert dlse["dweight"].flatten().tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+    # dH = -p (log p + H)
+    dentropy = run(function, hidden, weight, torch.tensor([2]), {"entropy": one}, need_entropy=True)
+    H_, p = ours["entropy"].item(), (1 / 8, 2 / 8, 5 / 8)
+    assert dentropy["dweight"].flatten().tolist() == pytest.approx([-q * (math.log(q) + H_) for q in p])
+
+
+@pytest.mark.parametrize("need_entropy", [False, True])
+def test_gradients_are_finite_differences(need_entropy):
+    hidden, weight, target, _ = inputs(3, 7)
+
+    def outputs(h, w):
+        values = linear_logprob(h, w, target, inv_temperature=0.8, need_entropy=need_entropy)
+        return tuple(v for v in values if v is not None)
+
+    assert torch.autograd.gradcheck(outputs, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_nothing(monkeypatch, rows, dtype):
+    hidden, weight, target, upstream = inputs(5, 7, dtype)
+    whole = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * 7 + 6)  # 6 spare elements are no row
+    bounds = {1: [0, 1, 2, 3, 4], 2: [0, 2, 4], 3: [0, 3]}[rows]
+    assert [(s.start, s.stop) for s in module.chunks(hidden, weight)] == [(b, b + rows) for b in bounds]
+    cut = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    for name, value in whole.items():
+        close = 1e-6 if value.dtype == torch.float32 else 2**-7  # one rounding to bfloat16
+        torch.testing.assert_close(cut[name], value, rtol=close, atol=close)
+
+
+def test_a_row_larger_than_a_chunk_is_a_chunk(monkeypatch):
+    hidden, weight, target, _ = inputs(2, 7, torch.float32)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 3)
+    expected = linear_logprob_ref(hidden, weight, target)[0]
+    torch.testing.assert_close(linear_logprob(hidden, weight, target)[0], expected)
+
+
+class Largest(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
+    N, V, rows = 40, 64, 20
+    hidden, weight, target, upstream = inputs(N, V, torch.float32)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * V)
+    with Largest() as ours:
+        run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    with Largest() as reference:
+        run(linear_logprob_ref, hidden, weight, target, upstream, need_entropy=True)
+    assert (ours.numel, reference.numel) == (rows * V, N * V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [-120.0, 120.0])
+def test_shifted_logits(shift, dtype):
+    # one more hidden unit of 1 whose weight is the shift: exp(120) overflows float32 and exp(-120) underflows
+    hidden, weight, target, upstream = inputs(5, 1003, dtype)
+    shifted = (
+        torch.cat([hidden, torch.ones(5, 1, dtype=dtype)], 1),
+        torch.cat([weight, torch.full((1003, 1), shift, dtype=dtype)], 1),
+    )
+    upstream.pop("lse")
+    base = run(linear_logprob_ref, hidden.double(), weight.double(), target, upstream, need_entropy=True)
+    ours = run(linear_logprob, *shifted, target, upstream, need_entropy=True)
+    base["lse"] += shift
+    for name in NAMES:
+        assert (ours[name].double() - base[name]).abs().max() < 16 * ulp(120, torch.float32)
+    for name, rel in (("dhidden", 1e-5), ("dweight", 1e-5)):
+        got, want = ours[name][:, :H].double(), base[name]
+        assert (got - want).norm() < (rel if dtype == torch.float32 else 6e-3) * want.norm()
+
+
+def test_temperature():
+    hidden, weight, target, upstream = inputs(5, 7, torch.float32)
+    half = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True, inv_temperature=2.0)
+    twice = run(linear_logprob, 2 * hidden, weight, target, upstream, need_entropy=True)
+    for name in (*NAMES, "dweight"):  # powers of two are exact
+        assert torch.equal(half[name], twice[name])
+    assert torch.equal(half["dhidden"], 2 * twice["dhidden"])
+    for temperature in (0.3, 1.7):
+        options = dict(inv_temperature=1 / temperature, need_entropy=True)
+        truth = run(plain, hidden.double(), weight.double(), target, upstream, **options)
+        theirs = run(plain, hidden, weight, target, upstream, **options)
+        assert_as_good(run(linear_logprob, hidden, weight, target, upstream, **options), theirs, truth)
+
+
+def test_extreme_distributions():
+    # equal logits: entropy ln V, and its gradient is zero
+    up = {"entropy": torch.tensor([1.5])}
+    equal = run(linear_logprob, torch.ones(1, 2), torch.full((7, 2), 3.0), torch.tensor([4]), up, need_entropy=True)
+    assert equal["entropy"].item() == pytest.approx(math.log(7), rel=1e-6)
+    assert equal["logprobs"].item() == pytest.approx(-math.log(7), rel=1e-6)
+    assert equal["dhidden"].abs().max() < 1e-5  # 7 terms of size 1.5 * 3 that cancel
+    # one logit 1e4 above the rest: certain, no gradient
+    sure = run(
+        linear_logprob, torch.ones(1, 2), torch.tensor([[0.0, 0.0], [1e4, 0.0], [-1.0, 0.5]]), torch.tensor([1]),
+        {name: torch.tensor([1.5]) for name in ("logprobs", "entropy")}, need_entropy=True,
+    )  # fmt: skip
+    assert (sure["logprobs"].item(), sure["entropy"].item(), sure["lse"].item()) == (0.0, 0.0, 1e4)
+    assert not sure["dhidden"].any() and not sure["dweight"].any()
+
+
+def test_a_broken_row_stays_alone():
+    hidden, weight, target, upstream = inputs(5, 7, torch.float32)
+    good = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    hidden[2, 3] = math.nan
+    bad = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    others = torch.tensor([0, 1, 3, 4])
+    for name in (*NAMES, "dhidden"):
+        assert torch.equal(bad[name][others], good[name][others])
+        assert bad[name][2].isnan().all()
+
+
+def test_strided_and_permuted_rows():
+    hidden, weight, target, upstream = inputs(10, 7, torch.float32)
+    some = {name: up[::2] for name, up in upstream.items()}
+    packed = run(linear_logprob, hidden[::2].contiguous(), weight, target[::2].contiguous(), some, need_entropy=True)
+    logprobs, entropy, lse = linear_logprob(hidden[::2], weight, target[::2], need_entropy=True)
+    assert torch.equal(torch.stack([logprobs, entropy, lse]), torch.stack([packed[name] for name in NAMES]))
+    order = torch.tensor([3, 0, 4, 2, 1])
+    moved = run(
+        linear_logprob, hidden[::2][order], weight, target[::2][order],
+        {name: up[order] for name, up in some.items()}, need_entropy=True,
+    )  # fmt: skip
+    for name in (*NAMES, "dhidden"):
+        torch.testing.assert_close(moved[name], packed[name][order], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moved["dweight"], packed["dweight"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_grad_is_added_to_in_place(dtype):
+    hidden, weight, target, upstream = inputs(5, 7, dtype)
+    truth = run(linear_logprob_ref, hidden.double(), weight.double(), target, upstream, need_entropy=True)
+    padded = torch.cat([weight, torch.full((3, H), 9.0, dtype=dtype)]).requires_grad_()  # padding would dominate
+    buffer = torch.cat([torch.zeros(7, H), torch.full((3, H), 0.25)])
+    for times in (1, 2):
+        h = hidden.clone().requires_grad_()
+        outputs = linear_logprob(h, padded[:7], target, need_entropy=True, weight_grad=buffer[:7])
+        sum((o * up.float()).sum() for o, up in zip(outputs, upstream.values(), strict=True)).backward()
+        # float32 also for bfloat16 weights: the error of one rounding to bfloat16 is 4e-3
+        assert (buffer[:7].double() - times * truth["dweight"]).norm() < 1e-5 * truth["dweight"].norm()
+        assert (h.grad.double() - truth["dhidden"]).norm() < 6e-3 * truth["dhidden"].norm()
+    assert (buffer[7:] == 0.25).all()
+    assert padded.grad is None or not padded.grad.any()  # nothing travelled through autograd
+
+
+@pytest.mark.parametrize("bad", [7, 12, -1, -100])
+def test_target_outside_the_vocabulary_is_never_a_number(bad):
+    weight = inputs(5, 16, torch.float32)[1][:7]  # a slice of a padded head: row 12 exists in memory
+    hidden = inputs(5, 7, torch.float32)[0]
+    with pytest.raises((IndexError, RuntimeError), match=f"{bad} is out of bounds"):
+        linear_logprob(hidden, weight, torch.tensor([0, 1, bad, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": torch.ones(2, 3, 4)}, r"expects hidden \[N, H\].*got \(2, 3, 4\), \(7, 4\) and \(2,\)"),
+        ({"weight": torch.ones(7, 5)}, r"got \(2, 4\), \(7, 5\) and \(2,\)"),
+        ({"target": torch.tensor([1])}, r"got \(2, 4\), \(7, 4\) and \(1,\)"),
+        ({"target": torch.tensor([[1], [2]])}, r"and \(2, 1\)"),
+        ({"weight": torch.ones(7, 4).bfloat16()}, r"one dtype, got hidden torch.float32 and weight torch.bfloat16"),
+        ({"weight_grad": torch.ones(6, 4)}, r"weight_grad is \(6, 4\) but weight is \(7, 4\)"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, message):
+    good = {"hidden": torch.ones(2, 4), "weight": torch.ones(7, 4), "target": torch.tensor([1, 2])}
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**(good | change))
