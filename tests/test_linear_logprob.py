@@ -47,7 +47,7 @@ def ulp(value, dtype):
 
 
 def assert_as_good(ours, theirs, truth):
-    """|ours - truth| <= 2 |theirs - truth| + 4 ulp(max), max over the tensor and the log-probabilities it is made of."""
+    """|ours - truth| <= 2 |theirs - truth| + 4 ulp(max), max of the tensor and of the log-probabilities behind it."""
     largest = truth["logprobs"].abs().max().item() if len(truth["logprobs"]) else 0.0
     for name, true in truth.items():
         if true.numel() == 0:
