@@ -400,6 +400,7 @@ def test_killing_workers_changes_no_grade(verifier, moment):
         pid = verifier.workers.pids[0]
         if moment == "idle":
             os.kill(pid, signal.SIGKILL)
+            time.sleep(delay_s)  # its end is seen by the next write, or only by the read after it
             killer = None
         else:
             killer = threading.Timer(delay_s, os.kill, (pid, signal.SIGKILL))
