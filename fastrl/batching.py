@@ -14,7 +14,7 @@ def make_batch(
     groups: list[RolloutGroup], credit: Callable[[Tensor, Problem], Tensor], *, pad_id: int, max_new_tokens: int,
     device: str = "cpu",
 ) -> TrainBatch:  # fmt: skip
-    """Groups -> one batch of their completions, right-padded; credit(rewards [G], problem) -> [G] is called per group."""
+    """Groups -> one batch of their completions, right-padded; credit(rewards [G], problem) -> [G] runs per group."""
     rows = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]
     lengths = [len(prompt) + len(c.token_ids) for prompt, c in rows]
     S = max(lengths, default=1)

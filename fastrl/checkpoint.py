@@ -1,8 +1,8 @@
 """Checkpoints: directories of safetensors and JSON that are complete or not there.
 
     step-40/  config.json model.safetensors tokenizer...    a Hugging Face model folder
-              optim-rank0.safetensors                       float32 master and optimizer state of the rank's shard
-              rng-rank0.safetensors                         torch and device generators; Python's and numpy's in the JSON
+              optim-rank0.safetensors                       float32 master and optimizer state of one rank's shard
+              rng-rank0.safetensors, .json                  generators of torch and the device; of Python and numpy
               state.json                                    step, positions, counters, configuration
               MANIFEST.json                                 size and crc32 of every file
 

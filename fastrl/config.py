@@ -34,7 +34,7 @@ KNOWN_ELSEWHERE = {
 
 
 def parse(cls: type[T], argv: Sequence[str], axes: dict[str, dict[str, type]]) -> T:
-    """argv -> an instance of `cls`; axes: field name -> {member name: dataclass}. Raises ValueError on what is unknown."""
+    """argv -> an instance of `cls`; axes: field -> {member name: dataclass}. Raises ValueError on what is unknown."""
     args = list(argv)
     recipe: dict = {}
     source = "the command line"

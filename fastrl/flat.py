@@ -1,11 +1,11 @@
 """One contiguous weight buffer behind a Hugging Face model, and a gradient buffer of the same layout.
 
 A slot is one tensor as vLLM holds it. vLLM's fused tensors (qkv_proj, gate_up_proj) are row concatenations of Hugging
-Face tensors, so each of those is a contiguous row range of one slot and the model's parameters can be views.
-Optimizers and update rules see the buffers, or one rank's slice of them, as flat vectors.
+Face tensors, so each of those is a contiguous row range of one slot and the model's parameters can be views. Optimizers
+and update rules see the buffers, or one rank's slice of them, as flat vectors.
 
     offset   0          1024                   ...
-             | embed_tokens | layers.0.qkv_proj: q rows, k rows, v rows | ... |      starts at multiples of 1024 elements
+             | embed_tokens | layers.0.qkv_proj: q rows, k rows, v rows | ... |    starts at multiples of 1024 elements
 
 Padding (between slots, vocabulary rows up to a multiple of 64, the tail) is zero, gets no gradient and stays zero.
 """
@@ -67,6 +67,12 @@ def layout(shapes: dict[str, tuple[int, ...]]) -> dict[str, Slot]:
     return slots
 
 
+def buffer_elements(slots: dict[str, Slot], ranks: int) -> int:
+    """Elements of a buffer that holds the slots and divides evenly among ranks."""
+    last = list(slots.values())[-1]
+    return round_up(last.offset + last.numel, ALIGN * ranks)
+
+
 class FlatParams:
     """The buffers of one model: `weights` [P] in the model's dtype and `grads` [P], which autograd accumulates into.
 
@@ -81,8 +87,7 @@ class FlatParams:
         if wrong:
             raise ValueError(f"all parameters must share {first.dtype} on {first.device}, but not {wrong[:3]}")
         self.slots = layout({name: tuple(p.shape) for name, p in named.items()})
-        last = list(self.slots.values())[-1]
-        total = round_up(last.offset + last.numel, ALIGN * ranks)
+        total = buffer_elements(self.slots, ranks)
         self.weights = torch.zeros(total, dtype=first.dtype, device=first.device)
         self.grads = torch.zeros(total, dtype=torch.promote_types(grad_dtype, first.dtype), device=first.device)
         for slot in self.slots.values():

@@ -1,5 +1,6 @@
 """Loading a Hugging Face causal language model, and the one place where logits are shifted against labels."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,21 @@ class LoadedModel:
     tokenizer: object
     eos_ids: tuple[int, ...]  # every id that ends a completion
     path: str
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows up; it is never read, so any id will do."""
+        return self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+
+def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. Raises ValueError without CUDA."""
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device; use --device cpu")
+    return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
 
 
 def model_path(name: str) -> str:
@@ -44,6 +60,15 @@ def model_config(name: str):
         return AutoConfig.from_pretrained(model_path(name))
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {name}: {first_line(error)}") from error
+
+
+def parameter_shapes(config) -> dict[str, tuple[int, ...]]:
+    """A transformers configuration -> names and shapes of the parameters, tied ones once. Allocates nothing."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def save_model(loaded: "LoadedModel", folder: Path) -> None:

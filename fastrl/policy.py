@@ -25,8 +25,7 @@ class Policy:
         temperature: float = 1.0, grad_dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        # padding is never read, any id will do
-        self.pad_id = loaded.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self.pad_id = loaded.pad_id
         self.flat = FlatParams(loaded.model, ranks=ranks.size(), grad_dtype=grad_dtype)
         own = self.flat.weights.chunk(ranks.size())[ranks.rank()]
         self.master = own if own.dtype in (torch.float32, torch.float64) else own.float()

@@ -26,10 +26,11 @@ from fastrl.allocation.uniform import Uniform
 from fastrl.config import as_dict, exit_code, fail, parse, run_program
 from fastrl.engine.base import Sampling
 from fastrl.engine.hf import HFEngine
+from fastrl.flat import buffer_elements, layout
 from fastrl.guard import Guard
 from fastrl.log import LOGGERS, RunLog, versions, write_json
-from fastrl.memory import plan_memory
-from fastrl.model import EMBEDDED, load_model, load_tokenizer, model_config, save_model
+from fastrl.memory import MemoryPlan, plan_memory
+from fastrl.model import EMBEDDED, load_model, load_tokenizer, model_config, parameter_shapes, pick_device, save_model
 from fastrl.objectives import OBJECTIVES
 from fastrl.objectives.grpo import GRPO
 from fastrl.optim import OptimConfig
@@ -141,14 +142,8 @@ def check_combination(config: TrainConfig) -> None:
 
 def resolve(config: TrainConfig) -> tuple[str, torch.dtype, int]:
     """-> device, dtype and tokens per microbatch, with `auto` and 0 decided."""
-    device = config.device
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA device; use --device cpu")
-    on_gpu = device.startswith("cuda")
-    name = config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    return device, getattr(torch, name), config.tokens_per_microbatch or (16384 if on_gpu else 2048)
+    device, dtype = pick_device(config.device, config.dtype)
+    return device, dtype, config.tokens_per_microbatch or (16384 if device.startswith("cuda") else 2048)
 
 
 def describe(config: TrainConfig, device: str, tokens_per_microbatch: int) -> list[str]:
@@ -222,10 +217,12 @@ def build(config: TrainConfig, log: RunLog, rewards: RewardSet, stop_requested) 
     )  # fmt: skip
 
 
-def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int):
+def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int) -> MemoryPlan:
+    shapes = model_config(config.model)
     return plan_memory(
-        model_config(config.model), dtype=dtype, grad_dtype=getattr(torch, config.grad_dtype),
-        optimizer=config.optim.name, reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
+        shapes, buffer_elements=buffer_elements(layout(parameter_shapes(shapes)), ranks.size()), dtype=dtype,
+        grad_dtype=getattr(torch, config.grad_dtype), optimizer=config.optim.name,
+        reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
         tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
 

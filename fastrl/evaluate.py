@@ -1,0 +1,98 @@
+"""Score a model on problems: avg@k, pass@k and maj@k with 95 % intervals.
+
+    python -m fastrl.evaluate --model runs/default/checkpoints/step-150 --data arithmetic --k 8
+    python -m fastrl.evaluate --model DIR --data problems.jsonl --k 4 --temperature 0.6 --out scores.json
+
+avg@k is the mean reward of k completions, pass@j the unbiased chance that j of them hold a right one, maj@k whether the
+most frequent answer is right. The last line of the output is one JSON document with the whole protocol.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastrl.config import as_dict, parse, run_program
+from fastrl.engine.base import Sampling
+from fastrl.engine.hf import HFEngine
+from fastrl.log import versions, write_json
+from fastrl.metrics import evaluation_metrics
+from fastrl.model import EMBEDDED, load_model, load_tokenizer, pick_device
+from fastrl.rewards import RewardSet
+from fastrl.rollout import Rollout
+from fastrl.task import TaskConfig, default_rewards, load_task
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    model: str = EMBEDDED  # a Hugging Face model folder or name (a checkpoint is one), or `embedded`
+    data: str = "arithmetic"  # a data-set name, or a file or folder of problems
+    split: str = "test"
+    limit: int = 0  # use only the first problems; 0 = all
+    k: int = 8  # completions per problem
+    reward: tuple[str, ...] = ()  # as in training; the data set's if none
+    reward_workers: int = 2
+    task: TaskConfig = field(default_factory=TaskConfig)
+    max_new_tokens: int = 512
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    grade_truncated: bool = False
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    attention: str = "sdpa"
+    max_num_seqs: int = 512
+    out: str = ""  # write the JSON document here as well
+
+    def __post_init__(self):
+        for name in ("k", "max_num_seqs", "reward_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """Sample, grade and score; the metrics by name, and `num_problems`."""
+    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
+    device, dtype = pick_device(config.device, config.dtype)
+    with RewardSet(list(config.reward) or default_rewards(config.data), workers=config.reward_workers) as rewards:
+        tokenizer = load_tokenizer(config.model)
+        task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
+        print("\n".join(task.report), flush=True)
+        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+        engine = HFEngine(
+            loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, num_tokens=len(tokenizer),
+            max_num_seqs=config.max_num_seqs,
+        )  # fmt: skip
+        rollout = Rollout(
+            engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
+            grade_truncated=config.grade_truncated,
+        )  # fmt: skip
+        _, table = rollout.evaluate(task.problems, config.k, sampling)
+    return evaluation_metrics(table)
+
+
+def table(metrics: dict[str, float]) -> list[str]:
+    """One line per score, intervals beside it."""
+    lines = []
+    for name, value in metrics.items():
+        if f"{name}/ci95_low" in metrics:
+            low, high = metrics[f"{name}/ci95_low"], metrics[f"{name}/ci95_high"]
+            lines.append(f"{name:16} {value:7.4f}  [{low:.4f}, {high:.4f}]")
+        elif "ci95" not in name:
+            lines.append(f"{name:16} {value:7.4g}")
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    config = parse(EvaluateConfig, argv, {})
+    metrics = evaluate(config)
+    print("\n".join(table(metrics)))
+    document = {"protocol": as_dict(config), "versions": versions(), **metrics}
+    print(json.dumps(document))
+    if config.out:
+        write_json(Path(config.out), document)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,47 @@
+"""Settings of every test: threads, poisoned memory, and where the real problems lie."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before triton is imported
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--data-dir", default=str(ROOT / ".." / "shared" / "data"), help="folder of real problems")
+
+
+@pytest.fixture(scope="session")
+def data_dir(request) -> Path:
+    """The folder of real problems, or a skip that says where they were looked for."""
+    folder = Path(request.config.getoption("--data-dir")).resolve()
+    if not (folder / "gsm8k" / "test.jsonl").exists():
+        pytest.skip(f"no problem files in {folder}; --data-dir names another folder")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialized_memory():
+    """torch.empty returns NaN under deterministic mode, so code that leaves an output unwritten fails its test."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def run_fastrl(tmp_path):
+    """Start `python -m fastrl.X ...` as a user does, in a folder of the test's own -> the finished process."""
+    import subprocess
+
+    def run(module: str, *args: object, cwd: Path = tmp_path, timeout: float = 200, **environment: str):
+        return subprocess.run(
+            [sys.executable, "-m", f"fastrl.{module}", *map(str, args)], cwd=cwd, timeout=timeout, text=True,
+            capture_output=True, env={**os.environ, **environment},
+        )  # fmt: skip
+
+    return run
