@@ -15,7 +15,8 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -139,6 +140,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave every generator of this process as it was, whatever is drawn inside."""
+    tensors, others = torch_generators(), python_generators()
+    try:
+        yield
+    finally:
+        restore_generators(tensors, others)
 
 
 def torch_generators() -> dict[str, Tensor]:

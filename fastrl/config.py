@@ -116,7 +116,7 @@ def all_flags(default: object, prefix: str = "") -> list[str]:
 
 
 def expand(args: list[str], default: object) -> list[str]:
-    """Write out flags that are given by their last word."""
+    """Write out flags that are given by their last word, and put the values of a repeated list flag together."""
     flags = all_flags(default)
     expanded = []
     for arg in args:
@@ -129,8 +129,26 @@ def expand(args: list[str], default: object) -> list[str]:
             if len(full) == 1:
                 section, _, last = full[0].rpartition(".")
                 name = f"{section}.{'no-' if no else ''}{last}"
-        expanded.append(name + equals + value)
-    return expanded
+        expanded += [name, value] if equals else [name]
+    lists = {flag for flag in flags if isinstance(value_of(default, flag), tuple)}
+    merged: dict[str, list[str]] = {}
+    kept: list[str] = []
+    into = kept
+    for arg in expanded:
+        if arg.startswith("--"):
+            typed = arg.replace("_", "-")
+            into = merged.setdefault(typed, []) if typed in lists else kept
+            if into is not kept:
+                continue
+        into.append(arg)
+    return kept + [word for flag, values in merged.items() for word in (flag, *values)]
+
+
+def value_of(default: object, flag: str) -> object:
+    """What `--section.name` stands for in a configuration."""
+    for name in flag.removeprefix("--").replace("-", "_").split("."):
+        default = getattr(default, name)
+    return default
 
 
 def cli(default: T, args: list[str], source: str) -> T:
@@ -147,14 +165,22 @@ def cli(default: T, args: list[str], source: str) -> T:
     except SystemExit as exit:
         if not exit.code:
             raise
-        # tyro draws boxes; the words in them are the message
-        words = re.sub(r"[\u2500-\u257f]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
-        raise ValueError(f"{source}: {' '.join(words.split())}") from None
+        raise ValueError(f"{source}: {message(said.getvalue())}; see --help") from None
     if unknown:
         flag = unknown[0].partition("=")[0]
         hint = elsewhere(flag.lstrip("-").replace("-", "_")) or nearest(flag, all_flags(default))
         raise ValueError(f"{source}: there is no option {flag}{hint}")
     return config
+
+
+def message(said: str) -> str:
+    """tyro draws boxes with a title and a pointer to the help around its message -> the message alone."""
+    words = re.sub(r"[\u2500-\u257f]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said))
+    line = " ".join(words.split())
+    line = re.sub(r"^(Value error|Missing argument|Invalid choice|Parsing error)\s+", "", line)
+    line = re.sub(r"\s*(Argument helptext:.*)?\s*For full helptext.*$", "", line)
+    # our own checks name the flag themselves
+    return re.sub(r"^Error parsing \S+: (?=--)", "", line).rstrip(".")
 
 
 def elsewhere(name: str) -> str:

@@ -11,18 +11,21 @@ class Guard:
     """Skip a step whose gradient norm is not finite; give up after `max_in_a_row` of them.
 
     The norm is already reduced over ranks, so every rank decides the same. It is tested before clipping, because
-    clipping by a NaN norm would turn every gradient into NaN.
+    clipping by a NaN norm would turn every gradient into NaN. A norm of exactly zero means that no completion carried a
+    signal: nothing to learn, so the step is left out too, and weights, moments and decay stay as they are.
     """
 
     max_in_a_row: int = 3
-    skipped: int = field(default=0, init=False)  # over the whole run
+    skipped: int = field(default=0, init=False)  # not finite, over the whole run
     in_a_row: int = field(default=0, init=False)
+    empty: int = field(default=0, init=False)  # exactly zero, over the whole run
 
     def admit(self, grad_norm: float) -> bool:
         """Whether to take the step. Raises NumericsError when too many in a row were refused."""
         if math.isfinite(grad_norm):
             self.in_a_row = 0
-            return True
+            self.empty += grad_norm == 0
+            return grad_norm > 0
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.max_in_a_row:
@@ -33,7 +36,7 @@ class Guard:
         return False
 
     def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "empty": self.empty}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped, self.in_a_row, self.empty = state["skipped"], state["in_a_row"], state["empty"]

@@ -50,14 +50,14 @@ class Policy:
     def optimizer_step(self) -> dict[str, float]:
         """Reduce, guard, clip, step, publish. Returns grad_norm (before clipping) and skipped (0 or 1).
 
-        A gradient that is not finite leaves parameters and optimizer state untouched on every rank.
+        A gradient that is not finite, or zero everywhere, leaves parameters and optimizer state untouched on every rank.
         Raises NumericsError when the guard has seen too many of those in a row.
         """
         grad = ranks.reduce_shard(self.flat.grads)
         square = ranks.all_sum_(torch.linalg.vector_norm(grad, dtype=torch.float64).square())
         norm = square.sqrt().item()
         if not self.guard.admit(norm):
-            return {"grad_norm": norm, "skipped": 1.0}
+            return {"grad_norm": norm, "skipped": float(norm != 0)}
         limit = self.optim.max_grad_norm
         if limit and norm > limit:
             grad.mul_(limit / norm)

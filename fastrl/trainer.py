@@ -19,7 +19,7 @@ from fastrl.perf import memory_metrics
 from fastrl.policy import Policy
 from fastrl.reference import Reference
 from fastrl.rollout import Rollout
-from fastrl.types import Completion, Problem, RolloutGroup, TrainBatch
+from fastrl.types import CheckpointError, Completion, Problem, RolloutGroup, TrainBatch
 from fastrl.updates.base import UpdateRule
 
 
@@ -151,6 +151,7 @@ class Trainer:
             **self.mismatch,
             "learning_rate": self.policy.optim.lr_at(self.completed - 1, self.schedule.steps),
             "skipped_total": float(self.policy.guard.skipped),
+            "empty_total": float(self.policy.guard.empty),
             "num_rollouts": self.num_rollouts,
             "num_tokens": self.num_tokens,
             "num_backward_passes": self.num_backward_passes,
@@ -201,7 +202,8 @@ class Trainer:
         """avg@k, pass@k and maj@k of every evaluation set, into the log and onto the console."""
         for eval_set in self.eval_sets:
             start = time.perf_counter()
-            _, table = self.rollout.evaluate(eval_set.problems, eval_set.k, eval_set.sampling)
+            with checkpoint.generators_kept():  # how often a run is evaluated must not change how it trains
+                _, table = self.rollout.evaluate(eval_set.problems, eval_set.k, eval_set.sampling)
             scores = evaluation_metrics(ranks.gather_rows(table))
             prefix, k = f"eval/{eval_set.name}", eval_set.k
             values = {f"{prefix}/{name}": value for name, value in scores.items()}
@@ -246,6 +248,11 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
+        """Continue from a checkpoint. Raises CheckpointError when something is missing from it."""
+        missing = [name for name in self.state_dict() if name not in state]
+        missing += [name for name, _ in self.policy.state_tensors() if name not in tensors]
+        if missing:
+            raise CheckpointError(f"the checkpoint has no {', '.join(missing)}; use one that is complete")
         self.completed = state["step"]
         self.num_rollouts, self.num_tokens = state["num_rollouts"], state["num_tokens"]
         self.num_backward_passes = state["num_backward_passes"]

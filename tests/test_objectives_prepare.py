@@ -57,7 +57,7 @@ def test_kl_in_the_reward_of_equal_rewards_is_a_signal():
 
 def test_soft_overlong_penalty():
     # DAPO: limit 10, buffer 4: nothing up to 6, then (length - 6) / 4, and 1 for a completion that was cut off
-    lengths, cut_off = [3, 6, 7, 9, 10, 10], [False] * 5 + [True]
+    lengths, cut_off = [3, 6, 7, 9, 10, 5], [False] * 5 + [True]
     penalties = torch.tensor([0, 0, 0.25, 0.75, 1.0, 1.0])
     batch = make(lengths, [1.0, 0, 1, 1, 1, 0], [0] * 6, truncated=cut_off, max_new_tokens=10)
     objective = GRPO(overlong="penalty", overlong_buffer=4, adv_norm="none")
@@ -66,9 +66,9 @@ def test_soft_overlong_penalty():
     shaped = [1.0, 0.0, 0.75, 0.25, 0.0, -1.0]  # mean 1/6
     assert batch.credit.tolist() == pytest.approx([s - 1 / 6 for s in shaped], abs=1e-6)
     assert batch.response_mask.sum(dim=1).tolist() == lengths
-    # without a buffer it is a fifth of the limit: 2 tokens
-    fifth = GRPO(overlong="penalty").reward_penalty(batch)
-    assert fifth.tolist() == [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
+    # without a buffer it is a fifth of the limit: 4 of 20 tokens
+    fifth = make([16, 17, 19, 20], [1.0, 0.0, 0.0, 0.0], [0] * 4, max_new_tokens=20)
+    assert GRPO(overlong="penalty").reward_penalty(fifth).tolist() == [0.0, 0.25, 0.75, 1.0]
     assert GRPO(overlong="penalty").reward_penalty(make([1, 1], [1.0, 0.0], [0, 0], max_new_tokens=3)).tolist() == [
         0,
         0,
@@ -98,14 +98,15 @@ def test_shaped_rewards_are_divided_by_their_own_std():
 
 
 def test_groups_without_a_signal_leave_the_denominator():
-    rewards, group = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1, 2, 2]
-    for drop, tokens, completions in ((False, 12, 6), (True, 5, 2)):
-        batch = make([2, 3, 1, 1, 4, 1], rewards, group)
+    # 0.5 has no advantage, but its group has
+    rewards, group = [1.0, 0.5, 0.0, 1.0, 1.0, 0.0, 0.0], [0, 0, 0, 1, 1, 2, 2]
+    for drop, tokens, completions in ((False, 16, 7), (True, 9, 3)):
+        batch = make([2, 3, 4, 1, 1, 4, 1], rewards, group)
         GRPO(drop_zero_std=drop).prepare(batch)
         assert denominator(batch, "token") == tokens
         assert denominator(batch, "completion") == completions
-        assert batch.response_mask[:2].sum().item() == 5
-        assert batch.attention_mask.sum(dim=1).tolist() == [3, 4, 2, 2, 5, 2]
+        assert batch.response_mask[:3].sum().item() == 9 and batch.credit[1] == 0
+        assert batch.attention_mask.sum(dim=1).tolist() == [3, 4, 5, 2, 2, 5, 2]
 
 
 def test_cut_off_completions():

@@ -55,12 +55,12 @@ def steps(prompt: str) -> list[int]:
     return results
 
 
-def demonstration(prompt: str, error_rate: float, rng: random.Random) -> str:
-    """A worked completion; each operation is wrong with probability `error_rate`, and the rest follows from it."""
+def demonstration(prompt: str, error_rate: float, rng: random.Random) -> list[str]:
+    """The digits of a completion; each operation is wrong with probability `error_rate`, the rest follows from it."""
     value, digits = int(prompt[0]), []
     for operator, digit in zip(prompt[1:-1:2], prompt[2::2], strict=True):
         value = OPERATORS[operator](value, int(digit))
         if rng.random() < error_rate:
             value = (value + rng.randrange(1, 10)) % 10
         digits.append(str(value))
-    return " ".join(digits)
+    return digits

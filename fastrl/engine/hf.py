@@ -58,7 +58,8 @@ class HFEngine:
         hidden, mask = hidden[rows], mask[rows]
         cache.batch_select_indices(rows)
         ids = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.int64, device=self.device)
-        logprobs = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.float32, device=self.device)
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.zeros(ids.shape, dtype=precision, device=self.device)
         lengths = torch.full((len(rows),), sampling.max_new_tokens, device=self.device)
         stopped = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         at = torch.arange(len(rows), device=self.device)  # which row of the batch each running row is

@@ -1,0 +1,156 @@
+"""Seconds per stage of the default run's step, beside a plain Hugging Face loop; and seconds to the first step.
+
+    python bench/bench_step.py [--steps 20] [--out bench/results/FILE.json]
+
+The rival is what one writes first with transformers: `generate` for the completions, one padded batch, full logits,
+torch.optim.AdamW over the parameters; same model, problems, batch size and hyperparameters. Steps of both alternate.
+The last line is one JSON document. No time is printed unless fastrl's gradient of a sampled batch equals that of full
+logits.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from helpers import make_trainer
+
+from fastrl.batching import make_batch
+from fastrl.log import versions
+from fastrl.model import load_model
+from fastrl.trainer import Trainer
+
+
+class PlainLoop:
+    """GRPO with transformers and torch alone."""
+
+    def __init__(self, trainer: Trainer):
+        loaded = load_model("embedded", dtype=torch.float32, device="cpu")
+        self.model, self.tokenizer, self.trainer = loaded.model, loaded.tokenizer, trainer
+        self.tokenizer.padding_side = "left"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+
+    def step(self, plan) -> dict[str, float]:
+        start = time.perf_counter()
+        prompts = self.tokenizer.pad({"input_ids": [p.prompt_ids for p, _ in plan]}, return_tensors="pt")
+        with torch.no_grad():
+            ids = self.model.generate(
+                **prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=10,
+                num_return_sequences=8,
+            )  # fmt: skip
+        width = prompts["input_ids"].shape[1]
+        texts = self.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+        sampled = time.perf_counter()
+        answers = [p.answer for p, _ in plan for _ in range(8)]
+        rewards = torch.tensor([float(t.split()[-1:] == [a]) for t, a in zip(texts, answers, strict=True)]).view(-1, 8)
+        advantage = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)).view(-1, 1)
+        end = (ids[:, width:] == self.tokenizer.eos_token_id).int()
+        mask = end.cumsum(1) - end == 0
+        attention = torch.cat([prompts["attention_mask"].repeat_interleave(8, 0), mask.long()], dim=1)
+        loss = -(advantage * self.ratio(ids, attention, width) * mask).sum() / mask.sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        done = time.perf_counter()
+        return {"rollout": sampled - start, "update": done - sampled, "step": done - start}
+
+    def ratio(self, ids, attention, width):
+        """exp(logp - its own value): 1, with the policy gradient."""
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        logits = self.model(ids, attention_mask=attention, position_ids=positions).logits[:, width - 1 : -1]
+        logp = logits.log_softmax(-1).gather(-1, ids[:, width:, None])[..., 0]
+        return (logp - logp.detach()).exp()
+
+
+def gate(trainer: Trainer) -> float:
+    """Distance of fastrl's gradient of one sampled batch from that of full logits, relative to its norm."""
+    groups = trainer.rollout.run(trainer.allocator.take(trainer.completions_per_step), 0)
+    batch = make_batch(groups, trainer.objective.credit, pad_id=trainer.policy.pad_id, max_new_tokens=10)
+    trainer.accumulate(batch)
+    ours = trainer.policy.flat.grads.clone()
+    trainer.policy.zero_grad()
+    logits = trainer.policy.model(batch.input_ids[:, :-1]).logits
+    logp = logits.log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    mask = batch.response_mask[:, 1:]
+    (-(batch.credit[:, None] * logp)[mask].sum() / mask.sum()).backward()
+    plain = trainer.policy.flat.grads.clone()
+    trainer.policy.zero_grad()
+    return ((ours - plain).norm() / plain.norm()).item()
+
+
+def seconds_to_first_step(runs: int) -> list[float]:
+    """From starting the command to the end of the evaluation before step 1."""
+    seconds = []
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fastrl.train", "--steps", "1"], cwd=folder, stdout=subprocess.PIPE, text=True
+            )
+            for line in process.stdout:
+                if line.startswith("eval "):
+                    seconds.append(time.perf_counter() - start)
+                    break
+            process.stdout.read()
+            process.wait()
+    return seconds
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    low, median, high = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
+    return {"median_s": median, "p20_s": low, "p80_s": high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(Path(folder), "--sample-every", 0, "--rollouts-every", 0)
+        error = gate(trainer)
+        if error > 1e-4:
+            sys.exit(f"gradients differ by {error:.2e} of their norm: no timing")
+        plain = PlainLoop(trainer)
+        times: dict[str, list[float]] = {}
+        for i in range(args.steps + 2):
+            plan = trainer.allocator.take(trainer.completions_per_step)
+            start = time.perf_counter()
+            trainer.step()
+            whole = time.perf_counter() - start
+            spans = {name.removeprefix("timing_s/"): s for name, s in trainer.rollout.spans.take().items()}
+            rival = plain.step(plan)
+            if i >= 2:  # the first steps fill caches
+                for name, value in {**spans, "step": whole}.items():
+                    times.setdefault(f"fastrl {name}", []).append(value)
+                for name, value in rival.items():
+                    times.setdefault(f"plain {name}", []).append(value)
+    rows = {name: quantiles(values) for name, values in times.items()}
+    for name, row in rows.items():
+        print(f"{name:16} {row['median_s']:8.4f} s   [{row['p20_s']:.4f}, {row['p80_s']:.4f}]")
+    ratio = rows["plain step"]["median_s"] / rows["fastrl step"]["median_s"]
+    print(f"plain step / fastrl step: {ratio:.2f}")
+    starts = seconds_to_first_step(args.starts)
+    print(f"first step starts after {statistics.median(starts):.2f} s   {[round(s, 2) for s in starts]}")
+    document = {
+        "bench": "step", "device": "cpu", "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "steps": args.steps, "gradient_error": error, "rows": rows,
+        "ratio_plain_to_fastrl": ratio, "first_step_s": starts, "versions": versions(),
+    }  # fmt: skip
+    print(json.dumps(document))
+    if args.out:
+        Path(args.out).write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

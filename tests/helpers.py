@@ -1,0 +1,35 @@
+"""Building the program's own parts inside a test."""
+
+import json
+from pathlib import Path
+
+from fastrl.config import parse
+from fastrl.log import RunLog
+from fastrl.rewards import RewardSet
+from fastrl.train import AXES, EMBEDDED_RECIPE, TrainConfig, build, default_rewards
+from fastrl.trainer import Trainer
+
+TIMES = ("timing_s/", "perf/", "memory/", "step_time")
+
+
+def make_trainer(folder: Path, *args: object, stop_requested=lambda: False) -> Trainer:
+    """The trainer of `python -m fastrl.train ARGS` on the embedded task, writing into `folder`."""
+    argv = [str(EMBEDDED_RECIPE), "--out", str(folder), *map(str, args)]
+    config = parse(TrainConfig, argv, AXES)
+    log = RunLog(folder, total_steps=config.steps)
+    rewards = RewardSet(list(config.reward) or default_rewards(config.data))
+    return build(config, log, rewards, stop_requested)
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def step_records(folder: Path) -> list[dict[str, str]]:
+    """Every number of every training step as float.hex, without times and memory."""
+    return [
+        {name: float(value).hex() for name, value in row.items() if not name.startswith(TIMES)}
+        for row in rows(folder)
+        if "reward" in row
+    ]

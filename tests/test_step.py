@@ -1,0 +1,139 @@
+"""The training step: gradients do not depend on how a batch is cut, padded or spread over ranks."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import make_trainer
+
+from fastrl.batching import make_batch, select
+
+OBJECTIVES = {
+    "token": [],
+    "seq": ["--loss-agg", "seq", "--clip-high", "0.28"],
+    "const": ["--loss-agg", "const", "--adv-norm", "none"],
+    "kl": ["--kl", "0.05", "--kl-type", "k3+", "--entropy", "0.01", "--overlong", "mask"],
+    "reward_kl": ["--kl", "0.05", "--kl-in", "reward", "--drop-zero-std"],
+}
+
+
+def prepared_batch(trainer, *, noise: float = 0.05):
+    """A sampled batch whose old and reference log-probabilities differ from the policy's, so that every term counts."""
+    plan = trainer.allocator.take(trainer.completions_per_step)
+    groups = trainer.rollout.run(plan, step=0)
+    batch = make_batch(groups, trainer.objective.credit, pad_id=trainer.policy.pad_id, max_new_tokens=10)
+    for name in ("reward", "credit", "rollout_logprobs"):
+        setattr(batch, name, getattr(batch, name).double())
+    trainer.fill(batch, frozenset({"old_logprobs"}) | trainer.objective.needs(2))
+    generator = torch.Generator().manual_seed(1)
+    for name in ("old_logprobs", "ref_logprobs"):
+        values = getattr(batch, name)
+        if values is not None:
+            setattr(batch, name, values + noise * torch.randn(values.shape, generator=generator, dtype=values.dtype))
+    trainer.objective.prepare(batch)
+    return batch
+
+
+def gradient(trainer, batch, tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
+    trainer.tokens_per_microbatch = tokens
+    metrics = trainer.accumulate(batch)
+    return trainer.policy.flat.grads.clone(), metrics
+
+
+def padded(batch, extra: int):
+    """The same rows with more padding; what padding holds is poison wherever the type can hold it."""
+    out = select(batch, torch.arange(len(batch)))
+    for name in ("input_ids", "attention_mask", "response_mask", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
+        value = getattr(out, name)
+        if value is None:
+            continue
+        fill = {torch.bool: False, torch.int64: 7}.get(value.dtype, float("nan"))
+        wide = torch.cat([value, torch.full((len(value), extra), fill, dtype=value.dtype)], dim=1)
+        if value.dtype.is_floating_point:
+            wide[
+                ~out.attention_mask
+                if name == "input_ids"
+                else ~torch.nn.functional.pad(batch.attention_mask, (0, extra))
+            ] = fill
+        setattr(out, name, wide)
+    out.input_ids[~torch.nn.functional.pad(batch.attention_mask, (0, extra))] = 7
+    return out
+
+
+@pytest.mark.parametrize("settings", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_gradient_does_not_depend_on_cut_or_padding(settings, tmp_path):
+    trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4, *settings)
+    batch = prepared_batch(trainer)
+    assert len(batch.lengths().unique()) > 3  # rows of different length, or cutting would not change the padding
+    expected, metrics = gradient(trainer, batch, tokens=10**6)
+    assert expected.abs().max() > 1e-4
+
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
+    variants = {
+        "one row each": (batch, 1),
+        "a few rows": (batch, 75),
+        "other order": (select(batch, order), 60),
+        "poisoned padding": (padded(batch, 9), 10**6),
+        "poisoned padding, cut": (padded(batch, 3), 90),
+    }
+    for name, (variant, tokens) in variants.items():
+        actual, got = gradient(trainer, variant, tokens)
+        assert (actual - expected).abs().max() <= 1e-12, name
+        assert got.keys() == metrics.keys()
+        for key in metrics:
+            assert got[key] == pytest.approx(metrics[key], abs=1e-12), (name, key)
+
+
+def test_minibatches_sum_to_the_whole(tmp_path):
+    # token mean: whole gradient = sum over minibatches of (tokens_m / tokens) gradient_m
+    trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4)
+    batch = prepared_batch(trainer)
+    whole, _ = gradient(trainer, batch, 10**6)
+    from fastrl.batching import minibatches
+
+    parts = minibatches(batch, 3)
+    tokens = [part.response_mask.sum().item() for part in parts]
+    total = sum(gradient(trainer, part, 64)[0] * n / sum(tokens) for part, n in zip(parts, tokens, strict=True))
+    assert (total - whole).abs().max() <= 1e-12
+
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from helpers import make_trainer
+from fastrl import ranks
+ranks.start()
+trainer = make_trainer(Path({folder!r}) / str(ranks.rank()), "--dtype", "float64", "--problems-per-step", 6,
+                       "--group-size", 4, "--update.epochs-per-batch", 2, "--lr", 1e-3)
+history = [trainer.step() for _ in range(3)]
+if ranks.rank() == 0:
+    torch.save({{"weights": trainer.policy.flat.weights, "grad_norm": [h["grad_norm"] for h in history],
+                "reward": [h["reward"] for h in history], "loss": [h["loss"] for h in history],
+                "rollouts": trainer.num_rollouts, "tokens": trainer.num_tokens}}, {out!r})
+ranks.stop()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one(tmp_path):
+    """Three steps on 1 and on 2 processes (gloo): same rollouts, same gradients, same weights in float64."""
+    results = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.pt"
+        script = tmp_path / f"run{world}.py"
+        tests = str(__file__).rpartition("/")[0]
+        script.write_text(RANKS.format(tests=tests, folder=str(tmp_path / f"runs{world}"), out=str(out)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", script]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=None)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    assert one["rollouts"] == two["rollouts"] == 72 and one["tokens"] == two["tokens"]
+    assert one["reward"] == pytest.approx(two["reward"], abs=0)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-9)
+    assert one["loss"] == pytest.approx(two["loss"], abs=1e-9)
+    n = min(len(one["weights"]), len(two["weights"]))  # two ranks may pad the buffer further
+    assert (one["weights"][:n] - two["weights"][:n]).abs().max() <= 1e-9
+    assert not two["weights"][n:].any()
