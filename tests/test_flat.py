@@ -213,6 +213,10 @@ def test_owns():
     others = (flat.grads, flat.weights.clone(), flat.weights[flat.weights.numel() :], torch.ones(3))
     assert not any(flat.owns(tensor) for tensor in others)
     assert flat.owns(flat.weights[-1:])
+    # what lies right behind the buffer is somebody else's
+    memory = torch.zeros(flat.weights.numel() + 4)
+    flat.weights = memory[:-4]
+    assert flat.owns(memory[-5:]) and not flat.owns(memory[-4:])
 
 
 @pytest.mark.parametrize("ranks, numel", [(1, 27648), (2, 28672), (3, 27648), (4, 28672), (7, 28672), (8, 32768)])

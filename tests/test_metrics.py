@@ -60,13 +60,18 @@ def test_rollout_metrics_with_groups_of_different_size():
 
 
 def test_rollout_metrics_of_ranks_whose_group_numbers_have_gaps():
-    table = rollout_table([group((1.0, 2, "stop"), (0.0, 2, "stop")), group((0.25, 4, "stop"), (0.25, 6, "stop"))])
+    table = rollout_table(
+        [
+            group((1.0, 2, "stop"), (0.0, 2, "stop")),
+            group((0.25, 4, "stop"), (0.25, 6, "stop")),
+            group((2.0, 1, "stop"), (5.0, 1, "stop")),
+        ]
+    )
     apart = table.clone()
-    apart[2:, 0] = 7  # numbers 1..6 belong to nobody
-    assert rollout_metrics(apart) == pytest.approx(rollout_metrics(table), nan_ok=True)
-    assert rollout_metrics(table)["reward_std"] == pytest.approx(math.sqrt(0.5) / 2)
-    shuffled = rollout_metrics(table[torch.tensor([2, 0, 3, 1])])
-    assert shuffled == pytest.approx(rollout_metrics(table))
+    apart[2:, 0] = torch.tensor([7.0, 7.0, 9.0, 9.0])  # the other numbers belong to nobody
+    for same in (apart, table[torch.tensor([2, 0, 5, 3, 1, 4])]):
+        assert rollout_metrics(same) == pytest.approx(rollout_metrics(table))
+    assert rollout_metrics(table)["reward_std"] == pytest.approx((math.sqrt(0.5) + 0 + math.sqrt(4.5)) / 3)
 
 
 def test_nobody_terminated():
