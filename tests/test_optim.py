@@ -134,10 +134,10 @@ def test_three_broken_gradients_in_a_row_end_the_run(embedded):
 
 def test_guard_remembers_across_a_restart():
     guard = Guard(max_in_a_row=2)
-    assert not guard.admit(math.inf) and guard.admit(3.5) and not guard.admit(math.nan)
+    assert not guard.admit(math.inf) and guard.admit(3.5) and not guard.admit(0.0) and not guard.admit(math.nan)
     again = Guard(max_in_a_row=2)
     again.load_state_dict(guard.state_dict())
-    assert again.state_dict() == {"skipped": 2, "in_a_row": 1}
+    assert again.state_dict() == guard.state_dict() == {"skipped": 2, "in_a_row": 1, "empty": 1}
     with pytest.raises(NumericsError, match="in 2 optimizer steps"):
         again.admit(-math.inf)
 
@@ -156,10 +156,11 @@ def test_a_gradient_of_zero_is_no_step(embedded, started):
     if started:
         gradient(policy)
         policy.optimizer_step()
-    before = snapshot(policy)
+    before, version = snapshot(policy), policy.policy_version
     policy.zero_grad()
-    assert policy.optimizer_step()["grad_norm"] == 0.0
+    assert policy.optimizer_step() == {"grad_norm": 0.0, "skipped": 0.0}  # nothing was wrong with it
     assert_same(policy, before)
+    assert (policy.guard.empty, policy.guard.skipped, policy.policy_version) == (1, 0, version)
 
 
 def test_float32_master_moves_where_bfloat16_rounds_away(embedded):
