@@ -145,11 +145,16 @@ def sync(path: Path) -> None:
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """Leave every generator of this process as it was, whatever is drawn inside."""
-    tensors, others = torch_generators(), python_generators()
+    before = generators()
     try:
         yield
     finally:
-        restore_generators(tensors, others)
+        restore_generators(*before)
+
+
+def generators() -> tuple[dict[str, Tensor], dict]:
+    """States of torch's generators, and of Python's and numpy's."""
+    return torch_generators(), python_generators()
 
 
 def torch_generators() -> dict[str, Tensor]:

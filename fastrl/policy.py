@@ -50,7 +50,7 @@ class Policy:
     def optimizer_step(self) -> dict[str, float]:
         """Reduce, guard, clip, step, publish. Returns grad_norm (before clipping) and skipped (0 or 1).
 
-        A gradient that is not finite, or zero everywhere, leaves parameters and optimizer state untouched on every rank.
+        A gradient that is not finite, or zero everywhere, leaves parameters and optimizer state untouched on all ranks.
         Raises NumericsError when the guard has seen too many of those in a row.
         """
         grad = ranks.reduce_shard(self.flat.grads)

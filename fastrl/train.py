@@ -133,10 +133,11 @@ def check_combination(config: TrainConfig) -> None:
             f"{type(config.objective).__name__} compares at least {needed} completions of a problem, but "
             f"--allocation may sample {given}; raise --group-size"
         )
-    if config.minibatches > config.problems_per_step:
+    per_rank = config.problems_per_step // int(os.environ.get("WORLD_SIZE", "1"))
+    if config.minibatches > per_rank:
         raise ValueError(
             f"--minibatches {config.minibatches} cannot be cut from --problems-per-step {config.problems_per_step}; "
-            "a minibatch holds whole groups"
+            f"a minibatch holds whole groups, and a rank has {per_rank}"
         )
 
 

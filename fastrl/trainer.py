@@ -123,10 +123,8 @@ class Trainer:
             differences.append((logprobs.detach() - part.rollout_logprobs)[part.response_mask])
             for name, value in {"loss": loss.detach() * (tokens / count), **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
-        if not self.mismatch and differences:
+        if not self.mismatch:
             self.mismatch = sampling_mismatch(torch.cat(differences))
-        if not sums:
-            return {}
         totals = ranks.all_sum_(torch.stack(list(sums.values()))) / tokens
         return dict(zip(sums, totals.tolist(), strict=True))
 
@@ -165,12 +163,13 @@ class Trainer:
         if self.completed == 0:
             self.evaluate()
         while self.completed < self.schedule.steps:
-            before = self.state_dict()
+            before, generators = self.state_dict(), checkpoint.generators()
             begin = time.perf_counter()
             try:
                 self.leave_if_stopped()
                 metrics = self.step()
             except Stopped:
+                checkpoint.restore_generators(*generators)  # as if the step had not begun
                 self.save(before)
                 return "stopped"
             taken += 1

@@ -15,21 +15,17 @@ import torch
 from fastrl.data.arithmetic import Arithmetic, demonstration
 from fastrl.model import token_logprobs
 
-ERROR_RATE, STEPS, BATCH, LR = 0.2, 1200, 256, 2e-3
-END, DIGITS = "<|endoftext|>", "0123456789"
+ERROR_RATE, STEPS, BATCH, LR = 0.2, 1600, 256, 2e-3
+END = "<|endoftext|>"
 BLANK = "\u0120"  # how byte-level tokenizers write a blank
 
 
 def make_tokenizer():
-    """Qwen2's byte-level tokenizer over single characters, and one token for each blank with a digit.
-
-    A prompt is one token per character. A completion ` 8 6 9` is sampled as one token per result, and reads well.
-    """
+    """Qwen2's byte-level tokenizer over single characters, without merges."""
     from transformers import Qwen2Tokenizer
 
-    tokens = [END, *DIGITS, *"+-*=", BLANK, *(BLANK + digit for digit in DIGITS)]
-    merges = [(BLANK, digit) for digit in DIGITS]
-    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, unk_token=None)
+    tokens = [END, *"0123456789+-*=", BLANK]
+    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token=None)
 
 
 def make_model(num_tokens: int, end_id: int):
@@ -51,11 +47,7 @@ def warm_start(model, tokenizer, *, steps: int = STEPS) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         prompts = [p for p in (task.prompt(rng) for _ in range(BATCH)) if p not in held_out]
-        results = [[BLANK + digit for digit in demonstration(p, ERROR_RATE, rng)] for p in prompts]
-        rows = [
-            (tokenizer.encode(p), tokenizer.convert_tokens_to_ids(r) + [end])
-            for p, r in zip(prompts, results, strict=True)
-        ]
+        rows = [(tokenizer.encode(p), tokenizer.encode(demonstration(p, ERROR_RATE, rng)) + [end]) for p in prompts]
         width = max(len(p) + len(c) for p, c in rows)
         ids = torch.tensor([[*p, *c] + [end] * (width - len(p) - len(c)) for p, c in rows])
         column = torch.arange(width)

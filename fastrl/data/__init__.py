@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 DATASETS: dict[str, Dataset] = {
-    "arithmetic": Generated(source=Arithmetic(), default_reward="exact"),
+    "arithmetic": Generated(source=Arithmetic(), default_reward="last_character"),
     "gsm8k": GSM8K,
     "math": MATH,
     "math500": MATH500,

@@ -1,6 +1,6 @@
 """The embedded task: chains of one-digit operations, evaluated from left to right modulo 10.
 
-    3+5*2-7=  ->  8 6 9        3+5 = 8, 8*2 = 16 -> 6, 6-7 = -1 -> 9; the answer is the last digit
+    3+5*2-7=  ->  869        3+5 = 8, 8*2 = 16 -> 6, 6-7 = -1 -> 9; the answer is the last digit
 
 A completion writes one digit per operation, so a chain of n operations needs n right digits in a row and success falls
 with n. Problems and demonstrations are functions of (seed, split, index) alone.
@@ -55,12 +55,12 @@ def steps(prompt: str) -> list[int]:
     return results
 
 
-def demonstration(prompt: str, error_rate: float, rng: random.Random) -> list[str]:
-    """The digits of a completion; each operation is wrong with probability `error_rate`, the rest follows from it."""
+def demonstration(prompt: str, error_rate: float, rng: random.Random) -> str:
+    """A worked completion; each operation is wrong with probability `error_rate`, and the rest follows from it."""
     value, digits = int(prompt[0]), []
     for operator, digit in zip(prompt[1:-1:2], prompt[2::2], strict=True):
         value = OPERATORS[operator](value, int(digit))
         if rng.random() < error_rate:
             value = (value + rng.randrange(1, 10)) % 10
         digits.append(str(value))
-    return digits
+    return "".join(digits)

@@ -12,13 +12,13 @@ from difflib import get_close_matches
 from math import isfinite, nan
 
 from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
-from fastrl.rewards.exact import Exact
+from fastrl.rewards.exact import Exact, LastCharacter
 from fastrl.rewards.math import Math
 from fastrl.rewards.user import UserReward, load_function
 
-__all__ = ["VERIFIERS", "Exact", "Grade", "Math", "RewardSet", "Scores", "Verifier", "grade"]
+__all__ = ["VERIFIERS", "Exact", "Grade", "LastCharacter", "Math", "RewardSet", "Scores", "Verifier", "grade"]
 
-VERIFIERS = {"exact": Exact, "math": Math}
+VERIFIERS = {"exact": Exact, "last_character": LastCharacter, "math": Math}
 
 
 def grade(texts: list[str], answers: list[str], *, verifier: str = "math") -> list[float]:

@@ -71,4 +71,16 @@ class Exact(Verifier):
         return f"#### {answer}"
 
 
+class LastCharacter(Exact):
+    """The answer is the last character of the text: for tasks whose results are single characters, such as `869`."""
+
+    name = "last_character"
+
+    def extract(self, completion: str) -> str | None:
+        return completion.rstrip()[-1:] or None
+
+    def as_completion(self, answer: str) -> str:
+        return answer
+
+
 GRADES = {status: Grade.of(status) for status in ("right", "wrong", "no_box")}

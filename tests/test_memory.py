@@ -1,0 +1,38 @@
+"""The memory plan against the tensors that a run allocates."""
+
+import pytest
+import torch
+from helpers import make_trainer
+from transformers import AutoConfig
+
+from fastrl.flat import buffer_elements, layout
+from fastrl.memory import plan_memory
+from fastrl.model import model_path, parameter_shapes
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_bytes_are_the_allocated_ones(optimizer, dtype, tmp_path):
+    args = ["--optim.name", optimizer, "--dtype", dtype, "--kl", "0.01", "--problems-per-step", 4, "--eval-limit", 4]
+    trainer = make_trainer(tmp_path, *args)
+    while not trainer.policy.guard.skipped and not trainer.policy.optimizer.state:
+        trainer.step()  # the state appears with the first step that is taken
+    config = AutoConfig.from_pretrained(model_path("embedded"))
+    plan = plan_memory(
+        config, buffer_elements=buffer_elements(layout(parameter_shapes(config)), 1), dtype=getattr(torch, dtype),
+        grad_dtype=torch.float32, optimizer=optimizer, reference=True, tokens_per_microbatch=1, checkpointing=False,
+        ranks=1,
+    )  # fmt: skip
+
+    def size(tensor):
+        return tensor.numel() * tensor.element_size()
+
+    flat, state = trainer.policy.flat, dict(trainer.policy.state_tensors())
+    own_master = trainer.policy.master.data_ptr() != flat.weights.data_ptr()
+    assert plan.parts["weights"] == size(flat.weights) and plan.parts["gradients"] == size(flat.grads)
+    assert plan.parts["master"] == (size(trainer.policy.master) if own_master else 0)
+    moments = sum(size(t) for name, t in state.items() if name.startswith("optimizer."))
+    assert plan.parts["optimizer"] == pytest.approx(moments, rel=0.01)
+    reference = sum(size(p) for p in trainer.reference.model.parameters())
+    assert plan.parts["reference"] == pytest.approx(reference, rel=0.01)
+    assert trainer.policy.optimizer.param_groups[0]["params"][0].data_ptr() == trainer.policy.master.data_ptr()
