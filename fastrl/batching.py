@@ -18,7 +18,9 @@ def make_batch(
     rows = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]
     lengths = [len(prompt) + len(c.token_ids) for prompt, c in rows]
     S = max(lengths, default=1)
-    ids = torch.tensor([[*p, *c.token_ids] + [pad_id] * (S - n) for (p, c), n in zip(rows, lengths, strict=True)])
+    ids = torch.tensor(
+        [[*p, *c.token_ids] + [pad_id] * (S - n) for (p, c), n in zip(rows, lengths, strict=True)], dtype=torch.int64
+    )
     rollout = torch.tensor(
         [[0.0] * len(p) + c.rollout_logprobs + [0.0] * (S - n) for (p, c), n in zip(rows, lengths, strict=True)]
     )

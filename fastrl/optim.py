@@ -58,7 +58,7 @@ def make_optimizer(config: OptimConfig, shard: Tensor) -> torch.optim.Optimizer:
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state over its one shard, as named tensors; scalars become one-element tensors."""
-    state = optimizer.state_dict()["state"].get(0, {})
+    state = optimizer.state.get(optimizer.param_groups[0]["params"][0], {})
     return {
         name: value.detach() if isinstance(value, Tensor) else torch.tensor([value])
         for name, value in state.items()

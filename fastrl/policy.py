@@ -51,7 +51,7 @@ class Policy:
         """Reduce, guard, clip, step, publish. Returns grad_norm (before clipping) and skipped (0 or 1).
 
         A gradient that is not finite, or zero everywhere, leaves parameters and optimizer state untouched on all ranks.
-        Raises NumericsError when the guard has seen too many of those in a row.
+        Raises NumericsError when the guard has seen too many that are not finite in a row.
         """
         grad = ranks.reduce_shard(self.flat.grads)
         square = ranks.all_sum_(torch.linalg.vector_norm(grad, dtype=torch.float64).square())

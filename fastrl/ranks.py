@@ -15,6 +15,7 @@ def start() -> None:
 
 def stop() -> None:
     if dist.is_initialized():
+        dist.barrier()  # a rank that leaves early can abort the others' last collective
         dist.destroy_process_group()
 
 
@@ -51,7 +52,7 @@ def reduce_shard(full: Tensor) -> Tensor:
         dist.all_reduce(full)
         return full.chunk(size())[rank()]
     shard = torch.empty(full.numel() // size(), dtype=full.dtype, device=full.device)
-    dist.reduce_scatter_tensor(shard, full)
+    dist.reduce_scatter(shard, list(full.chunk(size())))
     return shard
 
 
@@ -59,7 +60,7 @@ def gather_shards(full: Tensor) -> None:
     """Fill `full` [P] on every rank from the slices that each rank has written into its own part."""
     if size() > 1:
         own = full.chunk(size())[rank()].clone()
-        dist.all_gather_into_tensor(full, own)
+        dist.all_gather(list(full.chunk(size())), own)
 
 
 def barrier() -> None:

@@ -28,7 +28,8 @@ def linear_logprob_ref(
     logits = hidden.to(dtype) @ weight.to(dtype).T * inv_temperature
     lse = logits.logsumexp(dim=-1)
     logprobs = logits.gather(-1, target[:, None]).squeeze(-1) - lse
-    entropy = lse - (logits.softmax(dim=-1) * logits).sum(dim=-1) if need_entropy else None
+    logp = logits.log_softmax(dim=-1)
+    entropy = -(logp.exp() * logp).sum(dim=-1) if need_entropy else None
     return logprobs, entropy, lse
 
 
@@ -43,8 +44,8 @@ class LinearLogprob(torch.autograd.Function):
             torch.logsumexp(logits, dim=-1, out=lse[rows])
             logprobs[rows] = logits.gather(-1, target[rows, None]).squeeze(-1) - lse[rows]
             if need_entropy:
-                probs = (logits - lse[rows, None]).exp_()
-                entropy[rows] = lse[rows] - probs.mul_(logits).sum(dim=-1)
+                logp = logits.sub_(lse[rows, None])
+                entropy[rows] = logp.exp().mul_(logp).sum(dim=-1).neg_()
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
         ctx.inv_temperature, ctx.weight_grad = inv_temperature, weight_grad
         return logprobs, entropy, lse
@@ -53,8 +54,9 @@ class LinearLogprob(torch.autograd.Function):
     def backward(ctx, dlogprobs, dentropy, dlse):
         hidden, weight, target, lse, entropy = ctx.saved_tensors
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = ctx.weight_grad
-        if dweight is None and ctx.needs_input_grad[1]:
+        into = dweight = ctx.weight_grad
+        # chunks add up in full precision, also into a bfloat16 buffer
+        if into.dtype != lse.dtype if into is not None else ctx.needs_input_grad[1]:
             dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
         for rows in chunks(hidden, weight):
             logits = chunk_logits(hidden[rows], weight, ctx.inv_temperature)
@@ -72,8 +74,12 @@ class LinearLogprob(torch.autograd.Function):
                 dhidden[rows] = dz.to(weight.dtype) @ weight
             if dweight is not None:
                 dweight.addmm_(dz.T, hidden[rows].to(dz.dtype))
-        returned = dweight.to(weight.dtype) if ctx.weight_grad is None and dweight is not None else None
-        return dhidden, returned, None, None, None, None
+        if dweight is None or dweight is into:
+            return dhidden, None, None, None, None, None
+        if into is not None:
+            into += dweight
+            return dhidden, None, None, None, None, None
+        return dhidden, dweight.to(weight.dtype), None, None, None, None
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

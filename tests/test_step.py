@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import make_trainer
 
-from fastrl.batching import make_batch, select
+from fastrl.batching import make_batch, minibatches, select
 
 OBJECTIVES = {
     "token": [],
@@ -86,16 +86,15 @@ def test_gradient_does_not_depend_on_cut_or_padding(settings, tmp_path):
 
 
 def test_minibatches_sum_to_the_whole(tmp_path):
-    # token mean: whole gradient = sum over minibatches of (tokens_m / tokens) gradient_m
+    # token mean: whole gradient = sum over minibatches of (tokens_m / tokens) gradient_m. Not to 1e-12: the model's
+    # RMSNorm works in float32, so a gradient scaled by another denominator is rounded in another place
     trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4)
     batch = prepared_batch(trainer)
     whole, _ = gradient(trainer, batch, 10**6)
-    from fastrl.batching import minibatches
-
     parts = minibatches(batch, 3)
     tokens = [part.response_mask.sum().item() for part in parts]
     total = sum(gradient(trainer, part, 64)[0] * n / sum(tokens) for part, n in zip(parts, tokens, strict=True))
-    assert (total - whole).abs().max() <= 1e-12
+    assert (total - whole).abs().max() <= 1e-6 * whole.abs().max()
 
 
 RANKS = """

@@ -49,7 +49,7 @@ class GRPO:
         for name in ("kl", "entropy", "overlong_buffer"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--objective.{name.replace('_', '-')} must be >= 0, got {getattr(self, name)}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
+        if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
 
     @property
@@ -69,6 +69,7 @@ class GRPO:
         return centered / (rewards.std() + self.std_eps) if self.adv_norm == "group" else centered
 
     def prepare(self, batch: TrainBatch) -> None:
+        shaped = batch.reward
         penalty = self.reward_penalty(batch)
         if penalty is not None:
             shaped = batch.reward - penalty.to(batch.reward.dtype)
@@ -77,7 +78,7 @@ class GRPO:
                 batch.credit[rows] = self.credit(shaped[rows])
         if self.adv_norm == "batch":
             n, total, squares = ranks.all_sum_(
-                torch.stack([torch.ones_like(batch.reward), batch.reward, batch.reward.square()]).double().sum(dim=1)
+                torch.stack([torch.ones_like(shaped), shaped, shaped.square()]).double().sum(dim=1)
             )
             variance = (squares - total.square() / n).clamp(min=0) / (n - 1).clamp(min=1)
             batch.credit /= variance.sqrt().to(batch.credit.dtype) + self.std_eps
