@@ -22,10 +22,10 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config, *, buffer_elements: int, dtype: torch.dtype, grad_dtype: torch.dtype, optimizer: str, reference: bool,
-    tokens_per_microbatch: int, checkpointing: bool, ranks: int,
+    config, *, num_parameters: int, buffer_elements: int, dtype: torch.dtype, grad_dtype: torch.dtype, optimizer: str,
+    reference: bool, tokens_per_microbatch: int, checkpointing: bool, ranks: int,
 ) -> MemoryPlan:  # fmt: skip
-    """A transformers configuration and the flat buffer's size -> bytes of the parts.
+    """A transformers configuration, its parameters and the flat buffer's elements -> bytes of the parts.
 
     All but the activations are sizes of the tensors that the run allocates (8-bit states: one byte and a 32-bit scale
     per 256 elements for each of two moments). Activations are an estimate: one residual per checkpointed layer, or
@@ -45,7 +45,7 @@ def plan_memory(
             "gradients": buffer_elements * torch.promote_types(grad_dtype, dtype).itemsize,
             "master": 0 if own_master else shard * 4,
             "optimizer": 2 * 4 * shard if optimizer == "adamw" else 2 * (shard + 4 * math.ceil(shard / 256)),
-            "reference": buffer_elements * size if reference else 0,
+            "reference": num_parameters * size if reference else 0,
             "activations": tokens_per_microbatch * per_token,
         },
     )

@@ -10,6 +10,7 @@ The run folder is runs/NAME. Exit codes: 0 done, 2 configuration, 3 data, 4 nume
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -219,9 +220,11 @@ def build(config: TrainConfig, log: RunLog, rewards: RewardSet, stop_requested) 
 
 
 def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int) -> MemoryPlan:
-    shapes = model_config(config.model)
+    architecture = model_config(config.model)
+    shapes = parameter_shapes(architecture)
     return plan_memory(
-        shapes, buffer_elements=buffer_elements(layout(parameter_shapes(shapes)), ranks.size()), dtype=dtype,
+        architecture, num_parameters=sum(map(math.prod, shapes.values())),
+        buffer_elements=buffer_elements(layout(shapes), ranks.size()), dtype=dtype,
         grad_dtype=getattr(torch, config.grad_dtype), optimizer=config.optim.name,
         reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
         tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.gradient_checkpointing,

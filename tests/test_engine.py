@@ -45,7 +45,9 @@ def test_reported_logprobs_are_those_of_the_trainer_at_the_sampling_temperature(
                     expected, _ = token_logprobs(
                         loaded.model, row, mask, inv_temperature=1 / temperature, num_tokens=len(loaded.tokenizer)
                     )
-                assert torch.allclose(expected[mask], torch.tensor(c.rollout_logprobs).double(), atol=1e-9, rtol=0)
+                assert torch.allclose(
+                    expected[mask], torch.tensor(c.rollout_logprobs, dtype=torch.float64), atol=2e-6, rtol=0
+                )
 
 
 def test_a_completion_depends_on_its_own_prompt_and_seed_only(loaded, prompts):
@@ -79,10 +81,10 @@ def test_greedy_equals_generate_of_transformers(loaded, prompts):
 
 
 def test_tokens_beyond_the_tokenizer_are_never_sampled(loaded, prompts):
-    few = HFEngine(loaded.model, eos_ids=(0,), pad_id=0, num_tokens=20)
+    few = HFEngine(loaded.model, eos_ids=(0,), pad_id=0, num_tokens=12)
     groups = few.sample(requests(prompts), Sampling(temperature=50.0, max_new_tokens=10))
     sampled = {t for group in groups for c in group for t in c.token_ids}
-    assert max(sampled) == 19 and len(sampled) > 15
+    assert max(sampled) == 11 and len(sampled) == 12
 
 
 def test_uniform_is_splitmix64():

@@ -1,5 +1,7 @@
 """The memory plan against the tensors that a run allocates."""
 
+import math
+
 import pytest
 import torch
 from helpers import make_trainer
@@ -18,8 +20,11 @@ def test_planned_bytes_are_the_allocated_ones(optimizer, dtype, tmp_path):
     while not trainer.policy.guard.skipped and not trainer.policy.optimizer.state:
         trainer.step()  # the state appears with the first step that is taken
     config = AutoConfig.from_pretrained(model_path("embedded"))
+    shapes = parameter_shapes(config)
+    slots = layout(shapes)
     plan = plan_memory(
-        config, buffer_elements=buffer_elements(layout(parameter_shapes(config)), 1), dtype=getattr(torch, dtype),
+        config, num_parameters=sum(map(math.prod, shapes.values())),
+        buffer_elements=buffer_elements(slots, 1), dtype=getattr(torch, dtype),
         grad_dtype=torch.float32, optimizer=optimizer, reference=True, tokens_per_microbatch=1, checkpointing=False,
         ranks=1,
     )  # fmt: skip
