@@ -157,6 +157,15 @@ def generators() -> tuple[dict[str, Tensor], dict]:
     return torch_generators(), python_generators()
 
 
+def seed_generators(seed: int) -> None:
+    """Seed torch, Python and numpy; nothing of ours draws from them, but reward functions may."""
+    import numpy
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
 def torch_generators() -> dict[str, Tensor]:
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():

@@ -318,6 +318,7 @@ def main(argv: list[str]) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     ranks.start()
+    checkpoint.seed_generators(config.seed + ranks.rank())
     quiet = ranks.rank() > 0
     if not quiet and not config.resume:
         fresh_folder(config.folder)

@@ -240,6 +240,8 @@ class Trainer:
             "num_tokens": self.num_tokens,
             "num_backward_passes": self.num_backward_passes,
             "policy_version": self.policy.policy_version,
+            "engine_policy_version": self.rollout.engine.policy_version,
+            "tensors": [name for name, _ in self.policy.state_tensors()],
             "allocator": self.allocator.state_dict(),
             "update": self.update.state_dict(),
             "guard": self.policy.guard.state_dict(),
@@ -249,7 +251,7 @@ class Trainer:
     def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         """Continue from a checkpoint. Raises CheckpointError when something is missing from it."""
         missing = [name for name in self.state_dict() if name not in state]
-        missing += [name for name, _ in self.policy.state_tensors() if name not in tensors]
+        missing += [name for name in state.get("tensors", ()) if name not in tensors]
         if missing:
             raise CheckpointError(f"the checkpoint has no {', '.join(missing)}; use one that is complete")
         self.completed = state["step"]
@@ -259,7 +261,8 @@ class Trainer:
         self.update.load_state_dict(state["update"])
         self.policy.guard.load_state_dict(state["guard"])
         self.policy.load_state_tensors(tensors)
-        self.policy.policy_version = self.rollout.engine.policy_version = state["policy_version"]
+        self.policy.policy_version = state["policy_version"]
+        self.rollout.engine.policy_version = state["engine_policy_version"]
         self.log.rewind(self.completed)
 
 

@@ -55,4 +55,5 @@ def test_evaluation_on_real_sets(name, run_fastrl, random_model, data_dir):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     scores = json.loads(done.stdout.splitlines()[-1])
-    assert scores["num_problems"] == 20 and scores["avg@2"] == 0 and scores["avg@2/ci95_high"] > 0.05
+    assert 18 <= scores["num_problems"] <= 20  # some golds of Minerva cannot be read, and are listed
+    assert scores["avg@2"] == 0 and scores["avg@2/ci95_high"] > 0.05
