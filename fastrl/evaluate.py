@@ -1,6 +1,6 @@
 """Score a model on problems: avg@k, pass@k and maj@k with 95 % intervals.
 
-    python -m fastrl.evaluate --model runs/default/checkpoints/step-150 --data arithmetic --k 8
+    python -m fastrl.evaluate --model runs/default/checkpoints/step-200 --data arithmetic --k 8
     python -m fastrl.evaluate --model DIR --data problems.jsonl --k 4 --temperature 0.6 --out scores.json
 
 avg@k is the mean reward of k completions, pass@j the unbiased chance that j of them hold a right one, maj@k whether the
