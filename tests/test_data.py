@@ -301,7 +301,7 @@ def test_several_mappings_are_reported_with_counts():
 def test_every_named_data_set_offers_the_same_fields():
     for name, dataset in DATASETS.items():
         assert dataset.name == name and find_dataset(name) is dataset
-        assert dataset.default_reward == ("exact" if name == "arithmetic" else "math")
+        assert dataset.default_reward == ("last_character" if name == "arithmetic" else "math")
         assert ("\\boxed{}" in dataset.default_instruction) == (name != "arithmetic")
 
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 
 import fastrl.rewards
-from fastrl.rewards import Exact, Math, RewardSet, grade, split_weight, stands_in
+from fastrl.rewards import Exact, LastCharacter, Math, RewardSet, grade, split_weight, stands_in
 from fastrl.rewards.exact import number
 from fastrl.rewards.literal import clean, literal
 from fastrl.rewards.math import last_box
@@ -483,8 +483,16 @@ def test_a_spec_that_cannot_be_used(spec, message):
         RewardSet([spec])
 
 
+def test_last_character_reads_the_result_of_single_character_steps():
+    texts = ["869", "869 \n", "9", "896", "", "  "]
+    assert grade(texts, ["9"] * 6, verifier="last_character") == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    with LastCharacter() as verifier:
+        assert [verifier.vote_key(text) for text in ("869", "8 ", "")] == ["9", "8", None]
+        assert [g.status for g in verifier.check_golds(["9", "42"])] == ["right", "wrong"]
+
+
 def test_a_reward_set_refuses_nothing_and_duplicates():
-    with pytest.raises(ValueError, match=r"got none; expected one of exact, math or file\.py:function"):
+    with pytest.raises(ValueError, match=r"got none; expected one of exact, last_character, math or file\.py:function"):
         RewardSet([])
     with pytest.raises(ValueError, match=r"a second reward named 'exact'"):
         RewardSet(["exact", "exact:0.5"])
