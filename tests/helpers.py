@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
+from fastrl.build import AXES, EMBEDDED_RECIPE, TrainConfig, build, open_rewards
 from fastrl.config import parse
 from fastrl.log import RunLog
-from fastrl.rewards import RewardSet
-from fastrl.train import AXES, EMBEDDED_RECIPE, TrainConfig, build, default_rewards
 from fastrl.trainer import Trainer
 
 TIMES = ("timing_s/", "perf/", "memory/", "step_time")
@@ -17,8 +16,7 @@ def make_trainer(folder: Path, *args: object, stop_requested=lambda: False) -> T
     argv = [str(EMBEDDED_RECIPE), "--out", str(folder), *map(str, args)]
     config = parse(TrainConfig, argv, AXES)
     log = RunLog(folder, total_steps=config.steps)
-    rewards = RewardSet(list(config.reward) or default_rewards(config.data))
-    return build(config, log, rewards, stop_requested)
+    return build(config, log, open_rewards(config), stop_requested)
 
 
 def rows(folder: Path) -> list[dict]:

@@ -12,6 +12,7 @@ LAYERS = [
     ["objectives", "updates", "allocation"],
     ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task"],
     ["trainer"],
+    ["build"],
     ["train", "profile", "evaluate", "plan", "compare", "report", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -13,6 +13,8 @@ from helpers import make_trainer, rows, step_records
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
+from fastrl.build import AXES, EMBEDDED_RECIPE, TrainConfig
+from fastrl.config import parse
 from fastrl.train import resume
 from fastrl.types import CheckpointError
 
@@ -155,9 +157,6 @@ def continued(short, folder, workplace, monkeypatch, item=None) -> list[dict]:
 
 
 def trainer_config(folder):
-    from fastrl.config import parse
-    from fastrl.train import AXES, EMBEDDED_RECIPE, TrainConfig
-
     return parse(TrainConfig, [str(EMBEDDED_RECIPE), "--out", str(folder), *map(str, SMALL)], AXES)
 
 

@@ -1,0 +1,229 @@
+"""From a configuration to a trainer: what a run is made of, which combinations are refused, and how it is put together."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastrl import __version__, ranks
+from fastrl.allocation import ALLOCATORS
+from fastrl.allocation.uniform import Uniform
+from fastrl.config import as_dict
+from fastrl.engine.base import Sampling
+from fastrl.engine.hf import HFEngine
+from fastrl.flat import buffer_elements, layout
+from fastrl.guard import Guard
+from fastrl.log import LOGGERS, RunLog
+from fastrl.memory import MemoryPlan, plan_memory
+from fastrl.model import (
+    EMBEDDED,
+    load_model,
+    load_tokenizer,
+    model_config,
+    parameter_shapes,
+    pick_device,
+    save_model,
+)
+from fastrl.objectives import OBJECTIVES
+from fastrl.objectives.grpo import GRPO
+from fastrl.optim import OptimConfig
+from fastrl.policy import Policy
+from fastrl.reference import Reference
+from fastrl.rewards import RewardSet
+from fastrl.rollout import Rollout
+from fastrl.task import TaskConfig, default_rewards, load_task
+from fastrl.trainer import EvalSet, Schedule, Trainer
+from fastrl.updates import UPDATES
+from fastrl.updates.single import Single
+
+AXES = {"objective": OBJECTIVES, "update": UPDATES, "allocation": ALLOCATORS}
+EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.toml"  # the run of a command without a model
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A run. `--objective`, `--update` and `--allocation` name the member of each axis."""
+
+    model: str = EMBEDDED  # a Hugging Face model folder or name, or `embedded`
+    data: str = "gsm8k"  # a data-set name, or a file or folder of problems
+    split: str = "train"
+    limit: int = 0  # use only the first problems; 0 = all
+    reward: tuple[
+        str, ...
+    ] = ()  # exact, math or file.py:function, each with an optional :weight; the data set's if none
+    reward_workers: int = 2  # processes that grade
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+    objective: GRPO = field(default_factory=GRPO)
+    update: Single = field(default_factory=Single)
+    allocation: Uniform = field(default_factory=Uniform)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    problems_per_step: int = 32
+    minibatches: int = 1  # optimizer steps per pass over a step's completions
+    tokens_per_microbatch: int = 0  # padded tokens per forward and backward; 0 = 2048 on a CPU, 16384 on a GPU
+    max_new_tokens: int = 512  # a completion is cut off there
+    temperature: float = 1.0
+    grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
+
+    steps: int = 200
+    max_minutes: float = 0.0  # stop, save and evaluate after this long; 0 = no limit
+    eval: tuple[str, ...] = ()  # data sets to evaluate before, after and every eval_every steps
+    eval_k: int = 8  # completions per evaluation problem
+    eval_every: int = 0
+    eval_limit: int = 0  # use only the first problems of each; 0 = all
+    save_every: int = 0  # steps between checkpoints; one is always written at the end
+    keep: int = 2  # newest checkpoints to keep, at least 2
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    attention: str = "sdpa"  # transformers' attn_implementation
+    max_num_seqs: int = 512  # completions the engine decodes together
+    threads: int = 0  # CPU threads of torch; 0 = its own choice
+
+    name: str = "default"
+    out: str = ""  # run folder; runs/NAME if empty
+    seed: int = 0
+    log: tuple[str, ...] = ()  # tensorboard, wandb; metrics.jsonl is always written
+    sample_every: int = 25  # steps between sample completions on the console; 0 = never
+    rollouts_every: int = 25  # steps between rollouts/step_N.jsonl files; 0 = never
+    resume: str = ""  # auto: the newest checkpoint of the run folder; or a checkpoint folder
+    allow_change: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
+    dry_run: bool = False  # print the resolved configuration and the plan, then stop
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/{self.name}")
+
+    def __post_init__(self):
+        for name in ("problems_per_step", "minibatches", "steps", "eval_k", "max_num_seqs", "reward_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", self.name) or set(self.name) == {"."}:
+            raise ValueError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', got {self.name!r}")
+        if not 0 < self.temperature <= 100:
+            raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
+        unknown = set(self.log) - set(LOGGERS)
+        if unknown:
+            raise ValueError(
+                f"--log {unknown.pop()}: there is {' and '.join(LOGGERS)}; metrics.jsonl is always written"
+            )
+
+
+def check_combination(config: TrainConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    needed, given = config.objective.min_group_size, config.allocation.min_group_size
+    if given < needed:
+        raise ValueError(
+            f"{type(config.objective).__name__} compares at least {needed} completions of a problem, but "
+            f"--allocation may sample {given}; raise --group-size"
+        )
+    per_rank = config.problems_per_step // int(os.environ.get("WORLD_SIZE", "1"))
+    if config.minibatches > per_rank:
+        raise ValueError(
+            f"--minibatches {config.minibatches} cannot be cut from --problems-per-step {config.problems_per_step}; "
+            f"a minibatch holds whole groups, and a rank has {per_rank}"
+        )
+
+
+def resolve(config: TrainConfig) -> tuple[str, torch.dtype, int]:
+    """-> device, dtype and tokens per microbatch, with `auto` and 0 decided."""
+    device, dtype = pick_device(config.device, config.dtype)
+    return device, dtype, config.tokens_per_microbatch or (16384 if device.startswith("cuda") else 2048)
+
+
+def describe(config: TrainConfig, device: str, tokens_per_microbatch: int) -> list[str]:
+    """The lines that say what will be trained and how, every constant in force among them."""
+
+    def settings(member: object) -> str:
+        return " ".join(f"{k}={v}" for k, v in as_dict(member).items())
+
+    budget = config.allocation.budget(config.problems_per_step)
+    name = {
+        axis: next(n for n, cls in members.items() if type(getattr(config, axis)) is cls)
+        for axis, members in AXES.items()
+    }
+    return [
+        f"fastrl {__version__}  device={device}  model={config.model}  data={config.data}  seed={config.seed}",
+        f"objective: {name['objective']}  {settings(config.objective)}",
+        f"update: {name['update']} {settings(config.update)}   allocation: {name['allocation']} "
+        f"{settings(config.allocation)}   optim: {settings(config.optim)}",
+        f"batch: {config.problems_per_step} problems, {budget} completions -> {config.minibatches} minibatches "
+        f"-> microbatches of <= {tokens_per_microbatch} tokens; {config.steps} steps",
+    ]
+
+
+def open_rewards(config: TrainConfig) -> RewardSet:
+    """The verifiers and reward functions of a run. Raises ValueError on a spec that cannot be used."""
+    return RewardSet(list(config.reward) or default_rewards(config.data), workers=config.reward_workers)
+
+
+def build(
+    config: TrainConfig, log: RunLog, rewards: RewardSet, stop_requested: Callable[[], bool] = lambda: False
+) -> Trainer:
+    """Load the data, then the model, and put the parts together."""
+    device, dtype, tokens = resolve(config)
+    tokenizer = load_tokenizer(config.model)
+    task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
+    evals = [load_task(e, "test", config.task, tokenizer, rewards, config.eval_limit) for e in config.eval]
+    for line in [*task.report, *(line for e in evals for line in e.report)]:
+        log.say(line)
+    log.say(f"memory: {memory_plan(config, dtype, tokens)}")
+    log.say(f"rewards: {', '.join(f'{n} x {w:g}' for n, w in rewards.weights.items())}")
+
+    loaded = load_model(
+        config.model,
+        dtype=dtype,
+        device=device,
+        attention=config.attention,
+        checkpointing=config.gradient_checkpointing,
+    )
+    policy = Policy(
+        loaded, config.optim, Guard(), temperature=config.temperature, grad_dtype=getattr(torch, config.grad_dtype)
+    )
+    needs_reference = "ref_logprobs" in config.objective.needs(optimizer_steps=2)
+    reference = Reference(
+        config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature
+    ) if needs_reference else None  # fmt: skip
+    engine = HFEngine(
+        loaded.model, eos_ids=loaded.eos_ids, pad_id=policy.pad_id, num_tokens=len(tokenizer),
+        max_num_seqs=config.max_num_seqs,
+    )  # fmt: skip
+    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    rollout = Rollout(
+        engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
+        grade_truncated=config.grade_truncated,
+    )  # fmt: skip
+    config.allocation.start(task.problems, config.seed)
+    return Trainer(
+        policy=policy, reference=reference, rollout=rollout, allocator=config.allocation, objective=config.objective,
+        update=config.update, completions_per_step=config.allocation.budget(config.problems_per_step),
+        num_minibatches=config.minibatches, tokens_per_microbatch=tokens,
+        schedule=Schedule(
+            steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
+            save_every=config.save_every, keep=config.keep, sample_every=config.sample_every,
+            rollouts_every=config.rollouts_every,
+        ),
+        eval_sets=[EvalSet(name=e.name, problems=e.problems, k=config.eval_k, sampling=sampling) for e in evals],
+        log=log, folder=config.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),
+        stop_requested=stop_requested,
+    )  # fmt: skip
+
+
+def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int) -> MemoryPlan:
+    architecture = model_config(config.model)
+    shapes = parameter_shapes(architecture)
+    return plan_memory(
+        architecture, num_parameters=sum(map(math.prod, shapes.values())),
+        buffer_elements=buffer_elements(layout(shapes), ranks.size()), dtype=dtype,
+        grad_dtype=getattr(torch, config.grad_dtype), optimizer=config.optim.name,
+        reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
+        tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
