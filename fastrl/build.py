@@ -1,7 +1,6 @@
-"""From a configuration to a trainer: what a run is made of, which combinations are refused, and how it is put together."""
+"""From a configuration to a trainer: what a run is made of, what is refused, and how the parts are put together."""
 
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from fastrl.rewards import RewardSet
 from fastrl.rollout import Rollout
 from fastrl.task import TaskConfig, default_rewards, load_task
 from fastrl.trainer import EvalSet, Schedule, Trainer
+from fastrl.types import Problem
 from fastrl.updates import UPDATES
 from fastrl.updates.single import Single
 
@@ -125,7 +125,7 @@ def check_combination(config: TrainConfig) -> None:
             f"{type(config.objective).__name__} compares at least {needed} completions of a problem, but "
             f"--allocation may sample {given}; raise --group-size"
         )
-    per_rank = config.problems_per_step // int(os.environ.get("WORLD_SIZE", "1"))
+    per_rank = config.problems_per_step // ranks.world_size()
     if config.minibatches > per_rank:
         raise ValueError(
             f"--minibatches {config.minibatches} cannot be cut from --problems-per-step {config.problems_per_step}; "
@@ -178,6 +178,7 @@ def build(
     log.say(f"memory: {memory_plan(config, dtype, tokens)}")
     log.say(f"rewards: {', '.join(f'{n} x {w:g}' for n, w in rewards.weights.items())}")
 
+    warn_of_length(config, [*task.problems, *(p for e in evals for p in e.problems)], log)
     loaded = load_model(
         config.model,
         dtype=dtype,
@@ -215,6 +216,16 @@ def build(
         log=log, folder=config.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),
         stop_requested=stop_requested,
     )  # fmt: skip
+
+
+def warn_of_length(config: TrainConfig, problems: list[Problem], log: RunLog) -> None:
+    limit = getattr(model_config(config.model).get_text_config(), "max_position_embeddings", None)
+    longest = max(len(p.prompt_ids) for p in problems) + config.max_new_tokens
+    if limit and longest > limit:
+        log.say(
+            f"warning: prompts and completions reach {longest} tokens, but the model was made for {limit}; "
+            "lower --max-new-tokens or --max-prompt-tokens"
+        )
 
 
 def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int) -> MemoryPlan:

@@ -111,6 +111,15 @@ def newest(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints of later steps to abandoned-step-N: a run that went on from `step` is no longer theirs."""
+    for path in newest(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(path, target)
+
+
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` (at least 2, so that one is whole while another is being judged)."""
     for old in newest(folder)[max(2, keep) :]:

@@ -65,14 +65,18 @@ def pick_member(axis: str, choices: dict[str, type], args: list[str], recipe: di
         raise ValueError(f"{source}: {axis} must be a section: write [{axis}] and type = {section!r} under it")
     name = section.pop("type", next(iter(choices)))
     flag = f"--{axis}"
-    for i, arg in enumerate(args):
-        if arg == flag and i + 1 < len(args):
-            name = args[i + 1]
-            del args[i : i + 2]
-            break
-        if arg.startswith(flag + "="):
-            name = args.pop(i).partition("=")[2]
-            break
+    rest = list(args)
+    args.clear()
+    while rest:
+        arg = rest.pop(0)
+        if arg == flag:
+            if not rest:
+                raise ValueError(f"{flag} needs a name; there are: {', '.join(choices)}")
+            name = rest.pop(0)
+        elif arg.startswith(flag + "="):
+            name = arg.partition("=")[2]
+        else:
+            args.append(arg)
     if name not in choices:
         hint = nearest(str(name), choices)
         raise ValueError(f"{flag} {name}: no such member{hint}; there are: {', '.join(choices)}")

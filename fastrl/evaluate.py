@@ -3,8 +3,8 @@
     python -m fastrl.evaluate --model runs/default/checkpoints/step-200 --data arithmetic --k 8
     python -m fastrl.evaluate --model DIR --data problems.jsonl --k 4 --temperature 0.6 --out scores.json
 
-avg@k is the mean reward of k completions, pass@j the unbiased chance that j of them hold a right one, maj@k whether the
-most frequent answer is right. The last line of the output is one JSON document with the whole protocol.
+avg@k is the fraction of right ones among k completions, pass@j the unbiased chance that j of them hold a right one,
+maj@k whether the most frequent answer is right. The last line of the output is one JSON document.
 """
 
 import json

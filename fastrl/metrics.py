@@ -9,10 +9,13 @@ from torch import Tensor
 from fastrl.types import RolloutGroup
 
 
-def rollout_table(groups: list[RolloutGroup]) -> Tensor:
-    """[completions, 4] float64: group number, reward, tokens, cut off. Rows of all ranks can be put together."""
+def rollout_table(groups: list[RolloutGroup], *, first: int = 0, stride: int = 1) -> Tensor:
+    """[completions, 4] float64: group number, reward, tokens, cut off.
+
+    first, stride: rank and ranks, so that the rows of all ranks can be put together.
+    """
     rows = [
-        (g, c.reward, len(c.token_ids), c.finish_reason == "length")
+        (first + g * stride, c.reward, len(c.token_ids), c.finish_reason == "length")
         for g, group in enumerate(groups)
         for c in group.completions
     ]
@@ -46,19 +49,26 @@ def rollout_metrics(table: Tensor) -> dict[str, float]:
     }
 
 
-def reward_function_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
-    """rewards/<function>/mean and /std over the completions it applies to."""
-    by_name: dict[str, list[float]] = {}
+def reward_function_sums(groups: list[RolloutGroup]) -> dict[str, float]:
+    """Count, sum and sum of squares of each reward function over the completions it applies to; ranks can be added."""
+    sums: dict[str, float] = {}
     for group in groups:
         for completion in group.completions:
             for name, value in completion.rewards.items():
                 if value is not None:
-                    by_name.setdefault(name, []).append(value)
+                    for power in range(3):
+                        key = f"{name}/{power}"
+                        sums[key] = sums.get(key, 0.0) + value**power
+    return sums
+
+
+def reward_function_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """`reward_function_sums` -> rewards/<function>/mean and /std (unbiased)."""
     metrics = {}
-    for name, values in by_name.items():
-        tensor = torch.tensor(values, dtype=torch.float64)
-        metrics[f"rewards/{name}/mean"] = tensor.mean().item()
-        metrics[f"rewards/{name}/std"] = tensor.std(correction=min(1, len(values) - 1)).item()
+    for name in [key.removesuffix("/0") for key in sums if key.endswith("/0")]:
+        n, total, squares = (sums[f"{name}/{power}"] for power in range(3))
+        metrics[f"rewards/{name}/mean"] = total / n
+        metrics[f"rewards/{name}/std"] = math.sqrt(max(0.0, squares - total**2 / n) / max(1.0, n - 1))
     return metrics
 
 

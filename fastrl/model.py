@@ -39,9 +39,9 @@ def model_path(name: str) -> str:
     """'embedded', a folder or a hub name -> what transformers can load. Raises ValueError for what is no model."""
     if name == EMBEDDED:
         return str(Path(__file__).parent / "assets" / "tiny")
-    folder = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if not folder.expanduser().is_dir():
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not folder.is_dir():
         if looks_local:
             raise ValueError(
                 f"--model {name}: no such folder. Give a Hugging Face model folder, a hub name, or 'embedded'"
@@ -49,7 +49,7 @@ def model_path(name: str) -> str:
         return name
     if not (folder / "config.json").exists():
         raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
-    return str(folder.expanduser())
+    return str(folder)
 
 
 def model_config(name: str):

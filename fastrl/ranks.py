@@ -1,4 +1,4 @@
-"""Which process of how many this is, and the three collectives the trainer needs. Without torchrun: rank 0 of 1."""
+"""Which process of how many this is, and the collectives the trainer needs. Without torchrun: rank 0 of 1."""
 
 import os
 
@@ -7,16 +7,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def start() -> None:
-    """Join the process group that torchrun describes in the environment; nothing to do without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def start(device: str) -> None:
+    """Join the process group that torchrun describes in the environment; nothing to do without it.
+
+    Tensors on the CPU travel by gloo, those on a GPU by NCCL.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
 
 
 def stop() -> None:
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves early can abort the others' last collective
         dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Processes that torchrun has started, known before `start`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -38,17 +47,25 @@ def all_max(value: float) -> float:
     """The largest of the ranks' values."""
     if size() == 1:
         return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    values = torch.tensor([value], dtype=torch.float64, device=device)
+    values = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.item()
+
+
+def all_counts(counts: dict[str, float]) -> dict[str, float]:
+    """Sum dicts of numbers over ranks; a name that some rank lacks counts as 0 there."""
+    if size() == 1:
+        return counts
+    parts: list[dict[str, float]] = [{} for _ in range(size())]
+    dist.all_gather_object(parts, counts)
+    return {name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys(n for p in parts for n in p)}
 
 
 def reduce_shard(full: Tensor) -> Tensor:
     """full [P] on every rank -> this rank's slice [P / ranks] of the sum over ranks; a view when there is one rank."""
     if size() == 1:
         return full
-    if dist.get_backend() == "gloo":  # gloo has no reduce-scatter
+    if not full.is_cuda:  # gloo has no reduce-scatter
         dist.all_reduce(full)
         return full.chunk(size())[rank()]
     shard = torch.empty(full.numel() // size(), dtype=full.dtype, device=full.device)
@@ -63,21 +80,20 @@ def gather_shards(full: Tensor) -> None:
         dist.all_gather(list(full.chunk(size())), own)
 
 
-def barrier() -> None:
-    if size() > 1:
-        dist.barrier()
-
-
 def gather_rows(table: Tensor) -> Tensor:
-    """Put the rows of every rank's table [n, C] together, in rank order; the ranks' n may differ."""
+    """Put the rows of every rank's table [n, C] (on the CPU) together, in rank order; the ranks' n may differ."""
     if size() == 1:
         return table
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size())]
-    dist.all_gather(counts, torch.tensor([len(table)], device=device))
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
+    dist.all_gather(counts, torch.tensor([len(table)]))
     longest = max(int(c) for c in counts)
-    padded = torch.zeros(longest, table.shape[1], dtype=table.dtype, device=device)
+    padded = torch.zeros(longest, table.shape[1], dtype=table.dtype)
     padded[: len(table)] = table
     parts = [torch.zeros_like(padded) for _ in range(size())]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)]).to(table.device)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def barrier() -> None:
+    if size() > 1:
+        dist.barrier()

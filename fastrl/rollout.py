@@ -7,7 +7,7 @@ from fastrl.engine.base import Engine, Request, Sampling, sampling_seed
 from fastrl.metrics import evaluation_table
 from fastrl.perf import Spans
 from fastrl.rewards import RewardSet
-from fastrl.types import Problem, RolloutGroup
+from fastrl.types import Completion, Problem, RolloutGroup
 
 
 @dataclass(kw_only=True)
@@ -41,9 +41,15 @@ class Rollout:
         own = [(problem, k) for problem in problems[ranks.rank() :: ranks.size()]]
         groups = self.sample(own, sampling, "eval")
         self.score(groups)
-        correct = [[c.reward >= 1.0 for c in g.completions] for g in groups]
+        correct = [[self.is_right(c) for c in g.completions] for g in groups]
         keys = [[self.rewards.vote_key(c.text) for c in g.completions] for g in groups]
         return groups, evaluation_table(groups, correct, keys)
+
+    def is_right(self, completion: Completion) -> bool:
+        """What the first verifier says, whatever its weight; with user functions alone, a total reward of 1 or more."""
+        if self.rewards.verifiers:
+            return (completion.rewards.get(self.rewards.verifiers[0].name) or 0.0) >= 1.0
+        return completion.reward >= 1.0
 
     def sample(self, plan: list[tuple[Problem, int]], sampling: Sampling, *stream: object) -> list[RolloutGroup]:
         requests = [

@@ -38,7 +38,7 @@ def default_rewards(data: str) -> list[str]:
 def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: RewardSet, limit: int = 0) -> Task:
     """Read a data set and keep what can be used, the first `limit` problems if that is not 0.
 
-    Raises DataError when nothing is left or too much had to be dropped, ValueError on an unknown template.
+    Raises DataError when nothing is left or the tokenizer cannot write the prompts, ValueError on an unknown template.
     """
     dataset = find_dataset(data)
     loaded = dataset.load(split, config.data_dir)
@@ -62,8 +62,21 @@ def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: Rew
         max_prompt_tokens=config.max_prompt_tokens,
     )  # fmt: skip
     report += listed(f"prompts over {config.max_prompt_tokens} tokens", [f"{i} ({n})" for i, n in too_long])
+    check_written(data, problems, tokenizer)
     report.append(f"  first prompt, {describe_prompt(problems[0], tokenizer)}")
     return Task(name=dataset.name, problems=problems, report=report)
+
+
+def check_written(data: str, problems: list[Problem], tokenizer) -> None:
+    """Raise DataError when a tokenizer drops what it does not know: the model would be trained on other problems."""
+    problem = problems[0]
+    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    lost = set(text) - set(tokenizer.decode(problem.prompt_ids)) - set(" \n\t")
+    if len(lost) > len(set(text)) / 4:
+        raise DataError(
+            f"{data}: the tokenizer of --model has no tokens for {''.join(sorted(lost))[:40]!r}, which problem "
+            f"{problem.id} is written with; use a model that knows this text"
+        )
 
 
 def listed(what: str, items: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from fastrl.build import (
 from fastrl.config import as_dict, exit_code, fail, parse, run_program
 from fastrl.log import RunLog, versions, write_json
 from fastrl.trainer import Trainer
-from fastrl.types import CheckpointError, DataError, EngineError, NumericsError
+from fastrl.types import CheckpointError, EngineError, NumericsError
 
 # what may differ between a run and its continuation; everything else would change what is being trained
 FREE_ON_RESUME = {
@@ -47,6 +48,7 @@ def resume(trainer: Trainer, wanted: str, config: TrainConfig) -> None:
     candidates = checkpoint.newest(folder) if wanted == "auto" else [Path(wanted)]
     if not candidates:
         trainer.log.say(f"resume: no checkpoint in {folder} yet, starting at step 0")
+        trainer.log.rewind(-1)
         return
     for path in candidates:
         try:
@@ -59,6 +61,8 @@ def resume(trainer: Trainer, wanted: str, config: TrainConfig) -> None:
         check_same(state["config"], trainer.config, set(config.allow_change), path)
         trainer.load_state_dict(state, tensors)
         trainer.last_checkpoint = path
+        if ranks.rank() == 0:
+            checkpoint.set_aside(folder, trainer.completed)
         trainer.log.say(f"resume: step {trainer.completed} from {path}")
         return
 
@@ -78,17 +82,26 @@ class StopFlag:
 
     def __init__(self, log: RunLog):
         self.log, self.requested = log, False
+        self.trainer: Trainer | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame) -> None:
         if self.requested:
-            self.log.status("interrupted", -1, None, 130, "second signal before the checkpoint was complete")
+            step, saved = where(self.trainer)
+            self.log.status("interrupted", step, saved, 130, "second signal before the checkpoint was complete")
             os._exit(130)
         self.requested = True
 
     def __call__(self) -> bool:
         return self.requested
+
+
+def where(trainer: Trainer | None) -> tuple[int, str | None]:
+    """Steps completed and the last checkpoint, for status.json."""
+    if trainer is None:
+        return 0, None
+    return trainer.completed, str(trainer.last_checkpoint) if trainer.last_checkpoint else None
 
 
 def fresh_folder(folder: Path) -> None:
@@ -127,7 +140,7 @@ def main(argv: list[str]) -> int:
         return 0
     if config.threads:
         torch.set_num_threads(config.threads)
-    ranks.start()
+    ranks.start(device)
     checkpoint.seed_generators(config.seed + ranks.rank())
     quiet = ranks.rank() > 0
     if not quiet and not config.resume:
@@ -139,12 +152,12 @@ def main(argv: list[str]) -> int:
     try:
         for line in lines:
             log.say(line)
-        trainer = build(config, log, rewards, stop)
+        trainer = stop.trainer = build(config, log, rewards, stop)
+        if config.resume:
+            resume(trainer, config.resume, config)
         if not quiet:
             write_json(config.folder / "config.json", as_dict(config))
             write_json(config.folder / "manifest.json", {"versions": versions(), "argv": argv})
-        if config.resume:
-            resume(trainer, config.resume, config)
         log.say(f"start-up took {time.monotonic() - started:.1f} s")
         reason = trainer.run()
         code = 75 if reason == "stopped" else 0
@@ -157,12 +170,13 @@ def main(argv: list[str]) -> int:
         log.say(
             f"{reason} at step {trainer.completed} after {time.monotonic() - started:.0f} s; {config.folder}  {message}"
         )
+        ranks.barrier()  # a rank that leaves early would abort the others' last collective
     except BaseException as error:
-        at = trainer.completed if trainer else 0
-        saved = str(trainer.last_checkpoint) if trainer and trainer.last_checkpoint else None
-        log.status(type(error).__name__, at, saved, exit_code(error), str(error))
-        expected = (DataError, EngineError, NumericsError, CheckpointError)
-        if isinstance(error, expected) or (isinstance(error, ValueError) and trainer is None):
+        step, saved = where(trainer)
+        log.status(type(error).__name__, step, saved, exit_code(error), str(error))
+        if trainer is not None and not quiet:
+            (config.folder / "traceback.txt").write_text(traceback.format_exc())
+        if isinstance(error, (ValueError, EngineError, NumericsError)):
             return fail(error)
         raise
     finally:

@@ -13,7 +13,13 @@ from fastrl.allocation.base import Allocation
 from fastrl.batching import cut, denominator, make_batch, minibatches
 from fastrl.engine.base import Sampling
 from fastrl.log import RunLog
-from fastrl.metrics import evaluation_metrics, reward_function_metrics, rollout_metrics, rollout_table
+from fastrl.metrics import (
+    evaluation_metrics,
+    reward_function_metrics,
+    reward_function_sums,
+    rollout_metrics,
+    rollout_table,
+)
 from fastrl.objectives.base import Objective
 from fastrl.perf import memory_metrics
 from fastrl.policy import Policy
@@ -130,7 +136,8 @@ class Trainer:
 
     def observe(self, groups: list[RolloutGroup], batch: TrainBatch, metrics: dict[str, float]) -> dict[str, float]:
         """Count the step and describe what was sampled."""
-        table = ranks.gather_rows(rollout_table(groups))
+        table = ranks.gather_rows(rollout_table(groups, first=ranks.rank(), stride=ranks.size()))
+        statuses = ranks.all_counts({f"rewards/status/{name}": float(n) for name, n in self.rollout.statuses.items()})
         sampled = int(table[:, 2].sum())
         prompts = sum(len(g.problem.prompt_ids) * len(g.completions) for g in groups)
         trained = ranks.all_sum_(torch.tensor([float(prompts)])).item() + sampled
@@ -143,9 +150,9 @@ class Trainer:
             self.log.rollouts(self.completed, rollout_rows(groups, batch))
         return {
             **rollout_metrics(table),
-            **reward_function_metrics(groups),
-            **{f"rewards/status/{name}": float(n) for name, n in self.rollout.statuses.items()},
-            **self.rollout.reward_metrics,
+            **reward_function_metrics(ranks.all_counts(reward_function_sums(groups))),
+            **statuses,
+            **{name: total / ranks.size() for name, total in ranks.all_counts(self.rollout.reward_metrics).items()},
             **self.mismatch,
             "learning_rate": self.policy.optim.lr_at(self.completed - 1, self.schedule.steps),
             "skipped_total": float(self.policy.guard.skipped),
@@ -179,7 +186,7 @@ class Trainer:
             left = self.schedule.steps - self.completed
             self.log.step(self.completed, metrics, left * (time.monotonic() - started) / taken)
             self.every(self.schedule.sample_every, self.show_sample)
-            last = self.completed == self.schedule.steps
+            last = self.completed >= self.schedule.steps
             out_of_time = 0 < self.schedule.max_minutes * 60 < time.monotonic() - started
             if last or out_of_time:
                 break
@@ -187,7 +194,7 @@ class Trainer:
             self.every(self.schedule.save_every, self.save)
         self.save()
         self.evaluate()
-        return "done" if self.completed == self.schedule.steps else "time"
+        return "done" if self.completed >= self.schedule.steps else "time"
 
     def every(self, interval: int, action: Callable[[], None]) -> None:
         if interval and self.completed % interval == 0:

@@ -113,6 +113,16 @@ def test_only_the_newest_are_kept_and_never_fewer_than_two(tmp_path):
     assert [p.name for p in checkpoint.newest(tmp_path)] == ["step-12", "step-11", "step-10"]
 
 
+def test_checkpoints_of_an_abandoned_future_are_set_aside(tmp_path):
+    for step in (10, 20, 30):
+        save_small(tmp_path, step, keep=3)
+    checkpoint.set_aside(tmp_path, 10)
+    assert [p.name for p in checkpoint.newest(tmp_path)] == ["step-10"]
+    save_small(tmp_path, 11, keep=2)
+    assert [p.name for p in checkpoint.newest(tmp_path)] == ["step-11", "step-10"]
+    assert (tmp_path / "abandoned-step-30" / "MANIFEST.json").exists()
+
+
 def test_a_save_that_fails_leaves_the_older_checkpoint_alone(tmp_path):
     older = save_small(tmp_path, 1)
 

@@ -57,6 +57,8 @@ BAD = [
     (["--temperature", "0"], 2, "--temperature must be above 0 in training"),
     (["--resume", "runs/other/checkpoints/step-3"], 6, "no MANIFEST.json, so this is not a complete checkpoint"),
     (["nowhere.toml"], 2, "nowhere.toml: no such recipe"),
+    (["--objective"], 2, "--objective needs a name; there are: grpo"),
+    (["--data", "arithmetic", "--split", "dev"], 3, "arithmetic has the splits train and test, got 'dev'"),
 ]
 
 
@@ -85,6 +87,12 @@ def test_broken_rows_are_listed_and_too_many_end_the_run(program, tmp_path):
     many.write_text("\n".join([*good, '{"prompt": "1+1="}', "[]"]) + "\n")
     code, _, stderr = program(train, "--data", many, "--reward", "exact")
     assert code == 3 and "many.jsonl:10" in stderr and "Traceback" not in stderr
+
+
+def test_a_tokenizer_that_drops_the_text_is_refused(program, tmp_path):
+    (tmp_path / "words.jsonl").write_text('{"prompt": "What is 6 times 7?", "answer": "42"}\n')
+    code, _, stderr = program(train, "--data", tmp_path / "words.jsonl", "--reward", "exact", "--instruction", "")
+    assert code == 3 and "the tokenizer of --model has no tokens for '?Waehimst'" in stderr
 
 
 def test_a_recipe_with_a_misspelt_key(program, tmp_path):

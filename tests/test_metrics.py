@@ -14,6 +14,7 @@ from fastrl.metrics import (
     majority,
     pass_at,
     reward_function_metrics,
+    reward_function_sums,
     rollout_metrics,
     rollout_table,
 )
@@ -86,7 +87,7 @@ def test_reward_functions_that_do_not_apply():
         group((0.0, 1, "stop", {"a": 0.5, "b": 2.0, "c": None}), (0.0, 1, "stop", {"a": None})),
     ]
     # a: 1, 0, 0.5 -> mean 0.5, unbiased std 0.5; b: 2 alone -> std 0, not NaN; c never applied
-    assert reward_function_metrics(groups) == pytest.approx(
+    assert reward_function_metrics(reward_function_sums(groups)) == pytest.approx(
         {"rewards/a/mean": 0.5, "rewards/a/std": 0.5, "rewards/b/mean": 2.0, "rewards/b/std": 0.0}
     )
 

@@ -103,14 +103,17 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from helpers import make_trainer
 from fastrl import ranks
-ranks.start()
+SHARED = ("reward_", "rewards/", "frac", "completions")
+ranks.start('cpu')
 trainer = make_trainer(Path({folder!r}) / str(ranks.rank()), "--dtype", "float64", "--problems-per-step", 6,
                        "--group-size", 4, "--update.epochs-per-batch", 2, "--lr", 1e-3)
 history = [trainer.step() for _ in range(3)]
 if ranks.rank() == 0:
     torch.save({{"weights": trainer.policy.flat.weights, "grad_norm": [h["grad_norm"] for h in history],
                 "reward": [h["reward"] for h in history], "loss": [h["loss"] for h in history],
+                "shared": [{{k: v for k, v in h.items() if k.startswith(SHARED)}} for h in history],
                 "rollouts": trainer.num_rollouts, "tokens": trainer.num_tokens}}, {out!r})
+ranks.barrier()
 ranks.stop()
 """
 
@@ -133,6 +136,8 @@ def test_two_ranks_train_like_one(tmp_path):
     assert one["reward"] == pytest.approx(two["reward"], abs=0)
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-9)
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-9)
+    for alone, together in zip(one["shared"], two["shared"], strict=True):
+        assert alone == pytest.approx(together, nan_ok=True)
     n = min(len(one["weights"]), len(two["weights"]))  # two ranks may pad the buffer further
     assert (one["weights"][:n] - two["weights"][:n]).abs().max() <= 1e-9
     assert not two["weights"][n:].any()

@@ -9,7 +9,7 @@ with n. Problems and demonstrations are functions of (seed, split, index) alone.
 import random
 from dataclasses import dataclass
 
-from fastrl.types import Problem
+from fastrl.types import DataError, Problem
 
 OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
 
@@ -27,7 +27,7 @@ class Arithmetic:
     def load(self, split: str) -> list[Problem]:
         """split "train" | "test" -> its problems, always the same ones."""
         if split not in ("train", "test"):
-            raise ValueError(f"arithmetic has the splits train and test, got {split!r}")
+            raise DataError(f"arithmetic has the splits train and test, got {split!r}")
         problems: dict[str, Problem] = {}
         for part, size in (("test", self.num_test), ("train", self.num_train)):
             rng = random.Random(f"arithmetic/{part}")  # noqa: S311 (problems, not secrets)

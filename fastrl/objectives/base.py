@@ -30,7 +30,10 @@ class Objective(Protocol):
         """Last changes to the whole batch (credit, response_mask), without gradients; nothing else writes to it."""
 
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """logprobs, entropy [B, S] -> loss summed over the batch, and metrics summed over response tokens."""
+        """logprobs, entropy [B, S] -> loss summed over the batch, and metrics summed over response tokens.
+
+        `entropy` is among the metrics: the step line shows it.
+        """
 
 
 def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:

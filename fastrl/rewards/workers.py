@@ -92,7 +92,7 @@ class Workers:
     def run(self, tasks: Sequence[object]) -> list[str]:
         """JSON-able tasks -> the reply to each, or "hard_timeout" or "died".
 
-        Raises RuntimeError if the workers cannot be started.
+        Raises EngineError if the workers cannot be started.
         """
         with self._lock:
             try:
@@ -156,7 +156,9 @@ class Workers:
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= TRIES * self._count:
-                raise RuntimeError(
+                from fastrl.types import EngineError  # loads torch, which a program that only grades does not need
+
+                raise EngineError(
                     f"reward workers: {self._failed_starts} processes in a row ended before they were ready, the last "
                     f"one with exit code {exit_code}; its error stands above. Try: {' '.join(self._command)}"
                 )

@@ -17,6 +17,8 @@ class UpdateRule(Protocol):
     def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
         """Change `policy.master` by the gradients that the closures leave in the gradient buffer; return metrics.
 
+        Among the metrics: what `policy.optimizer_step()` returned last, and num_backward_passes.
+
         An accumulate() zeroes the gradients, runs its minibatch at the current weights and returns its metrics. It may
         be called any number of times and never samples. The rule calls `policy.optimizer_step()` after each gradient it
         uses and `policy.publish()` after it has moved `policy.master` itself.
