@@ -243,12 +243,14 @@ def test_a_damaged_checkpoint_is_passed_over(short, tmp_path, workplace, monkeyp
     weights.write_bytes(damaged)
     monkeypatch.chdir(workplace)
     trainer = make_trainer(tmp_path / "run", *SMALL)
+    config = trainer_config(tmp_path / "run")
     with checkpoint.generators_kept():
-        resume(trainer, "auto", trainer_config(tmp_path / "run"))
+        with pytest.raises(CheckpointError, match="optim-rank0.safetensors has changed"):
+            resume(trainer, str(weights.parent), config)
+        resume(trainer, "auto", config)
     assert trainer.completed == 12
     assert "optim-rank0.safetensors has changed" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="optim-rank0.safetensors has changed"):
-        resume(trainer, str(tmp_path / "run/checkpoints/step-16"), trainer_config(tmp_path / "run"))
+    assert (weights.parent.parent / "abandoned-step-16").exists()
 
 
 @pytest.mark.slow

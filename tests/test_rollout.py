@@ -71,6 +71,18 @@ def test_engine_and_trainer_agree_and_disagreement_would_show(tmp_path):
     assert trainer.step()["sampling/sampling_logp_difference/mean"] > 0.02
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain, saving = (
+        make_trainer(tmp_path / name, "--problems-per-step", 4, "--eval-limit", 4, *flags)
+        for name, flags in (("plain", []), ("saving", ["--gradient-checkpointing"]))
+    )
+    for _ in range(2):
+        one, other = plain.step(), saving.step()
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5) and one["grad_norm"] > 0
+        assert one["reward"] == other["reward"] and one["completions/mean_length"] == other["completions/mean_length"]
+    assert (plain.policy.flat.weights - saving.policy.flat.weights).abs().max() < 1e-6
+
+
 def test_mismatch_by_hand():
     # ratios 2 and 1/2: mean 1.25; k3 of ln 2 is 2 - 1 - ln 2, of -ln 2 it is 1/2 - 1 + ln 2; their mean is 1/4
     got = sampling_mismatch(torch.tensor([math.log(2), -math.log(2)]))

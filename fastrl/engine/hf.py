@@ -33,6 +33,14 @@ class HFEngine:
 
     @torch.inference_mode()
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        training = self.model.training
+        self.model.eval()  # in train mode, gradient checkpointing would switch the cache off
+        try:
+            return self.in_batches(requests, sampling)
+        finally:
+            self.model.train(training)
+
+    def in_batches(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         results: list[list[Completion]] = [[] for _ in requests]
         # prompts of similar length share a batch, so there is little left padding
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
