@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 LOGGERS = ("tensorboard", "wandb")
@@ -54,8 +55,13 @@ class RunLog:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for writer in self.writers:
-            writer(step, values)
+        for write, _ in self.writers:
+            write(step, values)
+
+    def close(self) -> None:
+        """Let the optional loggers finish."""
+        for _, close in self.writers:
+            close()
 
     def step(self, step: int, values: dict[str, float], eta_s: float) -> None:
         """The metrics of a training step, and its console line."""
@@ -126,19 +132,24 @@ class RunLog:
         return self.folder / "curve.png"
 
 
-def open_logger(name: str, folder: Path):
-    """'tensorboard' | 'wandb' -> a function (step, values). Raises ValueError when the package is missing."""
+def open_logger(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
+    """'tensorboard' | 'wandb' -> write(step, values) and close(). Raises ValueError when the package is missing."""
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"))
-            return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()] and writer.flush()
+
+            def write(step: int, values: dict[str, float]) -> None:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
+
+            return write, writer.close
         if name == "wandb":
             import wandb
 
             run = wandb.init(project="fastrl", name=folder.name, dir=str(folder))
-            return lambda step, values: run.log(values, step=step)
+            return lambda step, values: run.log(values, step=step), run.finish
     except ImportError as error:
         raise ValueError(
             f"--log {name} needs a package that is not installed ({error}); `pip install {name}`"

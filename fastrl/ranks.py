@@ -1,6 +1,7 @@
 """Which process of how many this is, and the collectives the trainer needs. Without torchrun: rank 0 of 1."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,13 @@ def start(device: str) -> None:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End this process without tearing the interpreter down, which gloo's threads can abort (pytorch#179291)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def world_size() -> int:

@@ -167,6 +167,7 @@ def main(argv: list[str]) -> int:
             log.say(line)
         if code == 0:
             log.curve()
+        log.close()
         log.say(
             f"{reason} at step {trainer.completed} after {time.monotonic() - started:.0f} s; {config.folder}  {message}"
         )
@@ -185,5 +186,12 @@ def main(argv: list[str]) -> int:
     return code
 
 
+def program(argv: list[str]) -> int:
+    code = main(argv)
+    if ranks.world_size() > 1:
+        ranks.leave(code)
+    return code
+
+
 if __name__ == "__main__":
-    run_program(main)
+    run_program(program)

@@ -115,6 +115,7 @@ if ranks.rank() == 0:
                 "rollouts": trainer.num_rollouts, "tokens": trainer.num_tokens}}, {out!r})
 ranks.barrier()
 ranks.stop()
+ranks.leave(0)
 """
 
 

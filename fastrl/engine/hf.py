@@ -99,12 +99,12 @@ class HFEngine:
 
     def prefill(self, prompts: list[list[int]]):
         """Prompts -> hidden [n, H] after their last token, the cache, the left-padded mask [n, P]."""
-        from transformers import DynamicCache
+        from fastrl.engine.cache import growing_cache
 
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        cache = DynamicCache(config=self.model.config)
+        cache = growing_cache(self.model.config)
         return self.forward(ids, mask, cache), cache, mask
 
     def forward(self, ids: Tensor, mask: Tensor, cache) -> Tensor:

@@ -1,0 +1,47 @@
+"""A key-value cache with room to grow: a new token is written in place instead of copying all tokens before it.
+
+Imports transformers, so it is imported where sampling begins.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+GROWTH = 1.5
+LEAST_ROOM = 32  # tokens
+
+
+class GrowingLayer(DynamicLayer):
+    """DynamicLayer whose keys and values [B, heads, T, D] are the first T tokens of larger buffers."""
+
+    room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        end = past + key_states.shape[-2]
+        if self.room is None or self.room[0].shape[-2] < end:
+            held = (self.keys, self.values) if past else None
+            size = (*key_states.shape[:-2], max(LEAST_ROOM, int(end * GROWTH)), key_states.shape[-1])
+            self.room = (
+                torch.empty(size, dtype=self.dtype, device=self.device),
+                torch.empty((*size[:-1], value_states.shape[-1]), dtype=self.dtype, device=self.device),
+            )
+            for buffer, kept in zip(self.room, held or (), strict=False):
+                buffer[..., :past, :] = kept
+        for buffer, new in zip(self.room, (key_states, value_states), strict=True):
+            buffer[..., past:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None  # the selected rows are copies; the next token makes room for them
+
+
+def growing_cache(config) -> DynamicCache:
+    """A DynamicCache for a model's configuration; layers with a sliding window or a state keep their own kind."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
