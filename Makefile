@@ -31,6 +31,7 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python bench/bench_step.py
+	$(BIN)/python bench/bench_grading.py
 
 # torch first and by exact version: a range would let pip take another build of it
 $(VENV)/.train: pyproject.toml

@@ -166,7 +166,7 @@ class Trainer:
 
     def run(self) -> str:
         """Train to the end of the schedule; returns the reason it ended: "done", "stopped" or "time"."""
-        started, taken = time.monotonic(), 0
+        started, taken, stepping_s = time.monotonic(), 0, 0.0
         if self.completed == 0:
             self.evaluate()
         while self.completed < self.schedule.steps:
@@ -179,16 +179,16 @@ class Trainer:
                 checkpoint.restore_generators(*generators)  # as if the step had not begun
                 self.save(before)
                 return "stopped"
-            taken += 1
             elapsed = time.perf_counter() - begin
+            taken, stepping_s = taken + 1, stepping_s + elapsed
             metrics |= self.rollout.spans.take() | memory_metrics()
             metrics |= {"step_time": elapsed, "perf/tokens_per_s": metrics.pop("perf/tokens") / elapsed}
             left = self.schedule.steps - self.completed
-            self.log.step(self.completed, metrics, left * (time.monotonic() - started) / taken)
+            self.log.step(self.completed, metrics, left * stepping_s / taken)
             self.every(self.schedule.sample_every, self.show_sample)
             last = self.completed >= self.schedule.steps
             out_of_time = 0 < self.schedule.max_minutes * 60 < time.monotonic() - started
-            if last or out_of_time:
+            if last or ranks.all_max(float(out_of_time)):
                 break
             self.every(self.schedule.eval_every, self.evaluate)
             self.every(self.schedule.save_every, self.save)
