@@ -48,10 +48,8 @@ def main() -> None:
                 verifier.grade(texts, answers)
                 seconds.append(time.perf_counter() - start)
             rows[name] = {"answers": n, "median_s": statistics.median(seconds), "all_s": seconds}
-            print(
             median = rows[name]["median_s"]
             print(f"{name:12} {n / median:10.0f} answers/s   {median * 1e3:8.2f} ms for {n}")
-            )
     document = {"bench": "grading", "workers": args.workers, "rows": rows, "versions": versions()}
     print(json.dumps(document))
     if args.out:

@@ -178,7 +178,7 @@ def build(
     log.say(f"memory: {memory_plan(config, dtype, tokens)}")
     log.say(f"rewards: {', '.join(f'{n} x {w:g}' for n, w in rewards.weights.items())}")
 
-    warn_of_length(config, [*task.problems, *(p for e in evals for p in e.problems)], log)
+    check_fit(config, [*task.problems, *(p for e in evals for p in e.problems)], log)
     loaded = load_model(
         config.model,
         dtype=dtype,
@@ -218,8 +218,16 @@ def build(
     )  # fmt: skip
 
 
-def warn_of_length(config: TrainConfig, problems: list[Problem], log: RunLog) -> None:
-    limit = getattr(model_config(config.model).get_text_config(), "max_position_embeddings", None)
+def check_fit(config: TrainConfig, problems: list[Problem], log: RunLog) -> None:
+    """Raise ValueError when the tokenizer writes ids that the model has not; warn of texts longer than its context."""
+    architecture = model_config(config.model).get_text_config()
+    highest = max(max(p.prompt_ids) for p in problems)
+    if highest >= architecture.vocab_size:
+        raise ValueError(
+            f"--model {config.model}: its tokenizer writes id {highest}, but the model has {architecture.vocab_size} "
+            "tokens; use the tokenizer that belongs to it, or resize its embeddings"
+        )
+    limit = getattr(architecture, "max_position_embeddings", None)
     longest = max(len(p.prompt_ids) for p in problems) + config.max_new_tokens
     if limit and longest > limit:
         log.say(

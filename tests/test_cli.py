@@ -138,3 +138,18 @@ def test_evaluate_scores_the_embedded_model(program):
         and 0.1 < scores["pass@1"] <= scores["pass@2"] <= scores["pass@4"]
     )
     assert scores["avg@4/ci95_low"] < scores["avg@4"] < scores["avg@4/ci95_high"]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(program, tmp_path):
+    shutil.copytree(model_path("embedded"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": 12}))
+    code, _, stderr = program(train, "--model", tmp_path / "model", "--data", "arithmetic", "--steps", "1")
+    assert code == 2 and "its tokenizer writes id 14, but the model has 12 tokens" in stderr
+
+
+def test_texts_longer_than_the_model_was_made_for_are_warned_of(program):
+    code, out, _ = program(
+        train, "--steps", "1", "--problems-per-step", "2", "--eval-limit", "2", "--max-new-tokens", "60"
+    )
+    assert code == 0 and "warning: prompts and completions reach 78 tokens, but the model was made for 64" in out
