@@ -36,6 +36,7 @@ def linear_logprob_ref(
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, inv_temperature, need_entropy, weight_grad):
+        ctx.set_materialize_grads(False)  # outputs that the loss does not use cost nothing in the backward
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, lse = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(lse) if need_entropy else None
@@ -53,33 +54,31 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogprobs, dentropy, dlse):
         hidden, weight, target, lse, entropy = ctx.saved_tensors
+        dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs
+        scale = -dlogprobs if dlse is None else dlse - dlogprobs
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        into = dweight = ctx.weight_grad
-        # chunks add up in full precision, also into a bfloat16 buffer
-        if into.dtype != lse.dtype if into is not None else ctx.needs_input_grad[1]:
+        into, dweight = ctx.weight_grad, None
+        if into is not None and into.dtype == lse.dtype:
+            dweight = into
+        elif into is not None or ctx.needs_input_grad[1]:
+            # chunks add up in full precision, also for a bfloat16 buffer
             dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
         for rows in chunks(hidden, weight):
-            logits = chunk_logits(hidden[rows], weight, ctx.inv_temperature)
-            logp = logits.sub_(lse[rows, None])
+            logp = chunk_logits(hidden[rows], weight, ctx.inv_temperature).sub_(lse[rows, None])
             probs = logp.exp()
-            scale = dlse[rows] - dlogprobs[rows]
-            if entropy is not None:
-                # an absent upstream gradient arrives as zeros, so the term is always safe to add
-                dz = probs.mul(scale[:, None]) - probs.mul_(logp.add_(entropy[rows, None])).mul_(dentropy[rows, None])
-            else:
-                dz = probs.mul_(scale[:, None])
+            dz = probs * scale[rows, None]
+            if dentropy is not None:
+                dz -= probs.mul_(logp.add_(entropy[rows, None])).mul_(dentropy[rows, None])
             dz.scatter_add_(-1, target[rows, None], dlogprobs[rows, None])
             dz.mul_(ctx.inv_temperature)
             if dhidden is not None:
                 dhidden[rows] = dz.to(weight.dtype) @ weight
             if dweight is not None:
                 dweight.addmm_(dz.T, hidden[rows].to(dz.dtype))
-        if dweight is None or dweight is into:
-            return dhidden, None, None, None, None, None
-        if into is not None:
+        if into is not None and dweight is not into:
             into += dweight
-            return dhidden, None, None, None, None, None
-        return dhidden, dweight.to(weight.dtype), None, None, None, None
+        returned = dweight.to(weight.dtype) if into is None and dweight is not None else None
+        return dhidden, returned, None, None, None, None
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
