@@ -32,13 +32,17 @@ class RunLog:
     metrics.jsonl holds one object per step, numbers as Python writes them (a NaN step is NaN), and one per evaluation.
     """
 
-    def __init__(self, folder: Path, *, loggers: tuple[str, ...] = (), total_steps: int, quiet: bool = False):
+    def __init__(self, folder: Path, *, total_steps: int, quiet: bool = False):
         self.folder, self.total_steps, self.quiet = folder, total_steps, quiet
         self.path = folder / "metrics.jsonl"
         self.previous_reward = math.nan
-        if not quiet:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.writers = [] if quiet else [open_logger(name, folder) for name in loggers]
+        self.writers: list[tuple] = []
+
+    def open(self, loggers: tuple[str, ...] = ()) -> None:
+        """Make the folder and start the optional loggers; before this nothing is written but what `say` prints."""
+        if not self.quiet:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.writers = [open_logger(name, self.folder) for name in loggers]
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run writes it again."""
@@ -101,6 +105,7 @@ class RunLog:
     def status(self, reason: str, step: int, last_checkpoint: str | None, code: int, message: str = "") -> None:
         """status.json: how the run ended, for whoever cannot see the exit code."""
         if not self.quiet:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(
                 self.folder / "status.json",
                 {"reason": reason, "step": step, "last_checkpoint": last_checkpoint, "exit_code": code,

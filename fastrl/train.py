@@ -104,9 +104,13 @@ def where(trainer: Trainer | None) -> tuple[int, str | None]:
     return trainer.completed, str(trainer.last_checkpoint) if trainer.last_checkpoint else None
 
 
+def has_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+
+
 def fresh_folder(folder: Path) -> None:
     """Move an earlier run of this name out of the way; nothing is overwritten."""
-    if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+    if has_run(folder):
         number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.{number}"))
 
@@ -143,10 +147,7 @@ def main(argv: list[str]) -> int:
     ranks.start(device)
     checkpoint.seed_generators(config.seed + ranks.rank())
     quiet = ranks.rank() > 0
-    if not quiet and not config.resume:
-        fresh_folder(config.folder)
-    ranks.barrier()
-    log = RunLog(config.folder, loggers=config.log, total_steps=config.steps, quiet=quiet)
+    log = RunLog(config.folder, total_steps=config.steps, quiet=quiet)
     stop = StopFlag(log)
     trainer = None
     try:
@@ -155,6 +156,10 @@ def main(argv: list[str]) -> int:
         trainer = stop.trainer = build(config, log, rewards, stop)
         if config.resume:
             resume(trainer, config.resume, config)
+        elif not quiet:
+            fresh_folder(config.folder)
+        log.open(config.log)
+        ranks.barrier()
         if not quiet:
             write_json(config.folder / "config.json", as_dict(config))
             write_json(config.folder / "manifest.json", {"versions": versions(), "argv": argv})
@@ -174,7 +179,8 @@ def main(argv: list[str]) -> int:
         ranks.barrier()  # a rank that leaves early would abort the others' last collective
     except BaseException as error:
         step, saved = where(trainer)
-        log.status(type(error).__name__, step, saved, exit_code(error), str(error))
+        if trainer is not None or not has_run(config.folder):  # a run that never began leaves an earlier one alone
+            log.status(type(error).__name__, step, saved, exit_code(error), str(error))
         if trainer is not None and not quiet:
             (config.folder / "traceback.txt").write_text(traceback.format_exc())
         if isinstance(error, (ValueError, EngineError, NumericsError)):

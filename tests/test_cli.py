@@ -140,6 +140,17 @@ def test_evaluate_scores_the_embedded_model(program):
     assert scores["avg@4/ci95_low"] < scores["avg@4"] < scores["avg@4/ci95_high"]
 
 
+def test_a_run_that_never_begins_leaves_the_earlier_one_alone(program, tmp_path):
+    folder = tmp_path / "runs" / "default"
+    code, _, _ = program(train, "--data", "nowhere.jsonl", "--reward", "exact")
+    assert code == 3 and json.loads((folder / "status.json").read_text())["exit_code"] == 3
+    assert program(train, "--steps", "1", "--problems-per-step", "2", "--eval-limit", "2")[0] == 0
+    before = (folder / "status.json").read_text(), (folder / "metrics.jsonl").read_text()
+    assert program(train, "--data", "nowhere.jsonl", "--reward", "exact")[0] == 3
+    assert ((folder / "status.json").read_text(), (folder / "metrics.jsonl").read_text()) == before
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["default"]
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(program, tmp_path):
     shutil.copytree(model_path("embedded"), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
