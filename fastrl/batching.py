@@ -1,13 +1,15 @@
 """From rollout groups to padded batches, and from batches to pieces that fit in memory."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from fastrl import ranks
 from fastrl.types import Problem, RolloutGroup, TrainBatch
+
+ATTENTION_SLACK = 4  # padded tokens of attention, which are cheap, for each token of all other layers
 
 
 def make_batch(
@@ -38,6 +40,7 @@ def make_batch(
         reward=torch.cat([g.rewards for g in groups] or [empty]),
         credit=torch.cat([credit(g.rewards, g.problem) for g in groups] or [empty]),
         truncated=torch.tensor([c.finish_reason == "length" for _, c in rows], dtype=torch.bool),
+        prompt_lengths=start[:, 0],
         max_new_tokens=max_new_tokens,
     )
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
@@ -48,37 +51,64 @@ def select(batch: TrainBatch, rows: Tensor) -> TrainBatch:
     """Some rows, trimmed to their longest; a copy, the batch is not changed."""
     S = int(batch.lengths()[rows].max()) if len(rows) else 1
     picked = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
+    for name in (f.name for f in fields(batch)):
+        value = getattr(batch, name)
         if isinstance(value, Tensor):
             value = value[rows]
-            picked[field.name] = value[:, :S] if value.ndim == 2 else value
+            picked[name] = value[:, :S] if value.ndim == 2 else value
     return replace(batch, **picked)
 
 
-def cut(batch: TrainBatch, tokens: int, *, splits_groups: bool = True) -> Iterator[tuple[Tensor, TrainBatch]]:
-    """Yield (row indices, rows) of at most `tokens` padded tokens, rows of similar length together.
+def cut(
+    batch: TrainBatch, tokens: int, *, splits_groups: bool = True, packed: bool = False
+) -> Iterator[tuple[Tensor, TrainBatch]]:
+    """Yield (row indices, rows) of at most `tokens` tokens, rows of similar length together.
 
-    A single row (or, with splits_groups=False, a single group) over the limit comes alone.
+    Tokens count with their padding; packed, distinct ones count, a prompt once for the rows of its group, and padded
+    rows, which attention still sees, may come to ATTENTION_SLACK times as many. A single row (or, with
+    splits_groups=False, a single group) over the limit comes alone.
     """
-    lengths = batch.lengths()
-    if splits_groups:
-        units = [(n, [row]) for row, n in enumerate(lengths.tolist())]
-    else:
-        members: dict[int, list[int]] = {}
-        for row, group in enumerate(batch.group.tolist()):
-            members.setdefault(group, []).append(row)
-        units = [(int(lengths[rows].max()), rows) for rows in members.values()]
-    part: list[int] = []
-    longest = 0
-    for length, rows in sorted(units, key=lambda unit: -unit[0]):  # stable: equal lengths keep their order
-        if part and (len(part) + len(rows)) * longest > tokens:
-            yield piece(batch, part)
-            part = []
-        longest = longest if part else length
-        part = part + rows
-    if part:
-        yield piece(batch, part)
+    lengths, prompts, groups = batch.lengths().tolist(), batch.prompt_lengths.tolist(), batch.group.tolist()
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # stable: equal lengths keep their order
+    members: dict[int, list[int]] = {}  # the group with the longest row first
+    for row in rows:
+        members.setdefault(groups[row], []).append(row)
+    if packed and splits_groups:
+        rows = [row for group in members.values() for row in group]
+    units = [[row] for row in rows] if splits_groups else list(members.values())
+
+    def grown(part: Part, unit: list[int]) -> Part:
+        new = {groups[row]: prompts[row] for row in unit if groups[row] not in part.groups}
+        completions = sum(lengths[row] - prompts[row] for row in unit)
+        return Part(
+            rows=part.rows + unit, groups=part.groups | new.keys(),
+            longest=max(part.longest, *(lengths[row] for row in unit)),
+            distinct=part.distinct + completions + sum(new.values()),
+        )  # fmt: skip
+
+    part = Part()
+    for unit in units:
+        larger = grown(part, unit)
+        if part.rows and larger.size(packed) > tokens:
+            yield piece(batch, part.rows)
+            larger = grown(Part(), unit)
+        part = larger
+    if part.rows:
+        yield piece(batch, part.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Rows of a batch on their way to be a microbatch."""
+
+    rows: list[int] = field(default_factory=list)
+    groups: frozenset[int] = frozenset()
+    longest: int = 0  # tokens
+    distinct: int = 0  # tokens
+
+    def size(self, packed: bool) -> float:
+        padded = len(self.rows) * self.longest
+        return max(self.distinct, padded / ATTENTION_SLACK) if packed else padded
 
 
 def piece(batch: TrainBatch, rows: list[int]) -> tuple[Tensor, TrainBatch]:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
+from fastrl import packing
 from fastrl.kernels.linear_logprob import linear_logprob
+from fastrl.packing import Packing
 
 EMBEDDED = "embedded"  # the model that ships with the package
 
@@ -18,6 +21,11 @@ class LoadedModel:
     tokenizer: object
     eos_ids: tuple[int, ...]  # every id that ends a completion
     path: str
+
+    @property
+    def packs(self) -> bool:
+        """Whether `token_logprobs` may be given a packing."""
+        return packing.supports(self.model)
 
     @property
     def pad_id(self) -> int:
@@ -126,6 +134,8 @@ def load_model(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if attention == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(packing.register())
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stop = model.generation_config.eos_token_id if isinstance(model.generation_config, GenerationConfig) else None
@@ -141,7 +151,7 @@ def first_line(error: Exception) -> str:
 
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
-    num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False,
+    num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False, packed: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Right-padded input_ids, response_mask [B, S] -> logprobs [B, S], entropy [B, S] or None; nats, label-aligned.
 
@@ -149,13 +159,17 @@ def token_logprobs(
     padded vocabulary) are not part of the distribution, here as in the engine. Padding follows every real token, so
     causal attention needs no mask and padded ids cannot reach a masked position. head_grad_in_place: add the head's
     gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
+    packed: the packing of input_ids, if the model can use it.
     """
-    hidden = model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state
     wanted = response_mask[:, 1:]
+    if packed is None:
+        hidden = model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state[wanted]
+    else:
+        hidden = embedding(packed.place[wanted], packing.forward(model, packed))
     weight = model.get_output_embeddings().weight
     in_place = head_grad_in_place and torch.is_grad_enabled()
     values, entropy, _ = linear_logprob(
-        hidden[wanted],
+        hidden,
         (weight.detach() if in_place else weight)[:num_tokens],
         input_ids[:, 1:][wanted],
         inv_temperature=inv_temperature,

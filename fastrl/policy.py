@@ -10,6 +10,7 @@ from fastrl.flat import FlatParams
 from fastrl.guard import Guard
 from fastrl.model import LoadedModel, token_logprobs
 from fastrl.optim import OptimConfig, load_state_tensors, make_optimizer, state_tensors
+from fastrl.packing import pack
 from fastrl.types import TrainBatch
 
 
@@ -25,7 +26,7 @@ class Policy:
         temperature: float = 1.0, grad_dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.pad_id = loaded.pad_id
+        self.pad_id, self.packs = loaded.pad_id, loaded.packs
         self.flat = FlatParams(loaded.model, ranks=ranks.size(), grad_dtype=grad_dtype)
         own = self.flat.weights.chunk(ranks.size())[ranks.rank()]
         self.master = own if own.dtype in (torch.float32, torch.float64) else own.float()
@@ -44,6 +45,7 @@ class Policy:
         return token_logprobs(
             self.model, batch.input_ids, batch.response_mask, inv_temperature=self.inv_temperature,
             num_tokens=len(self.tokenizer), need_entropy=need_entropy, head_grad_in_place=True,
+            packed=pack(batch) if self.packs else None,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastrl.model import load_model, token_logprobs
+from fastrl.packing import pack
 from fastrl.types import TrainBatch
 
 
@@ -13,11 +14,12 @@ class Reference:
     def __init__(self, name: str, *, dtype: torch.dtype, device: str, attention: str, temperature: float):
         loaded = load_model(name, dtype=dtype, device=device, attention=attention)
         self.model, self.num_tokens = loaded.model.requires_grad_(False), len(loaded.tokenizer)
+        self.packs = loaded.packs
         self.inv_temperature = 1.0 / temperature
 
     def logprobs(self, batch: TrainBatch) -> tuple[Tensor, None]:
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask; no entropy."""
         return token_logprobs(
             self.model, batch.input_ids, batch.response_mask, inv_temperature=self.inv_temperature,
-            num_tokens=self.num_tokens,
+            num_tokens=self.num_tokens, packed=pack(batch) if self.packs else None,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The order of things: one step, and the run around it. Knows no algorithm."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 
 from fastrl import checkpoint, ranks
 from fastrl.allocation.base import Allocation
-from fastrl.batching import cut, denominator, make_batch, minibatches
+from fastrl.batching import cut, denominator, make_batch, minibatches, select
 from fastrl.engine.base import Sampling
 from fastrl.log import RunLog
 from fastrl.metrics import (
@@ -109,7 +109,7 @@ class Trainer:
         for name in sorted(needs):
             values = torch.zeros_like(batch.rollout_logprobs)
             with torch.no_grad():
-                for rows, part in cut(batch, self.tokens_per_microbatch):
+                for rows, part in cut(batch, self.tokens_per_microbatch, packed=scorers[name].packs):
                     logprobs, _ = scorers[name].logprobs(part)
                     values[rows, : logprobs.shape[1]] = logprobs.to(values.dtype)
             setattr(batch, name, values)
@@ -122,10 +122,12 @@ class Trainer:
         tokens = denominator(minibatch, "token")
         sums: dict[str, torch.Tensor] = {}
         differences = []
-        for _, part in cut(minibatch, self.tokens_per_microbatch, splits_groups=self.objective.splits_groups):
-            logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
-            loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
-            (loss / count).backward()
+        for learns, part in self.microbatches(minibatch):
+            with torch.set_grad_enabled(learns):
+                logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
+                loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
+            if learns:
+                (loss / count).backward()
             differences.append((logprobs.detach() - part.rollout_logprobs)[part.response_mask])
             for name, value in {"loss": loss.detach() * (tokens / count), **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
@@ -133,6 +135,16 @@ class Trainer:
             self.mismatch = sampling_mismatch(torch.cat(differences))
         totals = ranks.all_sum_(torch.stack(list(sums.values()))) / tokens
         return dict(zip(sums, totals.tolist(), strict=True))
+
+    def microbatches(self, minibatch: TrainBatch) -> Iterator[tuple[bool, TrainBatch]]:
+        """(whether there is anything to learn from it, microbatch); rows without a gradient only go forward."""
+        silent = self.objective.silent(minibatch)
+        for rows in (~silent, silent):
+            pieces = cut(
+                select(minibatch, rows.nonzero()[:, 0]), self.tokens_per_microbatch,
+                splits_groups=self.objective.splits_groups, packed=self.policy.packs,
+            )  # fmt: skip
+            yield from ((rows is not silent, part) for _, part in pieces)
 
     def observe(self, groups: list[RolloutGroup], batch: TrainBatch, metrics: dict[str, float]) -> dict[str, float]:
         """Count the step and describe what was sampled."""

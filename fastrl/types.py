@@ -87,6 +87,7 @@ class TrainBatch:
     reward: Tensor  # [B] float32
     credit: Tensor  # [B] float32, advantage or regression target
     truncated: Tensor  # [B] bool, cut off by max_new_tokens
+    prompt_lengths: Tensor  # [B] int64, tokens; rows of a group have the same prompt
     max_new_tokens: int
     old_logprobs: Tensor | None = None  # [B, S] float32, the policy at the start of the step
     ref_logprobs: Tensor | None = None  # [B, S] float32, the frozen reference

@@ -34,6 +34,17 @@ def poison_uninitialized_memory():
 
 
 @pytest.fixture
+def float64_norms(monkeypatch):
+    """transformers rounds inside its norms to float32 even in a float64 model; here nothing is rounded."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen2RMSNorm, "forward", forward)
+
+
+@pytest.fixture
 def run_fastrl(tmp_path):
     """Start `python -m fastrl.X ...` as a user does, in a folder of the test's own -> the finished process."""
     import subprocess

@@ -38,7 +38,8 @@ def numbered(lengths, groups):
     return TrainBatch(
         input_ids=torch.where(real, row + 1, 0), attention_mask=real, response_mask=real & (column > 0),
         rollout_logprobs=torch.where(real, -(row + 1.0), torch.nan), group=torch.tensor(groups, dtype=torch.int64),
-        reward=torch.arange(B) / 8, credit=torch.arange(B) / 4, truncated=torch.arange(B) % 3 == 1, max_new_tokens=50,
+        reward=torch.arange(B) / 8, credit=torch.arange(B) / 4, truncated=torch.arange(B) % 3 == 1,
+        prompt_lengths=torch.ones(B, dtype=torch.int64), max_new_tokens=50,
         ref_logprobs=torch.where(real, -(row + 2.0), torch.nan),
     )  # fmt: skip
 
@@ -140,9 +141,28 @@ def test_cut_by_hand():
     assert [rows.tolist() for rows, _ in pieces] == [[1, 4], [2, 0, 5, 3]]
     assert [tuple(part.input_ids.shape) for _, part in pieces] == [(2, 8), (4, 4)]
     # whole groups of longest 8: 24 tokens each, over the limit alone, together 48
-    assert [rows.tolist() for rows, _ in cut(batch, 16, splits_groups=False)] == [[0, 1, 2], [3, 4, 5]]
-    assert [rows.tolist() for rows, _ in cut(batch, 47, splits_groups=False)] == [[0, 1, 2], [3, 4, 5]]
-    assert [rows.tolist() for rows, _ in cut(batch, 48, splits_groups=False)] == [[0, 1, 2, 3, 4, 5]]
+    assert [rows.tolist() for rows, _ in cut(batch, 16, splits_groups=False)] == [[1, 2, 0], [4, 5, 3]]
+    assert [rows.tolist() for rows, _ in cut(batch, 47, splits_groups=False)] == [[1, 2, 0], [4, 5, 3]]
+    assert [rows.tolist() for rows, _ in cut(batch, 48, splits_groups=False)] == [[1, 2, 0, 4, 5, 3]]
+
+
+def test_cut_packed_by_hand():
+    batch = numbered([3, 8, 4, 2, 8, 3], [0, 0, 0, 1, 1, 1])
+
+    def pieces(tokens, **options):
+        return [rows.tolist() for rows, _ in cut(batch, tokens, packed=True, **options)]
+
+    # groups stay together; a prompt of 1 counts once: 1 + 7 + 3 + 2 = 13 tokens, then 1 + 7 + 2 + 1 = 11
+    assert pieces(24) == [[1, 2, 0, 4, 5, 3]]
+    assert pieces(23) == [[1, 2, 0, 4, 5], [3]]  # the last row alone again needs its prompt
+    assert pieces(13) == pieces(20) == [[1, 2, 0], [4, 5, 3]]
+    assert pieces(12) == [[1, 2], [0, 4], [5, 3]]  # 11, then 3 + 8 and 3 + 1, each with its prompt again
+    assert pieces(1) == [[1], [2], [0], [4], [5], [3]]
+    assert pieces(12, splits_groups=False) == [[1, 2, 0], [4, 5, 3]]
+    # one row of 80 beside rows of 2: distinct 80 + 9 = 89, but attention sees 10 x 80 = 800 > 4 x 100
+    long = numbered([80] + [2] * 9, [0] * 10)
+    assert [len(rows) for rows, _ in cut(long, 100, packed=True)] == [5, 5]
+    assert [len(rows) for rows, _ in cut(long, 200, packed=True)] == [10]
 
 
 sizes = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=6)

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["types", "config", "log", "perf", "ranks", "kernels"],
+    ["packing"],
     ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "engine", "assets"],
     ["objectives", "updates", "allocation"],
     ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task"],
@@ -65,4 +66,4 @@ def test_a_planted_upward_import_is_found(tmp_path):
     planted = tmp_path / "flat.py"
     planted.write_text("def f():\n    from fastrl.trainer import Trainer\n    from fastrl import model\n")
     found = violations(planted, "flat")
-    assert len(found) == 2 and "imports trainer (layer 4)" in found[1] and "imports model (layer 1)" in found[0]
+    assert len(found) == 2 and "imports trainer (layer 5)" in found[1] and "imports model (layer 2)" in found[0]

@@ -61,12 +61,15 @@ def padded(batch, extra: int):
     return out
 
 
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("settings", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_gradient_does_not_depend_on_cut_or_padding(settings, tmp_path):
+def test_gradient_does_not_depend_on_cut_or_padding(settings, packs, tmp_path, float64_norms):
     trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4, *settings)
+    assert trainer.policy.packs
     batch = prepared_batch(trainer)
     assert len(batch.lengths().unique()) > 3  # rows of different length, or cutting would not change the padding
     expected, metrics = gradient(trainer, batch, tokens=10**6)
+    trainer.policy.packs = packs
     assert expected.abs().max() > 1e-4
 
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
@@ -85,16 +88,31 @@ def test_gradient_does_not_depend_on_cut_or_padding(settings, tmp_path):
             assert got[key] == pytest.approx(metrics[key], abs=1e-12), (name, key)
 
 
-def test_minibatches_sum_to_the_whole(tmp_path):
-    # token mean: whole gradient = sum over minibatches of (tokens_m / tokens) gradient_m. Not to 1e-12: the model's
-    # RMSNorm works in float32, so a gradient scaled by another denominator is rounded in another place
+def test_minibatches_sum_to_the_whole(tmp_path, float64_norms):
+    # token mean: whole gradient = sum over minibatches of (tokens_m / tokens) gradient_m
     trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4)
     batch = prepared_batch(trainer)
     whole, _ = gradient(trainer, batch, 10**6)
     parts = minibatches(batch, 3)
     tokens = [part.response_mask.sum().item() for part in parts]
     total = sum(gradient(trainer, part, 64)[0] * n / sum(tokens) for part, n in zip(parts, tokens, strict=True))
-    assert (total - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert (total - whole).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("settings", [[], ["--entropy", "0.01"], ["--kl", "0.05"]], ids=["plain", "entropy", "kl"])
+def test_rows_without_a_gradient_change_nothing_but_the_work(settings, tmp_path, float64_norms, monkeypatch):
+    trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4, *settings)
+    batch = prepared_batch(trainer)
+    batch.credit[batch.group < 3] = 0.0
+    silent = trainer.objective.silent(batch)
+    assert silent.sum() == 0 if settings else silent.sum() >= 12
+    learning = [learns for learns, _ in trainer.microbatches(batch)]
+    assert learning == ([True] if settings else [True, False])
+    actual, metrics = gradient(trainer, batch, 10**6)
+    monkeypatch.setattr(type(trainer.objective), "silent", lambda self, batch: torch.zeros_like(batch.truncated))
+    expected, whole = gradient(trainer, batch, 10**6)
+    assert expected.abs().max() > 1e-4 and (actual - expected).abs().max() <= 1e-12
+    assert metrics == pytest.approx(whole, abs=1e-12)
 
 
 RANKS = """

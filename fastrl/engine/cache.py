@@ -36,8 +36,10 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.room = None  # the selected rows are copies; the next token makes room for them
+        # with their room, or the next token would copy the selected rows a second time
+        past = self.get_seq_length()
+        self.room = tuple(buffer.index_select(0, indices) for buffer in self.room)
+        self.keys, self.values = (buffer[..., :past, :] for buffer in self.room)
 
 
 def growing_cache(config) -> DynamicCache:

@@ -29,6 +29,9 @@ class Objective(Protocol):
     def prepare(self, batch: TrainBatch) -> None:
         """Last changes to the whole batch (credit, response_mask), without gradients; nothing else writes to it."""
 
+    def silent(self, batch: TrainBatch) -> Tensor:
+        """[B] bool: rows whose loss has no gradient, whatever the log-probabilities; they skip the backward."""
+
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """logprobs, entropy [B, S] -> loss summed over the batch, and metrics summed over response tokens.
 

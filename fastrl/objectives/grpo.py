@@ -106,6 +106,10 @@ class GRPO:
             penalty = soft if penalty is None else penalty + soft
         return penalty
 
+    def silent(self, batch: TrainBatch) -> Tensor:
+        always = self.entropy > 0 or (self.kl > 0 and self.kl_in == "loss")
+        return torch.zeros_like(batch.truncated) if always else batch.credit == 0
+
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         mask, advantage = batch.response_mask, batch.credit[:, None]
         old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
