@@ -87,10 +87,14 @@ def gate(trainer: Trainer) -> float:
     return ((ours - plain).norm() / plain.norm()).item()
 
 
-def seconds_to_first_step(runs: int) -> list[float]:
-    """From starting the command to the end of the evaluation before step 1."""
-    seconds = []
+def seconds_to_first_step(runs: int) -> tuple[list[float], list[float]]:
+    """From starting the command to the end of the evaluation before step 1; and what bare imports take, in turn."""
+    bare = [sys.executable, "-c", "import torch; from transformers import AutoModelForCausalLM, Qwen2ForCausalLM"]
+    seconds, imports = [], []
     for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run(bare, check=True)
+        imports.append(time.perf_counter() - start)
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             process = subprocess.Popen(
@@ -102,7 +106,7 @@ def seconds_to_first_step(runs: int) -> list[float]:
                     break
             process.stdout.read()
             process.wait()
-    return seconds
+    return seconds, imports
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -140,12 +144,14 @@ def main() -> None:
         print(f"{name:16} {row['median_s']:8.4f} s   [{row['p20_s']:.4f}, {row['p80_s']:.4f}]")
     ratio = rows["plain step"]["median_s"] / rows["fastrl step"]["median_s"]
     print(f"plain step / fastrl step: {ratio:.2f}")
-    starts = seconds_to_first_step(args.starts)
+    starts, imports = seconds_to_first_step(args.starts)
     print(f"first step starts after {statistics.median(starts):.2f} s   {[round(s, 2) for s in starts]}")
+    print(f"importing torch and transformers alone: {statistics.median(imports):.2f} s")
     document = {
         "bench": "step", "device": "cpu", "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "steps": args.steps, "gradient_error": error, "rows": rows,
-        "ratio_plain_to_fastrl": ratio, "first_step_s": starts, "versions": versions(),
+        "ratio_plain_to_fastrl": ratio, "first_step_s": starts, "imports_s": imports,
+        "versions": versions(),
     }  # fmt: skip
     print(json.dumps(document))
     if args.out:

@@ -32,6 +32,7 @@ from fastrl.build import (
 )
 from fastrl.config import as_dict, exit_code, fail, parse, run_program
 from fastrl.log import RunLog, versions, write_json
+from fastrl.perf import collector_paused
 from fastrl.trainer import Trainer
 from fastrl.types import CheckpointError, EngineError, NumericsError
 
@@ -153,7 +154,8 @@ def main(argv: list[str]) -> int:
     try:
         for line in lines:
             log.say(line)
-        trainer = stop.trainer = build(config, log, rewards, stop)
+        with collector_paused():
+            trainer = stop.trainer = build(config, log, rewards, stop)
         if config.resume:
             resume(trainer, config.resume, config)
         elif not quiet:

@@ -195,6 +195,9 @@ class Recorder:
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
+    def __call__(self, *texts, **options):
+        return self.tokenizer(*texts, **options)
+
     def apply_chat_template(self, messages, **options):
         self.contents.append([message["content"] for message in messages])
         return self.tokenizer.apply_chat_template(messages, **options)

@@ -8,6 +8,8 @@ holds control tokens which the template did not write, template and data are enc
 import re
 import secrets
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -42,14 +44,18 @@ def encode_prompts(
     if template == "chat" and not tokenizer.chat_template:
         raise ValueError("--template chat, but the tokenizer has no chat template; use --template plain")
     encoder = Encoder(tokenizer)
-    encode = encoder.chat if tokenizer.chat_template and template != "plain" else encoder.plain
+    chat = tokenizer.chat_template and template != "plain"
+    parts_of, start = (encoder.chat, []) if chat else (encoder.plain, encoder.bos)
 
-    kept, dropped = [], []
+    prompts = []
     for problem in problems:
-        try:
-            ids = encode(with_instruction(problem.prompt, instruction))
-        except DataError as error:
-            raise DataError(f"problem {problem.id}: {error}") from error
+        with naming(problem):
+            prompts.append(parts_of(with_instruction(problem.prompt, instruction)))
+    joined = encoder.ids_of_all(["".join(part.text for part in parts) for parts in prompts])
+    kept, dropped = [], []
+    for problem, parts, ids in zip(problems, prompts, joined, strict=True):
+        with naming(problem):
+            ids = start + encoder.checked(parts, ids)
         if 0 < len(ids) <= max_prompt_tokens:
             problem.prompt_ids = ids
             kept.append(problem)
@@ -62,6 +68,15 @@ def encode_prompts(
             f"{statistics.median_low(lengths)}), and --max-prompt-tokens is {max_prompt_tokens}; raise it"
         )
     return kept, dropped
+
+
+@contextmanager
+def naming(problem: Problem) -> Iterator[None]:
+    """Say in a DataError which problem it is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"problem {problem.id}: {error}") from error
 
 
 def describe_prompt(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -111,11 +126,11 @@ class Encoder:
         self.skeleton = cache(self.render)
         self.template_ids = cache(self.ids)
 
-    def chat(self, messages: Messages) -> list[int]:
+    def chat(self, messages: Messages) -> list[Part]:
         skeleton = self.skeleton(tuple(message["role"] for message in messages))
-        return self.join([piece.fill(messages) if isinstance(piece, Slot) else piece for piece in skeleton])
+        return [piece.fill(messages) if isinstance(piece, Slot) else piece for piece in skeleton]
 
-    def plain(self, messages: Messages) -> list[int]:
+    def plain(self, messages: Messages) -> list[Part]:
         """The messages below each other, a blank line between; nothing marks who speaks."""
         others = {message["role"] for message in messages} - {"system", "developer", "user"}
         if others:
@@ -123,7 +138,7 @@ class Encoder:
                 f"a conversation with messages of {', '.join(sorted(others))} has no plain form; "
                 "use --template chat and a tokenizer with a chat template"
             )
-        return self.bos + self.join([Part("\n\n".join(message["content"] for message in messages), is_data=True)])
+        return [Part("\n\n".join(message["content"] for message in messages), is_data=True)]
 
     def render(self, roles: tuple[str, ...]) -> list[Part | Slot]:
         """The template's text for messages of these roles, cut where their contents belong."""
@@ -151,10 +166,9 @@ class Encoder:
             )
         return skeleton
 
-    def join(self, parts: list[Part]) -> list[int]:
-        """Ids of the joined text, in which all control tokens are from parts that are not data."""
+    def checked(self, parts: list[Part], ids: list[int]) -> list[int]:
+        """Ids of the joined text -> ids of it in which all control tokens are from parts that are not data."""
         wanted = [id for part in parts if not part.is_data for id in self.controls(self.template_ids(part.text))]
-        ids = self.ids("".join(part.text for part in parts))
         if self.controls(ids) == wanted:
             return ids
         ids = []
@@ -163,6 +177,12 @@ class Encoder:
         if self.controls(ids) != wanted:
             raise DataError("the tokenizer has no other ids for a control token in this text; delete the row")
         return ids
+
+    def ids_of_all(self, texts: list[str]) -> list[list[int]]:
+        """As `ids` for each, at once: a call per text costs more than its encoding."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=False, verbose=False).input_ids
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
