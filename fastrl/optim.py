@@ -72,3 +72,21 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     state = optimizer.state_dict()
     state["state"] = {0: plain} if plain else {}
     optimizer.load_state_dict(state)
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """A copy of the state over the one shard."""
+    return {name: tensor.clone() for name, tensor in state_tensors(optimizer).items()}
+
+
+@torch.no_grad()
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Put a `snapshot` back in place; one from before the first step makes the state empty again."""
+    held = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    if not state:
+        held.clear()
+    for name, kept in state.items():
+        if isinstance(held[name], Tensor):
+            held[name].copy_(kept)
+        else:
+            held[name] = kept.item()

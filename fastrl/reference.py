@@ -17,9 +17,10 @@ class Reference:
         self.packs = loaded.packs
         self.inv_temperature = 1.0 / temperature
 
-    def logprobs(self, batch: TrainBatch) -> tuple[Tensor, None]:
-        """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask; no entropy."""
-        return token_logprobs(
+    def score(self, batch: TrainBatch) -> Tensor:
+        """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""
+        values, _ = token_logprobs(
             self.model, batch.input_ids, batch.response_mask, inv_temperature=self.inv_temperature,
             num_tokens=self.num_tokens, packed=pack(batch) if self.packs else None,
         )  # fmt: skip
+        return values

@@ -104,14 +104,14 @@ class Trainer:
         return metrics | self.observe(groups, batch, metrics)
 
     def fill(self, batch: TrainBatch, needs: frozenset[str]) -> None:
-        """Compute the log-probabilities that the objective compares with, without gradients."""
-        scorers = {"old_logprobs": self.policy, "ref_logprobs": self.reference}
+        """Compute what the objective compares with, token by token, without gradients."""
+        models = {"old_logprobs": self.policy, "current_logprobs": self.policy, "ref_logprobs": self.reference}
         for name in sorted(needs):
             values = torch.zeros_like(batch.rollout_logprobs)
             with torch.no_grad():
-                for rows, part in cut(batch, self.tokens_per_microbatch, packed=scorers[name].packs):
-                    logprobs, _ = scorers[name].logprobs(part)
-                    values[rows, : logprobs.shape[1]] = logprobs.to(values.dtype)
+                for rows, part in cut(batch, self.tokens_per_microbatch, packed=models[name].packs):
+                    scores = models[name].score(part)
+                    values[rows, : scores.shape[1]] = scores.to(values.dtype)
             setattr(batch, name, values)
 
     def accumulate(self, minibatch: TrainBatch) -> dict[str, float]:
@@ -120,6 +120,9 @@ class Trainer:
         # counted once, over all ranks, so the gradient does not depend on how the minibatch is cut further
         count = denominator(minibatch, self.objective.normalizer)
         tokens = denominator(minibatch, "token")
+        minibatch.counts = {"token": tokens, "completion": denominator(minibatch, "completion")}
+        if self.objective.needs_current and minibatch.old_logprobs is not None:
+            self.fill(minibatch, frozenset({"current_logprobs"}))
         sums: dict[str, torch.Tensor] = {}
         differences = []
         for learns, part in self.microbatches(minibatch):

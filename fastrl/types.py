@@ -91,6 +91,13 @@ class TrainBatch:
     max_new_tokens: int
     old_logprobs: Tensor | None = None  # [B, S] float32, the policy at the start of the step
     ref_logprobs: Tensor | None = None  # [B, S] float32, the frozen reference
+    current_logprobs: Tensor | None = None  # [B, S] float32, the policy now, without gradient
+    values: Tensor | None = None  # [B, S] float32, the critic at the start of the step
+    advantages: Tensor | None = None  # [B, S] float32, credit per token, where an objective has it
+    returns: Tensor | None = None  # [B, S] float32, what the critic learns
+    counts: dict[str, float] = field(
+        default_factory=dict
+    )  # response tokens and completions of the minibatch, all ranks
 
     def __len__(self) -> int:
         return len(self.input_ids)

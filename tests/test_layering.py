@@ -10,9 +10,9 @@ LAYERS = [
     ["types", "config", "log", "perf", "ranks", "kernels"],
     ["packing"],
     ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "engine", "assets"],
-    ["objectives", "updates", "allocation"],
+    ["objectives", "updates", "allocation", "trained"],
     ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task"],
-    ["trainer"],
+    ["trainer", "profiling"],
     ["build"],
     ["train", "profile", "evaluate", "plan", "compare", "report", "doctor"],
 ]

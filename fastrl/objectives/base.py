@@ -14,14 +14,20 @@ class Objective(Protocol):
     normalizer: what the summed loss is divided by: "token", "completion" or "group".
     min_group_size: completions of a prompt that `credit` compares.
     splits_groups: whether a microbatch may hold part of a group.
+    needs_current: whether `loss_sum` reads the minibatch's log-probabilities at the present weights before the backward;
+        an extra forward once the weights have moved.
+    needs_profile: whether `credit` reads `problem.profile_rewards`.
     """
 
     normalizer: str
     min_group_size: int
     splits_groups: bool
+    needs_current: bool
+    needs_profile: bool
 
     def needs(self, optimizer_steps: int) -> frozenset[str]:
-        """TrainBatch fields to fill before `prepare`, given the optimizer steps taken on one batch."""
+        """TrainBatch fields to fill before `prepare` (old_logprobs, ref_logprobs, values), given the optimizer steps
+        taken on one batch."""
 
     def credit(self, rewards: Tensor, problem: Problem) -> Tensor:
         """rewards [G] of one group -> credit [G]."""

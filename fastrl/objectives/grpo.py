@@ -41,6 +41,7 @@ class GRPO:
 
     min_group_size = 2
     splits_groups = True
+    needs_current = needs_profile = False
 
     def __post_init__(self):
         for name, low in (("clip_low", 0), ("clip_high", 0), ("std_eps", 0), ("log_ratio_cap", 0)):
