@@ -14,8 +14,8 @@ class Objective(Protocol):
     normalizer: what the summed loss is divided by: "token", "completion" or "group".
     min_group_size: completions of a prompt that `credit` compares.
     splits_groups: whether a microbatch may hold part of a group.
-    needs_current: whether `loss_sum` reads the minibatch's log-probabilities at the present weights before the backward;
-        an extra forward once the weights have moved.
+    needs_current: whether `loss_sum` reads `current_logprobs`, those of the whole minibatch at the present weights: an
+        extra forward before each backward, and not filled as long as old_logprobs are not.
     needs_profile: whether `credit` reads `problem.profile_rewards`.
     """
 
