@@ -61,6 +61,35 @@ def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
     return k3 if kind == "k3" else k2 + (k3 - k2).detach()
 
 
+def old_log_ratio(logprobs: Tensor, batch: TrainBatch) -> Tensor:
+    """[B, S] nats, logprobs - old_logprobs, 0 outside the response mask and, where nothing is old yet, everywhere."""
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    return masked(logprobs - old, batch.response_mask)  # before any exp: padding may hold anything, and 0 * inf is NaN
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None,
+    log_ratio_cap: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """log_ratio [B, S] nats, advantage [B, 1] or [B, S] -> loss per token [B, S] and where it was clipped [B, S].
+
+    ratio = exp(log_ratio); loss = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)), for A < 0 at most
+    -A dual_clip. Beyond +-log_ratio_cap the gradient is zero.
+    """
+    ratio = log_ratio.clamp(-log_ratio_cap, log_ratio_cap).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
+    low, high = (ratio < clipped) & (advantage < 0), (ratio > clipped) & (advantage > 0)
+    return loss, {
+        "policy_kl": -log_ratio.detach(),
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
+
+
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """`values` where the mask is set and 0 elsewhere, whatever was there: padding may hold NaN."""
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))

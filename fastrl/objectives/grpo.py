@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ranks
-from fastrl.objectives.base import kl_estimate, masked
+from fastrl.objectives.base import clipped_surrogate, kl_estimate, masked, old_log_ratio
 from fastrl.types import Problem, TrainBatch
 
 
@@ -112,23 +112,12 @@ class GRPO:
         return torch.zeros_like(batch.truncated) if always else batch.credit == 0
 
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        mask, advantage = batch.response_mask, batch.credit[:, None]
-        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        # mask before exp: padding may hold anything, and 0 * inf is NaN
-        log_ratio = masked(logprobs - old, mask)
-        ratio = log_ratio.clamp(-self.log_ratio_cap, self.log_ratio_cap).exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-        if self.dual_clip is not None:
-            loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * self.dual_clip), loss)
-        low, high = (ratio < clipped) & (advantage < 0), (ratio > clipped) & (advantage > 0)
-        metrics = {
-            "entropy": entropy.detach(),
-            "policy_kl": -log_ratio.detach(),
-            "clip_ratio/low_mean": low,
-            "clip_ratio/high_mean": high,
-            "clip_ratio/region_mean": low | high,
-        }
+        mask = batch.response_mask
+        loss, clipped = clipped_surrogate(
+            old_log_ratio(logprobs, batch), batch.credit[:, None], clip_low=self.clip_low, clip_high=self.clip_high,
+            dual_clip=self.dual_clip, log_ratio_cap=self.log_ratio_cap,
+        )  # fmt: skip
+        metrics = {"entropy": entropy.detach(), **clipped}
         if self.entropy:
             loss = loss - self.entropy * entropy
         if batch.ref_logprobs is not None:
