@@ -149,6 +149,23 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def label_hidden(model: nn.Module, input_ids: Tensor, response_mask: Tensor, packed: Packing | None) -> Tensor:
+    """-> last hidden states [N, H], those from which the N tokens of the mask are predicted, in the mask's order.
+
+    input_ids, response_mask [B, S], right-padded. Padding follows every real token, so causal attention needs no mask
+    and padded ids cannot reach a masked position.
+    """
+    wanted = response_mask[:, 1:]
+    if packed is None:
+        return model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state[wanted]
+    return embedding(packed.place[wanted], packing.forward(model, packed))
+
+
+def spread(x: Tensor, mask: Tensor) -> Tensor:
+    """x [N] -> [B, S], at the N tokens of the mask and zero elsewhere."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
     num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False, packed: Packing | None = None,
@@ -156,28 +173,19 @@ def token_logprobs(
     """Right-padded input_ids, response_mask [B, S] -> logprobs [B, S], entropy [B, S] or None; nats, label-aligned.
 
     Zero outside the mask. Only masked positions enter the head. `num_tokens`: the tokenizer's size; ids beyond it (a
-    padded vocabulary) are not part of the distribution, here as in the engine. Padding follows every real token, so
-    causal attention needs no mask and padded ids cannot reach a masked position. head_grad_in_place: add the head's
+    padded vocabulary) are not part of the distribution, here as in the engine. head_grad_in_place: add the head's
     gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
     packed: the packing of input_ids, if the model can use it.
     """
-    wanted = response_mask[:, 1:]
-    if packed is None:
-        hidden = model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state[wanted]
-    else:
-        hidden = embedding(packed.place[wanted], packing.forward(model, packed))
+    hidden = label_hidden(model, input_ids, response_mask, packed)
     weight = model.get_output_embeddings().weight
     in_place = head_grad_in_place and torch.is_grad_enabled()
     values, entropy, _ = linear_logprob(
         hidden,
         (weight.detach() if in_place else weight)[:num_tokens],
-        input_ids[:, 1:][wanted],
+        input_ids[:, 1:][response_mask[:, 1:]],
         inv_temperature=inv_temperature,
         need_entropy=need_entropy,
         weight_grad=weight.grad[:num_tokens] if in_place else None,
     )
-
-    def spread(x: Tensor) -> Tensor:
-        return x.new_zeros(response_mask.shape).masked_scatter(response_mask, x)
-
-    return spread(values), None if entropy is None else spread(entropy)
+    return spread(values, response_mask), None if entropy is None else spread(entropy, response_mask)
