@@ -90,3 +90,11 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
             held[name].copy_(kept)
         else:
             held[name] = kept.item()
+
+
+@torch.no_grad()
+def scale_first_moment(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the running mean of the gradients: exp_avg of torch, state1 of bitsandbytes (its scales if 8-bit)."""
+    state = state_tensors(optimizer)
+    name = next(n for n in ("exp_avg", "absmax1", "state1") if n in state)
+    state[name].mul_(factor)

@@ -1,6 +1,6 @@
 """Weights under training: one flat buffer, this rank's float32 shard of it, an optimizer and a guard over the shard."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from fastrl import ranks
 from fastrl.flat import FlatParams
 from fastrl.guard import Guard
-from fastrl.optim import OptimConfig, load_state_tensors, make_optimizer, restore, snapshot, state_tensors
+from fastrl.optim import (
+    OptimConfig,
+    load_state_tensors,
+    make_optimizer,
+    restore,
+    scale_first_moment,
+    snapshot,
+    state_tensors,
+)
 
 
 @dataclass(slots=True)
@@ -93,6 +101,20 @@ class TrainedModel:
 
     def optimizer_restore(self, state: dict[str, Tensor]) -> None:
         restore(self.optimizer, state)
+
+    def scale_first_moment(self, factor: float) -> None:
+        scale_first_moment(self.optimizer, factor)
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sums over this rank's shard -> over all shards."""
+        return ranks.all_sum_(values)
+
+    def tensor_rms(self, values: Callable[[slice], Tensor]) -> Tensor:
+        """values(part of this rank's shard) -> root mean square within each tensor of the model, [tensors]."""
+        norms = [torch.linalg.vector_norm(values(part), dtype=torch.float64) for part in self.tensor_slices()]
+        squares = self.all_sum(torch.stack(norms).square())
+        sizes = squares.new_tensor([slot.numel for slot in self.flat.slots.values()])
+        return (squares / sizes).sqrt().to(self.master.dtype)
 
     def tensor_slices(self) -> list[slice]:
         """Where the tensors of the model lie in this rank's shard, in order; a tensor that lies elsewhere is empty.

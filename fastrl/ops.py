@@ -1,0 +1,147 @@
+"""In-place operations on flat shards: go partway to a point, or beyond it at a rate of each coordinate's own.
+
+    interpolate_   theta <- anchor + alpha (theta - anchor)
+    extrapolate_   theta <- anchor + alpha scale (theta - anchor)
+                   scale = S_K(r) / S_2(r),   S_n(r) = 1 + r + ... + r^(n-1)
+
+r is how much of a coordinate's first gradient (or optimizer direction) the second still is: two steps that shrink by r
+begin a geometric series, and K of them go S_K / S_2 times as far (GXPO, arXiv:2605.06755). By Horner's rule: the closed form
+(1 - r^K) / (1 - r) is 0 / 0 in float32 near r = 1, where the scale is K / 2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024  # elements; tensors start at multiples of it, so a block belongs to one tensor
+CHUNK = 1 << 20  # elements worked on at a time, so temporaries do not grow with the model
+
+Shards = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatStats:
+    """Sums over the elements of a shard, float64, so that shards can be added up."""
+
+    sums: Tensor  # [9], in the order of NAMES
+
+    NAMES = ("elements", "before_sq", "after_sq", "active", "ratio", "ratio_sq", "scale", "clamped", "nonfinite")
+
+    def named(self) -> dict[str, float]:
+        """before_sq, after_sq: squared distance to the anchor; ratio, ratio_sq, scale: over active coordinates."""
+        return dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+
+
+@torch.no_grad()
+def interpolate_(theta_k: Tensor, anchor: Tensor, alpha: float, *, out_bf16: Tensor | None = None) -> FlatStats:
+    """theta_k, anchor [n] -> theta_k becomes anchor + alpha (theta_k - anchor), exactly either of them at 0 and 1.
+
+    out_bf16 [n]: receives the result rounded to nearest. Raises ValueError on shards that do not match.
+    """
+    check(theta_k, anchor=anchor, out_bf16=out_bf16)
+    sums = theta_k.new_zeros(len(FlatStats.NAMES), dtype=torch.float64)
+    for part in chunks(theta_k):
+        before = theta_k[part] - anchor[part]
+        theta_k[part] = torch.lerp(anchor[part], theta_k[part], alpha)
+        after = theta_k[part] - anchor[part]
+        sums += gather(elements=after.numel(), before_sq=square_sum(before), after_sq=square_sum(after), like=sums)
+        if out_bf16 is not None:
+            out_bf16[part] = theta_k[part]
+    return FlatStats(sums)
+
+
+@torch.no_grad()
+def extrapolate_(
+    theta_2: Tensor, anchor: Tensor, lookahead: int, alpha: float, *,
+    grads: Shards | None = None, u0: Tensor | None = None, lr: float = 0.0, weight_decay: float = 0.0,
+    ratio_min: float = -2.0, ratio_max: float = 3.0, scale_max: float | None = None,
+    threshold: Tensor | None = None, segment: Tensor | None = None, out_bf16: Tensor | None = None,
+) -> FlatStats:  # fmt: skip
+    """theta_2 [n], two steps from anchor [n], becomes anchor + alpha scale (theta_2 - anchor).
+
+    grads = (g0, g1) [n]: the gradients of the two steps, r = g1 / g0. Or u0 [n] = theta_1 - anchor: r is that of the
+    directions of decoupled AdamW, d = ((1 - lr weight_decay) theta - theta') / lr; lr = 0 leaves every scale at 1.
+    r is clamped to [ratio_min, ratio_max], the scale to [1, scale_max], lookahead / 2 + 1 unless given. The scale is 1
+    where a gradient is not finite or r is -1, and on inactive coordinates: |g0| (or |d0|) at or below threshold[segment[block]], with
+    threshold [tensors] and segment [n / 1024] (the tensor of each block), or 1e-8 without them.
+    Raises ValueError on shards that do not match, lookahead below 2, or not exactly one of grads and u0.
+    """
+    if (grads is None) == (u0 is None):
+        raise ValueError("extrapolate_ takes either grads=(g0, g1) or u0, got " + ("both" if grads else "neither"))
+    if lookahead < 2:
+        raise ValueError(f"extrapolate_ looks ahead at least 2 steps, got lookahead={lookahead}")
+    check(theta_2, anchor=anchor, u0=u0, out_bf16=out_bf16, **dict(zip(("g0", "g1"), grads or (), strict=False)))
+    scale_max = lookahead / 2 + 1 if scale_max is None else scale_max
+    sums = theta_2.new_zeros(len(FlatStats.NAMES), dtype=torch.float64)
+    for part in chunks(theta_2):
+        start, before = anchor[part], theta_2[part] - anchor[part]
+        if grads is not None:
+            first, second = grads[0][part], grads[1][part]
+        else:
+            theta_1 = start + u0[part]
+            first = direction(start, u0[part], lr, weight_decay)
+            second = direction(theta_1, theta_2[part] - theta_1, lr, weight_decay)
+        least = 1e-8 if threshold is None else threshold[segment[block_range(part)].long()].repeat_interleave(BLOCK)
+        ratio = second / first
+        finite = first.isfinite() & second.isfinite()
+        active = (first.abs() > least) & finite & (ratio.clamp(ratio_min, ratio_max) + 1).abs().gt(1e-8)
+        ratio = torch.where(active, ratio, 1.0)
+        inside = ratio.clamp(ratio_min, ratio_max)
+        scale = torch.where(active, series(inside, lookahead).clamp(1.0, scale_max), 1.0)
+        theta_2[part] = torch.lerp(start, theta_2[part], alpha * scale)
+        sums += gather(
+            elements=scale.numel(), before_sq=square_sum(before), after_sq=square_sum(theta_2[part] - start),
+            active=active.sum(), ratio=inside[active].sum(dtype=torch.float64), ratio_sq=square_sum(inside[active]),
+            scale=scale.sum(dtype=torch.float64), clamped=(active & (inside != ratio)).sum(),
+            nonfinite=(~finite).sum(), like=sums,
+        )  # fmt: skip
+        if out_bf16 is not None:
+            out_bf16[part] = theta_2[part]
+    return FlatStats(sums)
+
+
+def series(ratio: Tensor, lookahead: int) -> Tensor:
+    """S_K(r) / S_2(r), elementwise."""
+    total = torch.ones_like(ratio)
+    for _ in range(lookahead - 1):
+        total = total * ratio + 1
+    return total / (1 + ratio)
+
+
+def direction(start: Tensor, step: Tensor, lr: float, weight_decay: float) -> Tensor:
+    """The d of a decoupled AdamW step: start + step = (1 - lr weight_decay) start - lr d. All ones at lr = 0."""
+    return torch.ones_like(step) if lr == 0 else -(step + lr * weight_decay * start) / lr
+
+
+def chunks(shard: Tensor) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, len(shard), CHUNK))
+
+
+def block_range(part: slice) -> slice:
+    return slice(part.start // BLOCK, part.stop // BLOCK)
+
+
+def square_sum(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+
+
+def gather(like: Tensor, **sums) -> Tensor:
+    """Sums by name -> a row in the order of FlatStats.NAMES; what is not given is 0."""
+    return torch.stack([torch.as_tensor(sums.get(name, 0.0)).to(like) for name in FlatStats.NAMES])
+
+
+def check(theta: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless all are vectors as long as theta, on its device, of its dtype (out_bf16: bfloat16)."""
+    if theta.ndim != 1 or not theta.is_contiguous():
+        raise ValueError(f"a shard is a contiguous vector, got shape {tuple(theta.shape)}")
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        wanted = torch.bfloat16 if name == "out_bf16" else theta.dtype
+        if tensor.shape != theta.shape or tensor.dtype != wanted or tensor.device != theta.device:
+            raise ValueError(
+                f"{name} must be {wanted} {tuple(theta.shape)} on {theta.device}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )

@@ -1,0 +1,219 @@
+"""GXPO (arXiv:2605.06755): two probe steps, an extrapolation per coordinate, one corrective step; per minibatch.
+
+    1  theta_1 = step(theta_0, g0),  theta_2 = step(theta_1, g1)
+    2  r = second / first of the gradients (or of AdamW's directions),   scale = S_K(r) / S_2(r)    as ops.extrapolate_
+    3  theta~  = theta_0 + alpha scale (theta_2 - theta_0)
+    4  theta'  = step(theta~, grad L(theta~))
+
+Three backward passes whatever K, 8 bytes per parameter for the anchor and the first probe, and a copy of the optimizer
+state with opt_state=restore; one pass and no buffer after the gate has closed. On a diagonal quadratic under gradient
+descent it is SFPO with the same K and alpha.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastrl.ops import BLOCK, FlatStats, direction, extrapolate_, interpolate_, series
+from fastrl.updates.base import Accumulate
+from fastrl.updates.gate import Gate
+
+THRESHOLDS = {"grad_norm": 3.0, "entropy": 3.0, "cosine": 0.15, "off": 1.0}
+TINY = 1e-8  # a gradient norm at or below it has no direction
+
+
+@dataclass(kw_only=True)
+class GXPO:
+    """Defaults are the authors' late code, but for the gate's signal, which is the paper's.
+
+    The paper: lookahead 3, 5 or 10, ratio coord_grad, opt_state keep, gate_stat ema, gate_threshold 0.5, gate_warmup 0,
+    gate_patience 1, active_threshold 0 (then 1e-8 for all coordinates). A probe whose gradient is not finite, or zero,
+    ends in one plain step from the anchor, as if nothing had been tried.
+    """
+
+    lookahead: int = 5  # K, virtual steps; the cost does not depend on it
+    alpha: float = 0.5  # how far of the way to theta_K
+    ratio: Literal["coord_adamw", "coord_grad", "tensor"] = "coord_adamw"
+    ratio_min: float = -2.0
+    ratio_max: float = 3.0
+    scale_max: float | None = None  # None: lookahead / 2 + 1
+    active_threshold: float = 1e-3  # times the tensor's root mean square; smaller coordinates are not extrapolated
+    opt_state: Literal["restore", "keep"] = "restore"  # whether the probes leave the optimizer's state as it was
+    gate: Literal["grad_norm", "entropy", "cosine", "off"] = "grad_norm"  # of the corrective gradient, before clipping
+    gate_threshold: float | None = None  # None: z of 3, or 1 - |cosine| of 0.15
+    gate_window: int = 30
+    gate_warmup: int = 50
+    gate_patience: int = 3
+    gate_stat: Literal["window", "ema", "mad"] = "window"
+    fallback_steps: int = 0  # steps of the single rule after the gate has closed; 0 = for good
+    min_effective_multiplier: float = 0.0  # mean of alpha scale below which the probes are taken back
+
+    stopped: bool = field(default=False, init=False)
+    resting: int = field(default=0, init=False)  # steps until the gate opens again
+    watch: Gate = field(init=False, repr=False)
+
+    def __post_init__(self):
+        if self.lookahead < 2:
+            raise ValueError(f"--update.lookahead must be at least 2, got {self.lookahead}")
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"--update.alpha must be above 0 and at most 1, got {self.alpha}")
+        if not self.ratio_min < self.ratio_max:
+            raise ValueError(f"--update.ratio-min {self.ratio_min} must be below --update.ratio-max {self.ratio_max}")
+        for name, least in (("gate_window", 2), ("gate_patience", 1), ("gate_warmup", 0), ("fallback_steps", 0)):
+            if getattr(self, name) < least:
+                flag = f"--update.{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
+        self.watch = Gate(
+            window=self.gate_window, threshold=THRESHOLDS[self.gate] if self.gate_threshold is None else
+            self.gate_threshold, stat="level" if self.gate == "cosine" else self.gate_stat, warmup=self.gate_warmup,
+            patience=self.gate_patience,
+        )  # fmt: skip
+
+    @property
+    def active(self) -> bool:
+        return not self.stopped and self.resting == 0
+
+    @property
+    def backward_passes(self) -> int:
+        return 3 if self.active else 1
+
+    def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for accumulate in minibatches:
+            metrics = self.extrapolated_step(policy, accumulate) if self.active else plain_step(policy, accumulate)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value
+        self.resting = max(0, self.resting - 1)
+        summed = ("skipped", "num_backward_passes", "update/fallback")
+        means = {name: value if name in summed else value / len(minibatches) for name, value in totals.items()}
+        return means | {"update/gate_z": self.watch.z, "update/stopped": float(not self.active)}
+
+    def extrapolated_step(self, policy, accumulate: Accumulate) -> dict[str, float]:
+        anchor = policy.master.clone()
+        state = policy.optimizer_snapshot() if self.opt_state == "restore" else None
+
+        def take_back(passes: int) -> dict[str, float]:
+            policy.master.copy_(anchor)
+            policy.publish()
+            if state is not None:
+                policy.optimizer_restore(state)
+            metrics = plain_step(policy, accumulate)
+            return metrics | {"num_backward_passes": passes + 1.0, "update/fallback": 1.0}
+
+        accumulate()
+        first = policy.gradient()
+        if not usable(first.norm):
+            return take_back(1)
+        policy.apply(first)
+        # after `apply`, so that r sees both gradients as they were clipped
+        probe = policy.master - anchor if self.ratio == "coord_adamw" else first.shard.clone()
+        g0 = first.shard.clone() if self.gate == "cosine" else None
+        accumulate()
+        second = policy.gradient()
+        if not usable(second.norm):
+            return take_back(2)
+        policy.apply(second)
+        report = self.reposition(policy, anchor, probe, second.shard)
+        policy.publish()
+        if state is not None:
+            policy.optimizer_restore(state)
+        metrics = accumulate()
+        slow = policy.gradient()
+        if not usable(slow.norm):
+            return take_back(3)
+        signal = self.signal(policy, metrics, slow, g0)
+        metrics |= policy.apply(slow) | report
+        self.after(signal)
+        return metrics | {"num_backward_passes": 3.0, "update/fallback": 0.0}
+
+    def reposition(self, policy, anchor: Tensor, probe: Tensor, g1: Tensor) -> dict[str, float]:
+        """Move policy.master from theta_2 to theta~; metrics of the move, over all ranks."""
+        theta = policy.master
+        lr, decay = policy.lr, policy.optim.weight_decay
+        if self.ratio == "tensor":
+            sums = self.reposition_by_tensor(policy, anchor, probe, g1)
+        else:
+            adamw = self.ratio == "coord_adamw"
+            rms = policy.tensor_rms(lambda s: direction(anchor[s], probe[s], lr, decay) if adamw else probe[s])
+            threshold = self.active_threshold * rms if self.active_threshold else None
+            sums = extrapolate_(
+                theta, anchor, self.lookahead, self.alpha, grads=None if adamw else (probe, g1),
+                u0=probe if adamw else None, lr=lr, weight_decay=decay, ratio_min=self.ratio_min,
+                ratio_max=self.ratio_max, scale_max=self.scale_max, threshold=threshold,
+                segment=segments(policy.tensor_slices(), theta),
+            ).sums  # fmt: skip
+        stats = FlatStats(policy.all_sum(sums)).named()
+        multiplier = self.alpha * stats["scale"] / stats["elements"]
+        refused = multiplier < self.min_effective_multiplier
+        if refused:
+            theta.copy_(anchor)
+        active = max(1.0, stats["active"])
+        return {
+            "update/multiplier": multiplier,
+            "update/ratio": stats["ratio"] / active,
+            "update/ratio_clipped_frac": stats["clamped"] / active,
+            "update/active_frac": stats["active"] / stats["elements"],
+            "update/stretch": math.sqrt(stats["after_sq"] / max(stats["before_sq"], 1e-300)),
+            "update/refused": float(refused),
+        }
+
+    def reposition_by_tensor(self, policy, anchor: Tensor, g0: Tensor, g1: Tensor) -> Tensor:
+        """One ratio per tensor, <g0, g1> / <g0, g0>, clamped to [-1, 1.5]; returns the sums of FlatStats."""
+        slices = policy.tensor_slices()
+        products = [torch.stack([(g0[s] * g1[s]).sum(), g0[s].square().sum()]).double() for s in slices]
+        inner, square = policy.all_sum(torch.stack(products)).unbind(dim=1)
+        ratio = (inner / (square + 1e-300)).clamp(-1.0, 1.5)
+        largest = self.lookahead / 2 + 1 if self.scale_max is None else self.scale_max
+        scale = torch.where((ratio + 1).abs() > TINY, series(ratio, self.lookahead), 1.0).clamp(1.0, largest)
+        total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=g0.device)
+        for part, own, r in zip(slices, scale.tolist(), ratio.tolist(), strict=True):
+            moved = interpolate_(policy.master[part], anchor[part], self.alpha * own).sums
+            n = part.stop - part.start
+            extra = {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}
+            total += moved + moved.new_tensor([extra.get(name, 0.0) for name in FlatStats.NAMES])
+        return total
+
+    def signal(self, policy, metrics: dict[str, float], slow, g0: Tensor | None) -> float:
+        """What the gate watches, from the corrective gradient."""
+        if g0 is None:
+            return slow.norm if self.gate == "grad_norm" else metrics["entropy"]
+        products = torch.stack([(g0 * slow.shard).sum(), g0.square().sum(), slow.shard.square().sum()]).double()
+        inner, one, other = policy.all_sum(products).tolist()
+        return 1 - abs(inner) / math.sqrt(max(one * other, 1e-300))
+
+    def after(self, signal: float) -> None:
+        """Let the gate see a corrective gradient, and close."""
+        if self.gate != "off" and self.watch.observe(signal):
+            self.stopped = self.fallback_steps == 0
+            # the step in which it closes counts one down itself
+            self.resting = self.fallback_steps + 1 if self.fallback_steps else 0
+            if self.fallback_steps:
+                self.watch.reset()
+
+    def state_dict(self) -> dict:
+        return {"stopped": self.stopped, "resting": self.resting, "watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stopped, self.resting = state["stopped"], state["resting"]
+        self.watch.load_state_dict(state["watch"])
+
+
+def usable(norm: float) -> bool:
+    return math.isfinite(norm) and norm > TINY
+
+
+def plain_step(policy, accumulate: Accumulate) -> dict[str, float]:
+    return {**accumulate(), **policy.optimizer_step(), "num_backward_passes": 1.0}
+
+
+def segments(slices: list[slice], shard: Tensor) -> Tensor:
+    """[n / 1024] int64: which tensor each block of a shard belongs to; padding belongs to the tensor before."""
+    index = torch.zeros(len(shard) // BLOCK, dtype=torch.int64, device=shard.device)
+    for number, part in enumerate(slices):
+        if part.stop > part.start:
+            index[part.start // BLOCK :] = number
+    return index

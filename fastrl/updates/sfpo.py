@@ -1,0 +1,98 @@
+"""SFPO (arXiv:2510.04072): fast passes, a pull back towards the anchor, one slow pass; one batch of rollouts for all.
+
+    I    theta_{k+1} = theta_k - step(grad L(theta_k)),  k = 0 .. K-1    whole passes over the minibatches
+    II   theta~      = theta_0 + alpha (theta_K - theta_0)
+    III  theta'      = theta~ - step(grad L(theta~))
+
+Under plain gradient descent theta' = theta_0 - lr (alpha sum_k grad L(theta_k) + grad L(theta~)), eq. 12. K + 1
+backward passes and 4 bytes per parameter for the anchor. The gate watches the entropy of pass III; once it trips, alpha
+is 0 for good (or falls to 0) and the rule is `single` at its cost.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastrl.ops import FlatStats, interpolate_
+from fastrl.updates.base import Accumulate, one_pass
+from fastrl.updates.gate import Gate
+
+
+@dataclass(kw_only=True)
+class SFPO:
+    """The paper's runs: lookahead 3, alpha 0.8 (0.9 for Qwen3-4B), gate window 30 and threshold 1, AdamW state kept.
+
+    gate `code` is the authors' program: z of the last entropy within the window that it ends, upward only. `paper` is
+    their text: z of the new entropy against the window before it, in both directions.
+    """
+
+    lookahead: int = 3  # K, fast passes
+    alpha: float = 0.8  # how far of the way to theta_K
+    gate: Literal["code", "paper", "off"] = "code"
+    gate_window: int = 30  # steps
+    gate_threshold: float = 1.0  # z
+    decay_steps: int = 0  # steps over which alpha falls to 0 once the gate has tripped; 0 = at once
+    opt_state: Literal["keep", "restore", "scale"] = "keep"  # moments at the pull back; scale: first one times alpha
+
+    since: int | None = field(default=None, init=False)  # steps since the gate tripped
+    watch: Gate = field(init=False, repr=False)
+
+    def __post_init__(self):
+        if self.lookahead < 1:
+            raise ValueError(f"--update.lookahead must be at least 1, got {self.lookahead}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"--update.alpha must be between 0 and 1, got {self.alpha}")
+        if self.gate_window < 2 or not self.gate_threshold > 0 or self.decay_steps < 0:
+            raise ValueError(
+                "--update.gate-window must be at least 2, --update.gate-threshold above 0 and --update.decay-steps at "
+                f"least 0, got {self.gate_window}, {self.gate_threshold} and {self.decay_steps}"
+            )
+        self.watch = Gate(
+            window=self.gate_window, threshold=self.gate_threshold, two_sided=self.gate == "paper",
+            inclusive=self.gate == "code",
+        )  # fmt: skip
+
+    @property
+    def alpha_now(self) -> float:
+        if self.since is None:
+            return self.alpha
+        return self.alpha * max(0.0, 1 - (self.since + 1) / (self.decay_steps + 1))
+
+    @property
+    def backward_passes(self) -> int:
+        return self.lookahead + 1 if self.alpha_now > 0 else 1
+
+    def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
+        alpha, fast = self.alpha_now, []
+        report = {"update/alpha": alpha}
+        if alpha > 0:
+            anchor = policy.master.clone()
+            state = policy.optimizer_snapshot() if self.opt_state == "restore" else None
+            fast = [one_pass(policy, minibatches) for _ in range(self.lookahead)]
+            moved = FlatStats(policy.all_sum(interpolate_(policy.master, anchor, alpha).sums)).named()
+            policy.publish()
+            if state is not None:
+                policy.optimizer_restore(state)
+            elif self.opt_state == "scale":
+                policy.scale_first_moment(alpha)
+            report["update/displacement"] = math.sqrt(moved["before_sq"])
+        slow = one_pass(policy, minibatches)
+        self.after(slow["entropy"])
+        report |= {"update/gate_z": self.watch.z, "update/stopped": float(self.since is not None)}
+        summed = {name: slow[name] + sum(p[name] for p in fast) for name in ("skipped", "num_backward_passes")}
+        return slow | report | summed
+
+    def after(self, entropy: float) -> None:
+        """Let the gate see the step's entropy."""
+        if self.since is not None:
+            self.since += 1
+        elif self.gate != "off" and self.watch.observe(entropy):
+            self.since = 0
+
+    def state_dict(self) -> dict:
+        return {"since": self.since, "watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.since = state["since"]
+        self.watch.load_state_dict(state["watch"])
