@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from fastrl import __version__, ranks
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.uniform import Uniform
 from fastrl.config import as_dict
+from fastrl.critic import Critic, CriticConfig, critic_shapes
 from fastrl.engine.base import Sampling
 from fastrl.engine.hf import HFEngine
 from fastrl.flat import buffer_elements, layout
@@ -63,6 +65,7 @@ class TrainConfig:
     update: Single = field(default_factory=Single)
     allocation: Uniform = field(default_factory=Uniform)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)  # where the objective needs values
 
     problems_per_step: int = 32
     minibatches: int = 1  # optimizer steps per pass over a step's completions
@@ -155,6 +158,7 @@ def describe(config: TrainConfig, device: str, tokens_per_microbatch: int) -> li
         f"objective: {name['objective']}  {settings(config.objective)}",
         f"update: {name['update']} {settings(config.update)}   allocation: {name['allocation']} "
         f"{settings(config.allocation)}   optim: {settings(config.optim)}",
+        *([f"critic: passes={config.critic.passes} {settings(config.critic.optim)}"] if needs_values(config) else []),
         f"batch: {config.problems_per_step} problems, {budget} completions -> {config.minibatches} minibatches "
         f"-> microbatches of <= {tokens_per_microbatch} tokens; {config.steps} steps",
     ]
@@ -179,20 +183,17 @@ def build(
     log.say(f"rewards: {', '.join(f'{n} x {w:g}' for n, w in rewards.weights.items())}")
 
     check_fit(config, [*task.problems, *(p for e in evals for p in e.problems)], log)
-    loaded = load_model(
-        config.model,
-        dtype=dtype,
-        device=device,
-        attention=config.attention,
+    load = partial(
+        load_model, config.model, dtype=dtype, device=device, attention=config.attention,
         checkpointing=config.gradient_checkpointing,
-    )
-    policy = Policy(
-        loaded, config.optim, Guard(), temperature=config.temperature, grad_dtype=getattr(torch, config.grad_dtype)
-    )
+    )  # fmt: skip
+    loaded, grad_dtype = load(), getattr(torch, config.grad_dtype)
+    policy = Policy(loaded, config.optim, Guard(), temperature=config.temperature, grad_dtype=grad_dtype)
     needs_reference = "ref_logprobs" in config.objective.needs(optimizer_steps=2)
     reference = Reference(
         config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature
     ) if needs_reference else None  # fmt: skip
+    critic = Critic(load(), config.critic, grad_dtype) if needs_values(config) else None
     engine = HFEngine(
         loaded.model, eos_ids=loaded.eos_ids, pad_id=policy.pad_id, num_tokens=len(tokenizer),
         max_num_seqs=config.max_num_seqs,
@@ -204,9 +205,10 @@ def build(
     )  # fmt: skip
     config.allocation.start(task.problems, config.seed)
     return Trainer(
-        policy=policy, reference=reference, rollout=rollout, allocator=config.allocation, objective=config.objective,
-        update=config.update, completions_per_step=config.allocation.budget(config.problems_per_step),
-        num_minibatches=config.minibatches, tokens_per_microbatch=tokens,
+        policy=policy, reference=reference, critic=critic, rollout=rollout, allocator=config.allocation,
+        objective=config.objective, update=config.update,
+        completions_per_step=config.allocation.budget(config.problems_per_step), num_minibatches=config.minibatches,
+        tokens_per_microbatch=tokens,
         schedule=Schedule(
             steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
             save_every=config.save_every, keep=config.keep, sample_every=config.sample_every,
@@ -216,6 +218,10 @@ def build(
         log=log, folder=config.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),
         stop_requested=stop_requested,
     )  # fmt: skip
+
+
+def needs_values(config: TrainConfig) -> bool:
+    return "values" in config.objective.needs(optimizer_steps=2)
 
 
 def check_fit(config: TrainConfig, problems: list[Problem], log: RunLog) -> None:
@@ -239,9 +245,12 @@ def check_fit(config: TrainConfig, problems: list[Problem], log: RunLog) -> None
 def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int) -> MemoryPlan:
     architecture = model_config(config.model)
     shapes = parameter_shapes(architecture)
+    values = critic_shapes(architecture) if needs_values(config) else {}
     return plan_memory(
         architecture, num_parameters=sum(map(math.prod, shapes.values())),
-        buffer_elements=buffer_elements(layout(shapes), ranks.size()), dtype=dtype,
+        buffer_elements=buffer_elements(layout(shapes), ranks.size()),
+        critic_elements=buffer_elements(layout(values), ranks.size()) if values else 0,
+        critic_optimizer=config.critic.optim.name, dtype=dtype,
         grad_dtype=getattr(torch, config.grad_dtype), optimizer=config.optim.name,
         reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
         tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.gradient_checkpointing,

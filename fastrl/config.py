@@ -3,8 +3,8 @@
     python -m fastrl.train recipe.toml --objective grpo --optim.lr 1e-4
 
 A recipe is sparse: sections are the nested dataclasses, `type` picks the member of an axis. The command line wins. A
-flag of a nested dataclass may be written by its last word (--lr) when no other flag ends in it. Unknown keys and flags
-are errors that name the nearest one that exists.
+flag of a nested dataclass may be written by its last word when no other flag, nested no deeper, ends in it: --lr is
+--optim.lr and not --critic.optim.lr. Unknown keys and flags are errors that name the nearest one that exists.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ def flags_of(recipe: dict, default: object, source: str, prefix: str = "") -> li
         if isinstance(value, dict):
             if not dataclasses.is_dataclass(known[name]):
                 raise ValueError(f"{source}: {prefix}{key} is a single value, not a section")
-            flags += flags_of(value, known[name], source, f"{name}.")
+            flags += flags_of(value, known[name], source, f"{prefix}{name}.")
         elif isinstance(value, bool):
             flags.append(flag if value else f"--{prefix}no-{name}".replace("_", "-"))
         else:
@@ -130,6 +130,7 @@ def expand(args: list[str], default: object) -> list[str]:
             no = typed.startswith("--no-")
             word = typed.removeprefix("--no-") if no else typed.removeprefix("--")
             full = [f for f in flags if f.endswith(f".{word}")]
+            full = [f for f in full if f.count(".") == min(f.count(".") for f in full)]
             if len(full) == 1:
                 section, _, last = full[0].rpartition(".")
                 name = f"{section}.{'no-' if no else ''}{last}"
@@ -194,7 +195,8 @@ def elsewhere(name: str) -> str:
 
 def nearest(name: str, known: Sequence[str] | dict) -> str:
     """'; did you mean X?', or an empty string when nothing is near. Last words count as names."""
-    words = {k.rpartition(".")[2].lstrip("-"): k for k in known}
+    deepest_first = sorted(known, key=lambda k: -k.count("."))  # so that the least nested keeps the word
+    words = {k.rpartition(".")[2].lstrip("-"): k for k in deepest_first}
     near = difflib.get_close_matches(name.lstrip("-").rpartition(".")[2], words, n=1, cutoff=0.5)
     return f"; did you mean {words[near[0]]}?" if near else "; see --help"
 

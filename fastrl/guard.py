@@ -16,6 +16,7 @@ class Guard:
     """
 
     max_in_a_row: int = 3
+    lr_setting: str = "--optim.lr"  # what to lower when it gives up
     skipped: int = field(default=0, init=False)  # not finite, over the whole run
     in_a_row: int = field(default=0, init=False)
     empty: int = field(default=0, init=False)  # exactly zero, over the whole run
@@ -31,7 +32,8 @@ class Guard:
         if self.in_a_row >= self.max_in_a_row:
             raise NumericsError(
                 f"the gradient norm was not finite in {self.in_a_row} optimizer steps in a row (now {grad_norm}). "
-                "The weights are those of the last good step; lower --optim.lr, or resume from an earlier checkpoint"
+                f"The weights are those of the last good step; lower {self.lr_setting}, or resume from an earlier "
+                "checkpoint"
             )
         return False
 

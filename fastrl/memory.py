@@ -23,17 +23,28 @@ class MemoryPlan:
 
 def plan_memory(
     config, *, num_parameters: int, buffer_elements: int, dtype: torch.dtype, grad_dtype: torch.dtype, optimizer: str,
-    reference: bool, tokens_per_microbatch: int, checkpointing: bool, ranks: int,
+    reference: bool, tokens_per_microbatch: int, checkpointing: bool, ranks: int, critic_elements: int = 0,
+    critic_optimizer: str = "adamw",
 ) -> MemoryPlan:  # fmt: skip
-    """A transformers configuration, its parameters and the flat buffer's elements -> bytes of the parts.
+    """A transformers configuration, its parameters and the flat buffers' elements -> bytes of the parts.
 
+    critic_elements: of its flat buffer, 0 without one; its weights, gradients, master and optimizer state are one part.
     All but the activations are sizes of the tensors that the run allocates (8-bit states: one byte and a 32-bit scale
     per 256 elements for each of two moments). Activations are an estimate: one residual per checkpointed layer, or
     about 16 hidden and 5 intermediate vectors per token and layer without checkpointing.
     """
-    shard = buffer_elements // ranks
     # float32 weights on one rank are their own master
     own_master = dtype in (torch.float32, torch.float64) and ranks == 1
+
+    def trained(elements: int, optimizer: str) -> dict[str, int]:
+        shard = elements // ranks
+        return {
+            "weights": elements * dtype.itemsize,
+            "gradients": elements * torch.promote_types(grad_dtype, dtype).itemsize,
+            "master": 0 if own_master else shard * 4,
+            "optimizer": 2 * 4 * shard if optimizer == "adamw" else 2 * (shard + 4 * math.ceil(shard / 256)),
+        }
+
     text = config.get_text_config()
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
     layers, size = text.num_hidden_layers, dtype.itemsize
@@ -41,10 +52,8 @@ def plan_memory(
     per_token = layers * hidden * size + per_layer if checkpointing else layers * per_layer
     return MemoryPlan(
         parts={
-            "weights": buffer_elements * size,
-            "gradients": buffer_elements * torch.promote_types(grad_dtype, dtype).itemsize,
-            "master": 0 if own_master else shard * 4,
-            "optimizer": 2 * 4 * shard if optimizer == "adamw" else 2 * (shard + 4 * math.ceil(shard / 256)),
+            **trained(buffer_elements, optimizer),
+            "critic": sum(trained(critic_elements, critic_optimizer).values()),
             "reference": num_parameters * size if reference else 0,
             "activations": tokens_per_microbatch * per_token,
         },

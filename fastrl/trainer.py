@@ -11,6 +11,7 @@ import torch
 from fastrl import checkpoint, ranks
 from fastrl.allocation.base import Allocation
 from fastrl.batching import cut, denominator, make_batch, minibatches, select
+from fastrl.critic import Critic, explained_variance
 from fastrl.engine.base import Sampling
 from fastrl.log import RunLog
 from fastrl.metrics import (
@@ -58,6 +59,7 @@ class EvalSet:
 class Trainer:
     policy: Policy
     reference: Reference | None
+    critic: Critic | None  # where the objective needs values
     rollout: Rollout
     allocator: Allocation
     objective: Objective
@@ -96,16 +98,20 @@ class Trainer:
         self.leave_if_stopped()
         self.policy.set_lr(self.policy.optim.lr_at(self.completed, self.schedule.steps))
         self.mismatch = {}
+        learned = self.fit_critic(batch) if self.critic else {}
         with self.rollout.spans("update"):
             parts = [partial(self.accumulate, part) for part in minibatches(batch, self.num_minibatches)]
-            metrics = self.update.update(self.policy, parts)
+            metrics = self.update.update(self.policy, parts) | learned
         self.rollout.engine.weights_changed()
         self.allocator.observe(groups)
         return metrics | self.observe(groups, batch, metrics)
 
     def fill(self, batch: TrainBatch, needs: frozenset[str]) -> None:
         """Compute what the objective compares with, token by token, without gradients."""
-        models = {"old_logprobs": self.policy, "current_logprobs": self.policy, "ref_logprobs": self.reference}
+        models = {
+            "old_logprobs": self.policy, "current_logprobs": self.policy, "ref_logprobs": self.reference,
+            "values": self.critic,
+        }  # fmt: skip
         for name in sorted(needs):
             values = torch.zeros_like(batch.rollout_logprobs)
             with torch.no_grad():
@@ -138,6 +144,18 @@ class Trainer:
             self.mismatch = sampling_mismatch(torch.cat(differences))
         totals = ranks.all_sum_(torch.stack(list(sums.values()))) / tokens
         return dict(zip(sums, totals.tolist(), strict=True))
+
+    def fit_critic(self, batch: TrainBatch) -> dict[str, float]:
+        """Teach the critic the batch's returns, minibatch by minibatch; return its metrics."""
+
+        def accumulate(part: TrainBatch) -> dict[str, float]:
+            pieces = (piece for _, piece in cut(part, self.tokens_per_microbatch, packed=self.critic.packs))
+            return self.critic.accumulate(pieces, self.objective.value_loss_sum, denominator(part, "token"))
+
+        with self.rollout.spans("critic"):
+            self.critic.set_lr(self.critic.optim.lr_at(self.completed, self.schedule.steps))
+            metrics = self.critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])
+            return metrics | {"critic/explained_variance": explained_variance(batch)}
 
     def microbatches(self, minibatch: TrainBatch) -> Iterator[tuple[bool, TrainBatch]]:
         """(whether there is anything to learn from it, microbatch); rows without a gradient only go forward."""
@@ -251,8 +269,14 @@ class Trainer:
         with self.rollout.spans("save"):
             self.last_checkpoint = checkpoint.save(
                 self.folder / "checkpoints", state["step"] if state else self.completed, keep=self.schedule.keep,
-                write_model=self.write_model, tensors=self.policy.state_tensors(), state=state or self.state_dict(),
+                write_model=self.write_model, tensors=self.state_tensors(), state=state or self.state_dict(),
             )  # fmt: skip
+
+    def state_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's weights and optimizer states."""
+        yield from self.policy.state_tensors()
+        if self.critic:
+            yield from ((f"critic.{name}", tensor) for name, tensor in self.critic.state_tensors())
 
     def state_dict(self) -> dict:
         """Everything but tensors and generators that the next step depends on."""
@@ -263,10 +287,11 @@ class Trainer:
             "num_backward_passes": self.num_backward_passes,
             "policy_version": self.policy.policy_version,
             "engine_policy_version": self.rollout.engine.policy_version,
-            "tensors": [name for name, _ in self.policy.state_tensors()],
+            "tensors": [name for name, _ in self.state_tensors()],
             "allocator": self.allocator.state_dict(),
             "update": self.update.state_dict(),
             "guard": self.policy.guard.state_dict(),
+            **({"critic_guard": self.critic.guard.state_dict()} if self.critic else {}),
             "config": self.config,
         }
 
@@ -283,6 +308,11 @@ class Trainer:
         self.update.load_state_dict(state["update"])
         self.policy.guard.load_state_dict(state["guard"])
         self.policy.load_state_tensors(tensors)
+        if self.critic:
+            prefix = "critic."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            self.critic.load_state_tensors(own)
+            self.critic.guard.load_state_dict(state["critic_guard"])
         self.policy.policy_version = state["policy_version"]
         self.rollout.engine.policy_version = state["engine_policy_version"]
         self.log.rewind(self.completed)

@@ -1,0 +1,124 @@
+"""PPO: clipped policy gradient with an advantage per token from a learned critic."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl import ranks
+from fastrl.objectives.base import clipped_surrogate, kl_estimate, masked, old_log_ratio
+from fastrl.types import Problem, TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO:
+    """Proximal policy optimization (arXiv:1707.06347) with generalized advantage estimation (arXiv:1506.02438).
+
+        r_t     = reward on the last token of a completion, 0 elsewhere, - kl (old_logprobs - ref_logprobs)
+        delta_t = r_t + gamma V_{t+1} - V_t           V_t: the critic before token t; 0 after the last one
+        A_t     = delta_t + gamma lam A_{t+1},  return_t = A_t + V_t
+        loss    = clipped surrogate of GRPO with A whitened over the batch - entropy * H
+        critic  : max((V - return)^2, (clip(V, V_old - value_clip, V_old + value_clip) - return)^2) / 2
+
+    gamma = lam = 1: A_t = r - V_t and return_t = r. A completion cut off by the limit ends there like any other.
+    Cost beside GRPO with one completion per problem: a second model under training and its forward per step for V_old.
+    """
+
+    gamma: float = 1.0  # discount per token
+    lam: float = 1.0  # 1: returns as sampled, no bias from the critic; 0: one token and the critic's next value
+    clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0  # largest ratio that counts against a bad token; None = no limit
+    log_ratio_cap: float = 20.0  # nats; beyond it the gradient is zero
+    value_clip: float | None = 0.5  # a value further than this from its old one is pulled no further; None = no limit
+    whiten: bool = True  # advantages with mean 0 and variance 1 over the response tokens of the batch
+    kl: float = 0.0  # coefficient of the KL to the reference, taken off the reward of each token
+    entropy: float = 0.0  # coefficient of the entropy bonus
+
+    normalizer = "token"
+    min_group_size = 1
+    splits_groups = True
+    needs_current = needs_profile = False
+
+    def __post_init__(self):
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--objective.{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("clip_low", "clip_high", "log_ratio_cap", "value_clip"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"--objective.{name.replace('_', '-')} must be > 0, got {getattr(self, name)}")
+        for name in ("kl", "entropy"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--objective.{name} must be >= 0, got {getattr(self, name)}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
+
+    def needs(self, optimizer_steps: int) -> frozenset[str]:
+        wanted = {"values": True, "old_logprobs": optimizer_steps > 1 or self.kl > 0, "ref_logprobs": self.kl > 0}
+        return frozenset(name for name, yes in wanted.items() if yes)
+
+    def credit(self, rewards: Tensor, problem: Problem | None = None) -> Tensor:
+        """rewards [G] as they are: `prepare` knows the values and places them."""
+        return rewards
+
+    def prepare(self, batch: TrainBatch) -> None:
+        mask = batch.response_mask
+        # values of padding and prompt never enter, not even as the next value of the last token
+        values = masked(batch.values, mask)
+        rewards = torch.where(mask & ~following(mask), batch.credit[:, None].to(values.dtype), 0.0)
+        if self.kl > 0:
+            rewards -= self.kl * kl_estimate(masked(batch.old_logprobs - batch.ref_logprobs, mask), "k1")
+        delta = rewards + self.gamma * following(values) - values
+        advantages = masked(discounted_sums(delta, self.gamma * self.lam), mask)
+        batch.returns = advantages + values
+        batch.advantages = whitened(advantages, mask) if self.whiten else advantages
+
+    def silent(self, batch: TrainBatch) -> Tensor:
+        return torch.zeros_like(batch.truncated)  # a critic is never exactly right
+
+    def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = batch.response_mask
+        loss, clipped = clipped_surrogate(
+            old_log_ratio(logprobs, batch), masked(batch.advantages, mask), clip_low=self.clip_low,
+            clip_high=self.clip_high, dual_clip=self.dual_clip, log_ratio_cap=self.log_ratio_cap,
+        )  # fmt: skip
+        metrics = {"entropy": entropy.detach(), **clipped}
+        if batch.ref_logprobs is not None:
+            metrics["kl"] = kl_estimate(masked(logprobs.detach() - batch.ref_logprobs, mask), "k1")
+        if self.entropy:
+            loss = loss - self.entropy * entropy
+        return masked(loss, mask).sum(), {k: masked(v, mask).sum() for k, v in metrics.items()}
+
+    def value_loss_sum(self, values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """values [B, S] of the critic now -> its loss summed over the batch, and metrics over response tokens."""
+        mask = batch.response_mask
+        values, old, returns = (masked(x, mask) for x in (values, batch.values, batch.returns))
+        loss = (values - returns).square() / 2
+        metrics = {}
+        if self.value_clip is not None:
+            near = old + (values - old).clamp(-self.value_clip, self.value_clip)
+            clipped = (near - returns).square() / 2
+            metrics["clip_ratio"] = (clipped > loss).sum()
+            loss = torch.maximum(loss, clipped)
+        return loss.sum(), metrics
+
+
+def following(x: Tensor) -> Tensor:
+    """x [B, S] -> what stands one column to the right, zero (or False) at the end."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def discounted_sums(x: Tensor, discount: float) -> Tensor:
+    """x [B, S] -> y [B, S] with y_s = x_s + discount y_{s+1}."""
+    out = x.clone()
+    for s in range(x.shape[1] - 2, -1, -1):
+        out[:, s] += discount * out[:, s + 1]
+    return out
+
+
+def whitened(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, S], zero outside the mask -> mean 0 and unbiased variance 1 over the masked entries of all ranks."""
+    n, total, squares = ranks.all_sum_(torch.stack([mask.sum(), x.double().sum(), x.double().square().sum()]))
+    mean = total / n.clamp(min=1)
+    variance = (squares - total * mean).clamp(min=0) / (n - 1).clamp(min=1)
+    return masked((x - mean) * torch.rsqrt(variance + 1e-8), mask).to(x.dtype)
