@@ -203,7 +203,7 @@ def build(
         engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
         grade_truncated=config.grade_truncated,
     )  # fmt: skip
-    config.allocation.start(task.problems, config.seed)
+    config.allocation.start(task.problems, config.seed, config.steps)
     return Trainer(
         policy=policy, reference=reference, critic=critic, rollout=rollout, allocator=config.allocation,
         objective=config.objective, update=config.update,

@@ -43,6 +43,7 @@ class Problem:
     columns: dict = field(default_factory=dict)  # all other columns of the row; reward functions receive them
     prompt_ids: list[int] = field(default_factory=list)  # filled once by data.encode_prompts
     profile_rewards: Tensor | None = None  # [N] float32, rewards of N offline completions
+    profile_right: Tensor | None = None  # [N] float32 in [0, 1], whether each of them was right; their mean: pass rate
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,7 +13,7 @@ def problems(n):
 
 def started(n=7, seed=0, group_size=4):
     allocation = Uniform(group_size=group_size)
-    allocation.start(problems(n), seed)
+    allocation.start(problems(n), seed, steps=100)
     return allocation
 
 
@@ -80,7 +80,7 @@ def test_resuming_continues(taken):
 def test_problems_are_not_reordered_in_place():
     given = problems(6)
     allocation = Uniform(group_size=2)
-    allocation.start(given, 1)
+    allocation.start(given, seed=1, steps=100)
     allocation.take(30)
     assert [p.id for p in given] == [f"p{i}" for i in range(6)]
 
