@@ -79,6 +79,7 @@ class TrainConfig:
     eval: tuple[str, ...] = ()  # data sets to evaluate before, after and every eval_every steps
     eval_k: int = 8  # completions per evaluation problem
     eval_every: int = 0
+    stop_at_accuracy: float = 0.0  # end the run when avg@k of the first of them reaches it; 0 = never
     eval_limit: int = 0  # use only the first problems of each; 0 = all
     save_every: int = 0  # steps between checkpoints; one is always written at the end
     keep: int = 2  # newest checkpoints to keep, at least 2
@@ -113,6 +114,8 @@ class TrainConfig:
             raise ValueError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', got {self.name!r}")
         if not 0 < self.temperature <= 100:
             raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
+        if not 0 <= self.stop_at_accuracy <= 1:
+            raise ValueError(f"--stop-at-accuracy must be between 0 and 1, got {self.stop_at_accuracy}")
         unknown = set(self.log) - set(LOGGERS)
         if unknown:
             raise ValueError(
@@ -128,6 +131,8 @@ def check_combination(config: TrainConfig) -> None:
             f"{type(config.objective).__name__} compares at least {needed} completions of a problem, but "
             f"--allocation may sample {given}; raise --group-size"
         )
+    if config.stop_at_accuracy and not (config.eval and config.eval_every):
+        raise ValueError("--stop-at-accuracy looks at evaluations: say of what by --eval, how often by --eval-every")
     per_rank = config.problems_per_step // ranks.world_size()
     if config.minibatches > per_rank:
         raise ValueError(
@@ -211,8 +216,8 @@ def build(
         tokens_per_microbatch=tokens,
         schedule=Schedule(
             steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
-            save_every=config.save_every, keep=config.keep, sample_every=config.sample_every,
-            rollouts_every=config.rollouts_every,
+            stop_at_accuracy=config.stop_at_accuracy, save_every=config.save_every, keep=config.keep,
+            sample_every=config.sample_every, rollouts_every=config.rollouts_every,
         ),
         eval_sets=[EvalSet(name=e.name, problems=e.problems, k=config.eval_k, sampling=sampling) for e in evals],
         log=log, folder=config.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),

@@ -38,8 +38,9 @@ from fastrl.types import CheckpointError, EngineError, NumericsError
 
 # what may differ between a run and its continuation; everything else would change what is being trained
 FREE_ON_RESUME = {
-    "steps", "max_minutes", "eval", "eval_k", "eval_every", "eval_limit", "save_every", "keep", "sample_every",
-    "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers", "max_num_seqs", "allow_change",
+    "steps", "max_minutes", "stop_at_accuracy", "eval", "eval_k", "eval_every", "eval_limit", "save_every", "keep",
+    "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers", "max_num_seqs",
+    "allow_change",
 }  # fmt: skip
 
 

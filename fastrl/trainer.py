@@ -41,6 +41,7 @@ class Schedule:
     steps: int
     max_minutes: float
     eval_every: int
+    stop_at_accuracy: float  # end the run when avg@k of the first evaluation set reaches it
     save_every: int
     keep: int
     sample_every: int
@@ -82,6 +83,7 @@ class Trainer:
     last_checkpoint: Path | None = field(default=None, init=False)
     mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
     latest: tuple[Problem, Completion] | None = field(default=None, init=False)  # shown now and then
+    on_target: bool = field(default=False, init=False)  # the newest evaluation reached schedule.stop_at_accuracy
 
     def step(self) -> dict[str, float]:
         plan = self.allocator.take(self.completions_per_step)
@@ -198,11 +200,11 @@ class Trainer:
         }
 
     def run(self) -> str:
-        """Train to the end of the schedule; returns the reason it ended: "done", "stopped" or "time"."""
+        """Train to the end of the schedule; returns the reason it ended: "done", "target", "stopped" or "time"."""
         started, taken, stepping_s = time.monotonic(), 0, 0.0
         if self.completed == 0:
             self.evaluate()
-        while self.completed < self.schedule.steps:
+        while self.completed < self.schedule.steps and not self.on_target:
             before, generators = self.state_dict(), checkpoint.generators()
             begin = time.perf_counter()
             try:
@@ -226,7 +228,10 @@ class Trainer:
             self.every(self.schedule.eval_every, self.evaluate)
             self.every(self.schedule.save_every, self.save)
         self.save()
-        self.evaluate()
+        if not self.on_target:
+            self.evaluate()
+        if self.on_target:
+            return "target"
         return "done" if self.completed >= self.schedule.steps else "time"
 
     def every(self, interval: int, action: Callable[[], None]) -> None:
@@ -248,6 +253,8 @@ class Trainer:
             values = {f"{prefix}/{name}": value for name, value in scores.items()}
             values |= {"num_rollouts": self.num_rollouts, "timing_s/eval": time.perf_counter() - start}
             self.log.metrics(self.completed, values)
+            if eval_set is self.eval_sets[0]:
+                self.on_target = 0 < self.schedule.stop_at_accuracy <= scores[f"avg@{k}"]
             low, high = scores[f"avg@{k}/ci95_low"], scores[f"avg@{k}/ci95_high"]
             self.log.say(
                 f"eval {eval_set.name} at step {self.completed}: avg@{k} {scores[f'avg@{k}']:.3f} "

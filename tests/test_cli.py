@@ -55,6 +55,8 @@ BAD = [
     (["--device", "cuda"], 2, "torch sees no CUDA device"),
     (["--max-prompt-tokens", "3"], 3, "--max-prompt-tokens is 3; raise it"),
     (["--temperature", "0"], 2, "--temperature must be above 0 in training"),
+    (["--stop-at-accuracy", "85", "--eval-every", "5"], 2, "--stop-at-accuracy must be between 0 and 1, got 85.0"),
+    (["--stop-at-accuracy", "0.85"], 2, "say of what by --eval, how often by --eval-every"),
     (["--resume", "runs/other/checkpoints/step-3"], 6, "no MANIFEST.json, so this is not a complete checkpoint"),
     (["nowhere.toml"], 2, "nowhere.toml: no such recipe"),
     (["--objective"], 2, "--objective needs a name; there are: grpo"),
