@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from fastrl import __version__, ranks
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.uniform import Uniform
-from fastrl.config import as_dict
+from fastrl.config import as_dict, parse
 from fastrl.critic import Critic, CriticConfig, critic_shapes
 from fastrl.engine.base import Sampling
 from fastrl.engine.hf import HFEngine
@@ -121,6 +121,15 @@ class TrainConfig:
             raise ValueError(
                 f"--log {unknown.pop()}: there is {' and '.join(LOGGERS)}; metrics.jsonl is always written"
             )
+
+
+def configure(argv: Sequence[str]) -> TrainConfig:
+    """The run of a command line; one without a recipe and a model changes the embedded run."""
+    given = {arg.partition("=")[0] for arg in argv}
+    has_recipe = bool(argv) and argv[0].endswith(".toml")
+    config = parse(TrainConfig, argv if has_recipe or "--model" in given else [str(EMBEDDED_RECIPE), *argv], AXES)
+    check_combination(config)
+    return config
 
 
 def check_combination(config: TrainConfig) -> None:

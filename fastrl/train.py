@@ -20,17 +20,15 @@ import torch
 
 from fastrl import checkpoint, ranks
 from fastrl.build import (
-    AXES,
-    EMBEDDED_RECIPE,
     TrainConfig,
     build,
-    check_combination,
+    configure,
     describe,
     memory_plan,
     open_rewards,
     resolve,
 )
-from fastrl.config import as_dict, exit_code, fail, parse, run_program
+from fastrl.config import as_dict, exit_code, fail, run_program
 from fastrl.log import RunLog, versions, write_json
 from fastrl.perf import collector_paused
 from fastrl.trainer import Trainer
@@ -133,10 +131,7 @@ def summary(log: RunLog) -> list[str]:
 
 def main(argv: list[str]) -> int:
     started = time.monotonic()
-    given = {arg.partition("=")[0] for arg in argv}
-    has_recipe = bool(argv) and argv[0].endswith(".toml")
-    config = parse(TrainConfig, argv if has_recipe or "--model" in given else [str(EMBEDDED_RECIPE), *argv], AXES)
-    check_combination(config)
+    config = configure(argv)
     device, dtype, tokens = resolve(config)
     rewards = open_rewards(config)
     lines = describe(config, device, tokens)

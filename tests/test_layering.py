@@ -14,6 +14,7 @@ LAYERS = [
     ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task"],
     ["trainer", "profiling"],
     ["build"],
+    ["comparison"],
     ["train", "profile", "evaluate", "plan", "compare", "report", "doctor"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
