@@ -14,6 +14,7 @@ import io
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -162,7 +163,9 @@ def cli(default: T, args: list[str], source: str) -> T:
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), warnings.catch_warnings():
+            # a field of an axis is annotated with one member and may hold another: the default's class is what counts
+            warnings.filterwarnings("ignore", message="The field .* is annotated with type")
             config, unknown = tyro.cli(
                 type(default), args=args, default=default, return_unknown_args=True,
                 config=(tyro.conf.AvoidSubcommands,),

@@ -5,8 +5,8 @@
                    scale = S_K(r) / S_2(r),   S_n(r) = 1 + r + ... + r^(n-1)
 
 r is how much of a coordinate's first gradient (or optimizer direction) the second still is: two steps that shrink by r
-begin a geometric series, and K of them go S_K / S_2 times as far (GXPO, arXiv:2605.06755). By Horner's rule: the closed form
-(1 - r^K) / (1 - r) is 0 / 0 in float32 near r = 1, where the scale is K / 2.
+begin a geometric series, and K of them go S_K / S_2 times as far (GXPO, arXiv:2605.06755). By Horner's rule: the closed
+form (1 - r^K) / (1 - r) is 0 / 0 in float32 near r = 1, where the scale is K / 2.
 """
 
 from collections.abc import Iterator
@@ -64,8 +64,8 @@ def extrapolate_(
     grads = (g0, g1) [n]: the gradients of the two steps, r = g1 / g0. Or u0 [n] = theta_1 - anchor: r is that of the
     directions of decoupled AdamW, d = ((1 - lr weight_decay) theta - theta') / lr; lr = 0 leaves every scale at 1.
     r is clamped to [ratio_min, ratio_max], the scale to [1, scale_max], lookahead / 2 + 1 unless given. The scale is 1
-    where a gradient is not finite or r is -1, and on inactive coordinates: |g0| (or |d0|) at or below threshold[segment[block]], with
-    threshold [tensors] and segment [n / 1024] (the tensor of each block), or 1e-8 without them.
+    where a gradient is not finite or r is -1, and on inactive coordinates: |g0| (or |d0|) at or below its tensor's
+    threshold [tensors], found by segment [n / 1024, rounded up] (the tensor of each block), or below 1e-8 without them.
     Raises ValueError on shards that do not match, lookahead below 2, or not exactly one of grads and u0.
     """
     if (grads is None) == (u0 is None):
@@ -83,7 +83,7 @@ def extrapolate_(
             theta_1 = start + u0[part]
             first = direction(start, u0[part], lr, weight_decay)
             second = direction(theta_1, theta_2[part] - theta_1, lr, weight_decay)
-        least = 1e-8 if threshold is None else threshold[segment[block_range(part)].long()].repeat_interleave(BLOCK)
+        least = 1e-8 if threshold is None else spread(threshold, segment, part)[: len(first)]
         ratio = second / first
         finite = first.isfinite() & second.isfinite()
         active = (first.abs() > least) & finite & (ratio.clamp(ratio_min, ratio_max) + 1).abs().gt(1e-8)
@@ -119,8 +119,10 @@ def chunks(shard: Tensor) -> Iterator[slice]:
     return (slice(start, start + CHUNK) for start in range(0, len(shard), CHUNK))
 
 
-def block_range(part: slice) -> slice:
-    return slice(part.start // BLOCK, part.stop // BLOCK)
+def spread(threshold: Tensor, segment: Tensor, part: slice) -> Tensor:
+    """The threshold of each element of a chunk, up to the end of its last block."""
+    blocks = segment[part.start // BLOCK : part.stop // BLOCK]
+    return threshold[blocks.long()].repeat_interleave(BLOCK)
 
 
 def square_sum(x: Tensor) -> Tensor:

@@ -211,8 +211,8 @@ def plain_step(policy, accumulate: Accumulate) -> dict[str, float]:
 
 
 def segments(slices: list[slice], shard: Tensor) -> Tensor:
-    """[n / 1024] int64: which tensor each block of a shard belongs to; padding belongs to the tensor before."""
-    index = torch.zeros(len(shard) // BLOCK, dtype=torch.int64, device=shard.device)
+    """[blocks] int64: which tensor each block of a shard belongs to; padding belongs to the tensor before."""
+    index = torch.zeros(-(-len(shard) // BLOCK), dtype=torch.int64, device=shard.device)
     for number, part in enumerate(slices):
         if part.stop > part.start:
             index[part.start // BLOCK :] = number
