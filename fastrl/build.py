@@ -12,6 +12,7 @@ import torch
 
 from fastrl import __version__, ranks
 from fastrl.allocation import ALLOCATORS
+from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
 from fastrl.config import as_dict, parse
 from fastrl.critic import Critic, CriticConfig, critic_shapes
@@ -34,11 +35,13 @@ from fastrl.objectives import OBJECTIVES
 from fastrl.objectives.grpo import GRPO
 from fastrl.optim import OptimConfig
 from fastrl.policy import Policy
+from fastrl.profile_data import ProfileKey, find_profile
+from fastrl.profiling import Profiler
 from fastrl.reference import Reference
 from fastrl.rewards import RewardSet
 from fastrl.rollout import Rollout
 from fastrl.task import TaskConfig, default_rewards, load_task
-from fastrl.trainer import EvalSet, Schedule, Trainer
+from fastrl.trainer import EvalSet, Schedule, Stopped, Trainer
 from fastrl.types import Problem
 from fastrl.updates import UPDATES
 from fastrl.updates.single import Single
@@ -63,7 +66,7 @@ class TrainConfig:
 
     objective: GRPO = field(default_factory=GRPO)
     update: Single = field(default_factory=Single)
-    allocation: Uniform = field(default_factory=Uniform)
+    allocation: Allocation = field(default_factory=Uniform)
     optim: OptimConfig = field(default_factory=OptimConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)  # where the objective needs values
 
@@ -73,6 +76,10 @@ class TrainConfig:
     max_new_tokens: int = 512  # a completion is cut off there
     temperature: float = 1.0
     grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
+
+    profile: str = ""  # file, where one is needed; empty: found or made in the folder `profiles` beside the run's
+    num_profile_completions: int = 8  # per problem
+    reprofile_every: int = 0  # steps between profiles of the policy, for the allocation; 0 = only the first
 
     steps: int = 200
     max_minutes: float = 0.0  # stop, save and evaluate after this long; 0 = no limit
@@ -142,11 +149,34 @@ def check_combination(config: TrainConfig) -> None:
         )
     if config.stop_at_accuracy and not (config.eval and config.eval_every):
         raise ValueError("--stop-at-accuracy looks at evaluations: say of what by --eval, how often by --eval-every")
-    per_rank = config.problems_per_step // ranks.world_size()
+    fewest = config.allocation.budget(config.problems_per_step) // config.allocation.max_group_size
+    per_rank = fewest // ranks.world_size()
     if config.minibatches > per_rank:
         raise ValueError(
-            f"--minibatches {config.minibatches} cannot be cut from --problems-per-step {config.problems_per_step}; "
+            f"--minibatches {config.minibatches} cannot be cut from --problems-per-step {fewest}; "
             f"a minibatch holds whole groups, and a rank has {per_rank}"
+        )
+    check_profile(config)
+
+
+def needs_profile(config: TrainConfig) -> bool:
+    return config.objective.needs_profile or config.allocation.needs_profile
+
+
+def check_profile(config: TrainConfig) -> None:
+    """Refuse settings of a profile that have no use here."""
+    if config.num_profile_completions < 1:
+        raise ValueError(f"--num-profile-completions must be at least 1, got {config.num_profile_completions}")
+    if config.profile and not needs_profile(config):
+        raise ValueError(f"--profile {config.profile}: this objective and this allocation read none; leave it out")
+    if config.reprofile_every < 0:
+        raise ValueError(f"--reprofile-every must be at least 0, got {config.reprofile_every}")
+    if config.reprofile_every and not config.allocation.needs_profile:
+        raise ValueError("--reprofile-every is for an allocation that reads a profile, such as --allocation sgpo")
+    if config.reprofile_every and config.objective.needs_profile:
+        raise ValueError(
+            f"--reprofile-every {config.reprofile_every}: {type(config.objective).__name__} compares with the rewards "
+            "of the model the run starts from, which a profile of the policy would replace; leave it out"
         )
 
 
@@ -163,6 +193,7 @@ def describe(config: TrainConfig, device: str, tokens_per_microbatch: int) -> li
         return " ".join(f"{k}={v}" for k, v in as_dict(member).items())
 
     budget = config.allocation.budget(config.problems_per_step)
+    groups = {budget // size for size in (config.allocation.max_group_size, config.allocation.min_group_size)}
     name = {
         axis: next(n for n, cls in members.items() if type(getattr(config, axis)) is cls)
         for axis, members in AXES.items()
@@ -173,8 +204,8 @@ def describe(config: TrainConfig, device: str, tokens_per_microbatch: int) -> li
         f"update: {name['update']} {settings(config.update)}   allocation: {name['allocation']} "
         f"{settings(config.allocation)}   optim: {settings(config.optim)}",
         *([f"critic: passes={config.critic.passes} {settings(config.critic.optim)}"] if needs_values(config) else []),
-        f"batch: {config.problems_per_step} problems, {budget} completions -> {config.minibatches} minibatches "
-        f"-> microbatches of <= {tokens_per_microbatch} tokens; {config.steps} steps",
+        f"batch: {' to '.join(map(str, sorted(groups)))} problems, {budget} completions -> {config.minibatches} "
+        f"minibatches -> microbatches of <= {tokens_per_microbatch} tokens; {config.steps} steps",
     ]
 
 
@@ -197,6 +228,7 @@ def build(
     log.say(f"rewards: {', '.join(f'{n} x {w:g}' for n, w in rewards.weights.items())}")
 
     check_fit(config, [*task.problems, *(p for e in evals for p in e.problems)], log)
+    key, profile_path, _ = profile_of(config, task.problems) if needs_profile(config) else (None, None, "")
     load = partial(
         load_model, config.model, dtype=dtype, device=device, attention=config.attention,
         checkpointing=config.gradient_checkpointing,
@@ -217,7 +249,16 @@ def build(
         engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
         grade_truncated=config.grade_truncated,
     )  # fmt: skip
-    config.allocation.start(task.problems, config.seed, config.steps)
+    profiler = None
+    if key:
+        profiler = Profiler(
+            rollout=rollout, problems=task.problems, allocation=config.allocation, key=key, path=profile_path,
+            folder=config.folder, every=config.reprofile_every, weights=lambda: policy.flat.weights, say=log.say,
+        )  # fmt: skip
+        profiler.begin(partial(leave_if_stopped, stop_requested))
+    config.allocation.start(task.problems, config.seed, min(config.steps, config.reprofile_every or config.steps))
+    if config.allocation.needs_profile:
+        log.say(f"allocation: {config.allocation.outlook()}")
     return Trainer(
         policy=policy, reference=reference, critic=critic, rollout=rollout, allocator=config.allocation,
         objective=config.objective, update=config.update,
@@ -230,8 +271,31 @@ def build(
         ),
         eval_sets=[EvalSet(name=e.name, problems=e.problems, k=config.eval_k, sampling=sampling) for e in evals],
         log=log, folder=config.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),
-        stop_requested=stop_requested,
+        profiler=profiler, stop_requested=stop_requested,
     )  # fmt: skip
+
+
+def profile_of(config: TrainConfig, problems: list[Problem]) -> tuple[ProfileKey, Path, str]:
+    """What the run's profile depends on, its file, and a line that says what is in it."""
+    key = ProfileKey.of(
+        model=config.model, problems=problems, rewards=config.reward or default_rewards(config.data),
+        sampling=Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens),
+        grade_truncated=config.grade_truncated, seed=config.seed, num_completions=config.num_profile_completions,
+    )  # fmt: skip
+    return key, *find_profile(key, config.profile, config.folder.parent)
+
+
+def profile_plan(config: TrainConfig, rewards: RewardSet) -> list[str]:
+    """For a dry run: which profile would be read or made, if any. Reads the problems and loads no model."""
+    if not needs_profile(config):
+        return []
+    task = load_task(config.data, config.split, config.task, load_tokenizer(config.model), rewards, config.limit)
+    return [profile_of(config, task.problems)[2]]
+
+
+def leave_if_stopped(stop_requested: Callable[[], bool]) -> None:
+    if ranks.all_max(float(stop_requested())):
+        raise Stopped("stopped while the profile was being sampled; the same command goes on from there")
 
 
 def needs_values(config: TrainConfig) -> bool:

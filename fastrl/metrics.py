@@ -96,6 +96,17 @@ def majority(keys: list[str | None], correct: list[bool]) -> float:
     return len(winners & right) / len(winners)
 
 
+def spearman(a: list[float], b: list[float]) -> float:
+    """Rank correlation of two lists of N values, equal ones sharing their mean rank; NaN if one list is constant."""
+
+    def mean_ranks(values: list[float]) -> Tensor:
+        _, place, counts = torch.tensor(values, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
+        return (counts.cumsum(0) - (counts - 1) / 2.0)[place]
+
+    x, y = (ranks - ranks.mean() for ranks in map(mean_ranks, (a, b)))
+    return (x @ y / (x.square().sum() * y.square().sum()).sqrt()).item()
+
+
 def interval95(values: list[float]) -> tuple[float, float]:
     """95 % interval of the mean of values in [0, 1], one per problem.
 

@@ -26,9 +26,9 @@ class Rollout:
 
     def run(self, plan: list[tuple[Problem, int]], step: int) -> list[RolloutGroup]:
         """[(problem, group_size)] of all ranks -> this rank's groups, sampled for training step `step` and scored."""
-        own = plan[ranks.rank() :: ranks.size()]
+        own = slice(ranks.rank(), None, ranks.size())
         with self.spans("rollout"):
-            groups = self.sample(own, self.sampling, "train", step)
+            groups = self.sample(plan[own], self.sampling, "train", step, firsts=first_samples(plan)[own])
         with self.spans("reward"):
             self.score(groups)
         return groups
@@ -51,13 +51,16 @@ class Rollout:
             return (completion.rewards.get(self.rewards.verifiers[0].name) or 0.0) >= 1.0
         return completion.reward >= 1.0
 
-    def sample(self, plan: list[tuple[Problem, int]], sampling: Sampling, *stream: object) -> list[RolloutGroup]:
+    def sample(
+        self, plan: list[tuple[Problem, int]], sampling: Sampling, *stream: object, firsts: list[int] | None = None
+    ) -> list[RolloutGroup]:
+        """firsts: number of the first sample of each group, if not 0: a seed depends on (stream, problem, number)."""
         requests = [
             Request(
                 prompt_ids=problem.prompt_ids,
-                seeds=[sampling_seed(self.seed, *stream, problem.id, i) for i in range(group_size)],
+                seeds=[sampling_seed(self.seed, *stream, problem.id, i) for i in range(first, first + group_size)],
             )
-            for problem, group_size in plan
+            for (problem, group_size), first in zip(plan, firsts or [0] * len(plan), strict=True)
         ]
         sampled = self.engine.sample(requests, sampling)
         flat = [c for completions in sampled for c in completions]
@@ -88,3 +91,13 @@ class Rollout:
             completion.rewards = {name: values[i] for name, values in scores.each.items()}
         self.statuses = {**scores.statuses, "truncated": sum(truncated)}
         self.reward_metrics = scores.metrics
+
+
+def first_samples(plan: list[tuple[Problem, int]]) -> list[int]:
+    """For each group the completions of the same problem before it: a problem that comes twice is not sampled alike."""
+    seen: dict[str, int] = {}
+    firsts = []
+    for problem, group_size in plan:
+        firsts.append(seen.get(problem.id, 0))
+        seen[problem.id] = firsts[-1] + group_size
+    return firsts

@@ -26,19 +26,20 @@ from fastrl.build import (
     describe,
     memory_plan,
     open_rewards,
+    profile_plan,
     resolve,
 )
 from fastrl.config import as_dict, exit_code, fail, run_program
 from fastrl.log import RunLog, versions, write_json
 from fastrl.perf import collector_paused
-from fastrl.trainer import Trainer
+from fastrl.trainer import Stopped, Trainer
 from fastrl.types import CheckpointError, EngineError, NumericsError
 
 # what may differ between a run and its continuation; everything else would change what is being trained
 FREE_ON_RESUME = {
     "steps", "max_minutes", "stop_at_accuracy", "eval", "eval_k", "eval_every", "eval_limit", "save_every", "keep",
     "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers", "max_num_seqs",
-    "allow_change",
+    "allow_change", "profile",
 }  # fmt: skip
 
 
@@ -138,6 +139,9 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         print(json.dumps(as_dict(config), indent=2))
         print("\n".join([*lines, f"memory: {memory_plan(config, dtype, tokens)}"]))
+        with rewards:
+            for line in profile_plan(config, rewards):
+                print(line)
         return 0
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -181,7 +185,7 @@ def main(argv: list[str]) -> int:
             log.status(type(error).__name__, step, saved, exit_code(error), str(error))
         if trainer is not None and not quiet:
             (config.folder / "traceback.txt").write_text(traceback.format_exc())
-        if isinstance(error, (ValueError, EngineError, NumericsError)):
+        if isinstance(error, (ValueError, EngineError, NumericsError, Stopped)):
             return fail(error)
         raise
     finally:

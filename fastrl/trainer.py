@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -32,6 +33,21 @@ from fastrl.updates.base import UpdateRule
 
 class Stopped(Exception):
     """A signal asked for the end; raised between two phases of a step, before anything has been changed."""
+
+    exit_code = 75
+
+
+class Profiler(Protocol):
+    """What `fastrl.profiling.Profiler` is to the trainer: pass rates that may be taken anew in the course of a run."""
+
+    def metrics(self) -> dict[str, float]: ...
+
+    def renew(self, step: int, leave: Callable[[], None]) -> dict[str, float]:
+        """Metrics of a profile of the policy after `step` steps, none if no new one is due; leave() may raise."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -74,6 +90,7 @@ class Trainer:
     folder: Path
     write_model: Callable[[Path], None]
     config: dict  # the resolved configuration, stored in every checkpoint
+    profiler: Profiler | None = None  # where the objective or the allocation reads a profile
     stop_requested: Callable[[], bool] = lambda: False
 
     completed: int = field(default=0, init=False)  # steps
@@ -203,13 +220,16 @@ class Trainer:
         """Train to the end of the schedule; returns the reason it ended: "done", "target", "stopped" or "time"."""
         started, taken, stepping_s = time.monotonic(), 0, 0.0
         if self.completed == 0:
+            if self.profiler:
+                self.log.metrics(0, self.profiler.metrics())
             self.evaluate()
         while self.completed < self.schedule.steps and not self.on_target:
             before, generators = self.state_dict(), checkpoint.generators()
-            begin = time.perf_counter()
             try:
                 self.leave_if_stopped()
-                metrics = self.step()
+                renewed = self.profiler.renew(self.completed, self.leave_if_stopped) if self.profiler else {}
+                begin = time.perf_counter()
+                metrics = self.step() | renewed
             except Stopped:
                 checkpoint.restore_generators(*generators)  # as if the step had not begun
                 self.save(before)
@@ -299,6 +319,7 @@ class Trainer:
             "update": self.update.state_dict(),
             "guard": self.policy.guard.state_dict(),
             **({"critic_guard": self.critic.guard.state_dict()} if self.critic else {}),
+            **({"profile": self.profiler.state_dict()} if self.profiler else {}),
             "config": self.config,
         }
 
@@ -311,6 +332,8 @@ class Trainer:
         self.completed = state["step"]
         self.num_rollouts, self.num_tokens = state["num_rollouts"], state["num_tokens"]
         self.num_backward_passes = state["num_backward_passes"]
+        if self.profiler:
+            self.profiler.load_state_dict(state["profile"])  # the allocation makes its schedule from it
         self.allocator.load_state_dict(state["allocator"])
         self.update.load_state_dict(state["update"])
         self.policy.guard.load_state_dict(state["guard"])

@@ -11,7 +11,7 @@ LAYERS = [
     ["packing"],
     ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "engine", "assets"],
     ["objectives", "updates", "allocation", "trained"],
-    ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task"],
+    ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task", "profile_data"],
     ["trainer", "profiling"],
     ["build"],
     ["comparison"],
