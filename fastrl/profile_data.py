@@ -230,12 +230,17 @@ def read_profile(path: Path) -> Profile | None:
     return profile
 
 
+def default_path(key: ProfileKey, folder: Path) -> Path:
+    """Where the programs keep a profile, given the folder of the run folders."""
+    return folder / "profiles" / f"{key.digest}.jsonl"
+
+
 def find_profile(key: ProfileKey, named: str, folder: Path) -> tuple[Path, str]:
-    """The file of a run's profile, and a line that says what is there: `named`, or one by its key in folder/profiles.
+    """The file of a run's profile, and a line that says what is there: `named`, or one by its key.
 
     Raises ValueError when the named file is missing, or holds the profile of another run.
     """
-    path = Path(named).expanduser() if named else folder / "profiles" / f"{key.digest}.jsonl"
+    path = Path(named).expanduser() if named else default_path(key, folder)
     stored = read_profile(path)
     if stored is None:
         if named:
