@@ -7,6 +7,7 @@ import torch
 from helpers import make_trainer
 from transformers import AutoConfig
 
+from fastrl.critic import critic_shapes
 from fastrl.flat import buffer_elements, layout
 from fastrl.memory import plan_memory
 from fastrl.model import model_path, parameter_shapes
@@ -16,6 +17,7 @@ from fastrl.model import model_path, parameter_shapes
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_planned_bytes_are_the_allocated_ones(optimizer, dtype, tmp_path):
     args = ["--optim.name", optimizer, "--dtype", dtype, "--kl", "0.01", "--problems-per-step", 4, "--eval-limit", 4]
+    args += ["--objective", "ppo", "--critic.optim.name", optimizer]
     trainer = make_trainer(tmp_path, *args)
     while not trainer.policy.guard.skipped and not trainer.policy.optimizer.state:
         trainer.step()  # the state appears with the first step that is taken
@@ -24,7 +26,8 @@ def test_planned_bytes_are_the_allocated_ones(optimizer, dtype, tmp_path):
     slots = layout(shapes)
     plan = plan_memory(
         config, num_parameters=sum(map(math.prod, shapes.values())),
-        buffer_elements=buffer_elements(slots, 1), dtype=getattr(torch, dtype),
+        buffer_elements=buffer_elements(slots, 1), critic_elements=buffer_elements(layout(critic_shapes(config)), 1),
+        critic_optimizer=optimizer, dtype=getattr(torch, dtype),
         grad_dtype=torch.float32, optimizer=optimizer, reference=True, tokens_per_microbatch=1, checkpointing=False,
         ranks=1,
     )  # fmt: skip
@@ -40,4 +43,7 @@ def test_planned_bytes_are_the_allocated_ones(optimizer, dtype, tmp_path):
     assert plan.parts["optimizer"] == pytest.approx(moments, rel=0.01)
     reference = sum(size(p) for p in trainer.reference.model.parameters())
     assert plan.parts["reference"] == pytest.approx(reference, rel=0.01)
+    critic, state = trainer.critic.flat, dict(trainer.critic.state_tensors())
+    held = [critic.weights, critic.grads, *(t for name, t in state.items() if own_master or name != "master")]
+    assert plan.parts["critic"] == pytest.approx(sum(map(size, held)), rel=0.01)
     assert trainer.policy.optimizer.param_groups[0]["params"][0].data_ptr() == trainer.policy.master.data_ptr()

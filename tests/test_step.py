@@ -15,11 +15,16 @@ OBJECTIVES = {
     "const": ["--loss-agg", "const", "--adv-norm", "none"],
     "kl": ["--kl", "0.05", "--kl-type", "k3+", "--entropy", "0.01", "--overlong", "mask"],
     "reward_kl": ["--kl", "0.05", "--kl-in", "reward", "--drop-zero-std"],
+    "ppo": ["--objective", "ppo", "--kl", "0.05", "--gamma", "0.9", "--lam", "0.8", "--entropy", "0.01"],
 }
 
 
 def prepared_batch(trainer, *, noise: float = 0.05):
-    """A sampled batch whose old and reference log-probabilities differ from the policy's, so that every term counts."""
+    """A sampled batch whose old and reference log-probabilities differ from the policy's, and whose old values from
+    those of the critic, which gets a random head, so that every term counts."""
+    if trainer.critic:
+        with torch.no_grad():
+            trainer.critic.model.value_head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
     plan = trainer.allocator.take(trainer.completions_per_step)
     groups = trainer.rollout.run(plan, step=0)
     batch = make_batch(groups, trainer.objective.credit, pad_id=trainer.policy.pad_id, max_new_tokens=10)
@@ -27,7 +32,7 @@ def prepared_batch(trainer, *, noise: float = 0.05):
         setattr(batch, name, getattr(batch, name).double())
     trainer.fill(batch, frozenset({"old_logprobs"}) | trainer.objective.needs(2))
     generator = torch.Generator().manual_seed(1)
-    for name in ("old_logprobs", "ref_logprobs"):
+    for name in ("old_logprobs", "ref_logprobs", "values"):
         values = getattr(batch, name)
         if values is not None:
             setattr(batch, name, values + noise * torch.randn(values.shape, generator=generator, dtype=values.dtype))
@@ -44,7 +49,8 @@ def gradient(trainer, batch, tokens: int) -> tuple[torch.Tensor, dict[str, float
 def padded(batch, extra: int):
     """The same rows with more padding; what padding holds is poison wherever the type can hold it."""
     out = select(batch, torch.arange(len(batch)))
-    for name in ("input_ids", "attention_mask", "response_mask", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
+    names = ["input_ids", "attention_mask", "response_mask", "rollout_logprobs", "old_logprobs", "ref_logprobs"]
+    for name in [*names, "values", "advantages", "returns"]:
         value = getattr(out, name)
         if value is None:
             continue
@@ -124,10 +130,13 @@ from fastrl import ranks
 SHARED = ("reward_", "rewards/", "frac", "completions")
 ranks.start('cpu')
 trainer = make_trainer(Path({folder!r}) / str(ranks.rank()), "--dtype", "float64", "--problems-per-step", 6,
-                       "--group-size", 4, "--update.epochs-per-batch", 2, "--lr", 1e-3)
+                       "--group-size", 4, "--update.epochs-per-batch", 2, "--lr", 1e-3, *{settings!r})
 history = [trainer.step() for _ in range(3)]
 if ranks.rank() == 0:
-    torch.save({{"weights": trainer.policy.flat.weights, "grad_norm": [h["grad_norm"] for h in history],
+    torch.save({{"weights": trainer.policy.flat.weights,
+                "critic": trainer.critic.flat.weights if trainer.critic else torch.zeros(0),
+                "value_loss": [h.get("value_loss", 0.0) for h in history],
+                "grad_norm": [h["grad_norm"] for h in history],
                 "reward": [h["reward"] for h in history], "loss": [h["loss"] for h in history],
                 "shared": [{{k: v for k, v in h.items() if k.startswith(SHARED)}} for h in history],
                 "rollouts": trainer.num_rollouts, "tokens": trainer.num_tokens}}, {out!r})
@@ -138,14 +147,17 @@ ranks.leave(0)
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one(tmp_path):
+@pytest.mark.parametrize("settings", [[], ["--objective", "ppo", "--critic.optim.lr", "1e-3"]], ids=["grpo", "ppo"])
+def test_two_ranks_train_like_one(settings, tmp_path):
     """Three steps on 1 and on 2 processes (gloo): same rollouts, same gradients, same weights in float64."""
     results = []
     for world in (1, 2):
         out = tmp_path / f"{world}.pt"
         script = tmp_path / f"run{world}.py"
         tests = str(__file__).rpartition("/")[0]
-        script.write_text(RANKS.format(tests=tests, folder=str(tmp_path / f"runs{world}"), out=str(out)))
+        script.write_text(
+            RANKS.format(tests=tests, folder=str(tmp_path / f"runs{world}"), out=str(out), settings=settings)
+        )
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", script]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=None)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -157,6 +169,8 @@ def test_two_ranks_train_like_one(tmp_path):
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-9)
     for alone, together in zip(one["shared"], two["shared"], strict=True):
         assert alone == pytest.approx(together, nan_ok=True)
-    n = min(len(one["weights"]), len(two["weights"]))  # two ranks may pad the buffer further
-    assert (one["weights"][:n] - two["weights"][:n]).abs().max() <= 1e-9
-    assert not two["weights"][n:].any()
+    assert one["value_loss"] == pytest.approx(two["value_loss"], abs=1e-9)
+    for name in ("weights", "critic") if settings else ("weights",):
+        n = min(len(one[name]), len(two[name]))  # two ranks may pad the buffer further
+        assert n and (one[name][:n] - two[name][:n]).abs().max() <= 1e-9
+        assert not two[name][n:].any()
