@@ -37,6 +37,7 @@ def make_batch(
         response_mask=(column >= start) & (column < end),
         rollout_logprobs=rollout.view(len(rows), S),
         group=torch.repeat_interleave(torch.arange(len(groups)), sizes),
+        group_size=torch.repeat_interleave(sizes, sizes),
         reward=torch.cat([g.rewards for g in groups] or [empty]),
         credit=torch.cat([credit(g.rewards, g.problem) for g in groups] or [empty]),
         truncated=torch.tensor([c.finish_reason == "length" for _, c in rows], dtype=torch.bool),

@@ -85,6 +85,7 @@ class TrainBatch:
     response_mask: Tensor  # [B, S] bool, True on the generated tokens that the loss sees
     rollout_logprobs: Tensor  # [B, S] float32, nats
     group: Tensor  # [B] int64, which group the row belongs to
+    group_size: Tensor  # [B] int64, completions of that group, in this batch or not
     reward: Tensor  # [B] float32
     credit: Tensor  # [B] float32, advantage or regression target
     truncated: Tensor  # [B] bool, cut off by max_new_tokens
@@ -93,6 +94,7 @@ class TrainBatch:
     old_logprobs: Tensor | None = None  # [B, S] float32, the policy at the start of the step
     ref_logprobs: Tensor | None = None  # [B, S] float32, the frozen reference
     current_logprobs: Tensor | None = None  # [B, S] float32, the policy now, without gradient
+    residual: Tensor | None = None  # [B] float32, what is left of a regression now, where rows depend on each other
     values: Tensor | None = None  # [B, S] float32, the critic at the start of the step
     advantages: Tensor | None = None  # [B, S] float32, credit per token, where an objective has it
     returns: Tensor | None = None  # [B, S] float32, what the critic learns

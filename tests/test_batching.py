@@ -39,7 +39,8 @@ def numbered(lengths, groups):
         input_ids=torch.where(real, row + 1, 0), attention_mask=real, response_mask=real & (column > 0),
         rollout_logprobs=torch.where(real, -(row + 1.0), torch.nan), group=torch.tensor(groups, dtype=torch.int64),
         reward=torch.arange(B) / 8, credit=torch.arange(B) / 4, truncated=torch.arange(B) % 3 == 1,
-        prompt_lengths=torch.ones(B, dtype=torch.int64), max_new_tokens=50,
+        prompt_lengths=torch.ones(B, dtype=torch.int64),
+        group_size=torch.tensor([groups.count(g) for g in groups], dtype=torch.int64), max_new_tokens=50,
         ref_logprobs=torch.where(real, -(row + 2.0), torch.nan),
     )  # fmt: skip
 

@@ -29,7 +29,8 @@ def make(lengths, credit=None, *, reward=None, group=None, max_new_tokens=8, tru
         input_ids=torch.zeros(B, S, dtype=torch.int64), attention_mask=column < PROMPT + length, response_mask=mask,
         rollout_logprobs=torch.zeros(B, S), group=torch.tensor(group or [0] * B), reward=torch.tensor(reward or zeros),
         credit=torch.tensor(credit or zeros), truncated=torch.tensor(truncated or [False] * B),
-        prompt_lengths=torch.full((B,), PROMPT), max_new_tokens=max_new_tokens,
+        prompt_lengths=torch.full((B,), PROMPT),
+        group_size=torch.tensor([(group or [0] * B).count(g) for g in group or [0] * B]), max_new_tokens=max_new_tokens,
         **{name: spread(rows) for name, rows in logprobs.items()},
     )  # fmt: skip
 

@@ -14,8 +14,9 @@ class Objective(Protocol):
     normalizer: what the summed loss is divided by: "token", "completion" or "group".
     min_group_size: completions of a prompt that `credit` compares.
     splits_groups: whether a microbatch may hold part of a group.
-    needs_current: whether `loss_sum` reads `current_logprobs`, those of the whole minibatch at the present weights: an
-        extra forward before each backward, and not filled as long as old_logprobs are not.
+    needs_current: whether rows depend on each other through the present weights. Then `current_logprobs` of the whole
+        minibatch are filled before each backward (an extra forward, left out as long as nothing is old), and
+        `couple(minibatch)` puts what `loss_sum` needs of them into `residual`, without gradients.
     needs_profile: whether `credit` reads `problem.profile_rewards`.
     """
 
@@ -83,6 +84,20 @@ def clipped_surrogate(
         loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
     low, high = (ratio < clipped) & (advantage < 0), (ratio > clipped) & (advantage > 0)
     return loss, {
+        "policy_kl": -log_ratio.detach(),
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
+
+
+def clipped_weight(
+    log_ratio: Tensor, logprobs: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float, log_ratio_cap: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `clipped_surrogate`, but -A logprobs weighted by the clipped ratio, which has no gradient (CISPO)."""
+    ratio = log_ratio.detach().clamp(-log_ratio_cap, log_ratio_cap).exp()
+    low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    return -advantage * ratio.clamp(1 - clip_low, 1 + clip_high) * logprobs, {
         "policy_kl": -log_ratio.detach(),
         "clip_ratio/low_mean": low,
         "clip_ratio/high_mean": high,

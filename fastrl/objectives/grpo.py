@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ranks
-from fastrl.objectives.base import clipped_surrogate, kl_estimate, masked, old_log_ratio
+from fastrl.objectives.base import clipped_surrogate, clipped_weight, kl_estimate, masked, old_log_ratio
 from fastrl.types import Problem, TrainBatch
 
 
@@ -22,12 +22,18 @@ class GRPO:
 
     DAPO (arXiv:2503.14476): clip_high=0.28, loss_agg=token, drop_zero_std, overlong=mask or penalty.
     Dr. GRPO (arXiv:2503.20783): adv_norm=none, loss_agg=const. GRPO as published: loss_agg=seq, kl=0.04.
+    GSPO (arXiv:2507.18071): ratio_level=sequence, clip_low=3e-4, clip_high=4e-4, loss_agg=seq, dual_clip=None; the
+    ratio is exp(mean over the completion's tokens of the log-ratio), with the gradient of each token's own.
+    CISPO (arXiv:2506.13585): surrogate=cispo, clip_low=10, clip_high=0.2; -A clip(ratio) logp with the clipped ratio as
+    a constant, so that clipped tokens keep their gradient.
     """
 
     clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
     dual_clip: float | None = 3.0  # largest ratio that counts against a bad completion; None = no limit
     log_ratio_cap: float = 20.0  # nats; beyond it the gradient is zero
+    surrogate: Literal["clip", "cispo"] = "clip"
+    ratio_level: Literal["token", "sequence"] = "token"
     adv_norm: Literal["group", "batch", "none"] = "group"  # divide by the std of the group, of the batch, or not
     std_eps: float = 1e-6
     loss_agg: Literal["token", "seq", "const"] = "token"  # mean over tokens; of completion means; sum / max_new_tokens
@@ -37,6 +43,10 @@ class GRPO:
     entropy: float = 0.0  # coefficient of the entropy bonus
     drop_zero_std: bool = False  # leave groups with equal rewards out of the denominator
     overlong: Literal["keep", "mask", "penalty"] = "keep"  # completions cut off by max_new_tokens
+    is_correction: Literal["none", "tis", "mask", "seq-mask"] = (
+        "none"  # old / rollout: min(w, cap); 0 above; of the sum
+    )
+    is_cap: float = 3.0
     overlong_buffer: int = 0  # tokens before the limit over which the penalty grows to -1; 0 = a fifth of the limit
 
     min_group_size = 2
@@ -59,7 +69,7 @@ class GRPO:
 
     def needs(self, optimizer_steps: int) -> frozenset[str]:
         # until the first optimizer step the policy is the one that sampled
-        old = optimizer_steps > 1 or (self.kl > 0 and self.kl_in == "reward")
+        old = optimizer_steps > 1 or (self.kl > 0 and self.kl_in == "reward") or self.is_correction != "none"
         return frozenset({"old_logprobs"} if old else ()) | frozenset({"ref_logprobs"} if self.kl > 0 else ())
 
     def credit(self, rewards: Tensor, problem: Problem | None = None) -> Tensor:
@@ -113,10 +123,17 @@ class GRPO:
 
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch.response_mask
-        loss, clipped = clipped_surrogate(
-            old_log_ratio(logprobs, batch), batch.credit[:, None], clip_low=self.clip_low, clip_high=self.clip_high,
-            dual_clip=self.dual_clip, log_ratio_cap=self.log_ratio_cap,
-        )  # fmt: skip
+        log_ratio, advantage = old_log_ratio(logprobs, batch), batch.credit[:, None]
+        if self.ratio_level == "sequence":
+            mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            log_ratio = masked(mean.detach() + log_ratio - log_ratio.detach(), mask)
+        clips = dict(clip_low=self.clip_low, clip_high=self.clip_high, log_ratio_cap=self.log_ratio_cap)
+        if self.surrogate == "cispo":
+            loss, clipped = clipped_weight(log_ratio, logprobs, advantage, **clips)
+        else:
+            loss, clipped = clipped_surrogate(log_ratio, advantage, dual_clip=self.dual_clip, **clips)
+        if self.is_correction != "none":
+            loss = loss * self.sampler_weight(batch)
         metrics = {"entropy": entropy.detach(), **clipped}
         if self.entropy:
             loss = loss - self.entropy * entropy
@@ -128,6 +145,16 @@ class GRPO:
         return (masked(loss, mask) * self.row_weight(batch)).sum(), {
             k: masked(v, mask).sum() for k, v in metrics.items()
         }
+
+    def sampler_weight(self, batch: TrainBatch) -> Tensor:
+        """[B, S] or [B, 1], how much likelier the trainer's old policy found what the engine sampled; 0 if refused."""
+        difference = masked(batch.old_logprobs - batch.rollout_logprobs, batch.response_mask)
+        if self.is_correction == "seq-mask":
+            difference = difference.sum(dim=1, keepdim=True)
+        weight = difference.clamp(-20, 20).exp()
+        if self.is_correction == "tis":
+            return weight.clamp(max=self.is_cap)
+        return torch.where(weight > self.is_cap, torch.zeros_like(weight), weight)
 
     def row_weight(self, batch: TrainBatch) -> Tensor | float:
         """[B, 1] factor of a completion's token sum, before the division by the denominator."""

@@ -1,0 +1,92 @@
+"""A*-PO (arXiv:2505.20686): regress beta2 log(pi / ref) of one completion on its reward minus the optimal value.
+
+    V(x)     = beta1 ln mean_i exp(r_i / beta1)      over N completions of the reference, sampled once, offline
+    u        = sum_t (logprobs - ref_logprobs)       the whole completion; no mean, no clip, no old log-probabilities
+    loss     = mean over completions of (beta2 u + V(x) - r)^2  -  entropy * token mean of H
+
+At the optimum of max E[r] - beta KL(pi || ref), beta log(pi / ref) = r - V. On-policy the expected gradient is
+-2 beta2 grad(E[r] - beta2 KL(pi || ref)) whatever V is. One completion per problem is enough; needs the reference and a
+profile of it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastrl.objectives.base import masked
+from fastrl.types import Problem, TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class APO:
+    """The authors' settings. Their program reads beta1 = 0 as the mean and a missing profile as 0; here value_mode
+    says which, and a missing profile is made."""
+
+    beta1: float = 0.5  # temperature of the optimal value
+    beta2: float = 1e-3  # scale of the log-ratio
+    value_mode: Literal["lse", "mean", "max", "zero"] = "lse"  # mean and max: the limits of beta1; zero: no profile
+    entropy: float = 0.001  # coefficient of the entropy bonus, inherited in the authors' configuration
+
+    normalizer = "completion"
+    min_group_size = 1
+    splits_groups = True
+    needs_current = False
+
+    def __post_init__(self):
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < math.inf:
+                hint = "; for the mean or the maximum use --objective.value-mode" if name == "beta1" else ""
+                raise ValueError(f"--objective.{name} must be > 0, got {getattr(self, name)}{hint}")
+        if not self.entropy >= 0:
+            raise ValueError(f"--objective.entropy must be >= 0, got {self.entropy}")
+
+    @property
+    def needs_profile(self) -> bool:
+        return self.value_mode != "zero"
+
+    def needs(self, optimizer_steps: int) -> frozenset[str]:
+        return frozenset({"ref_logprobs"})
+
+    def credit(self, rewards: Tensor, problem: Problem) -> Tensor:
+        """rewards [G] -> r - V [G], the target of beta2 u."""
+        if self.value_mode == "zero":
+            return rewards
+        assert problem.profile_rewards is not None, f"{problem.id} has no profile"
+        return rewards - optimal_value(problem.profile_rewards, self.beta1, self.value_mode)
+
+    def prepare(self, batch: TrainBatch) -> None:
+        pass
+
+    def silent(self, batch: TrainBatch) -> Tensor:
+        return torch.zeros_like(batch.truncated)
+
+    def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = batch.response_mask
+        log_ratio = masked(logprobs - batch.ref_logprobs, mask)
+        u = log_ratio.sum(dim=1)
+        residual = masked(self.beta2 * u - batch.credit, mask.any(dim=1))
+        # the trainer divides by completions; entropy is a mean over tokens, metrics are means over tokens
+        completions_per_token = batch.counts["completion"] / batch.counts["token"]
+        token_entropy = masked(entropy, mask).sum()
+        loss = residual.square().sum() - self.entropy * completions_per_token * token_entropy
+        return loss, {
+            "entropy": token_entropy.detach(),
+            "kl": log_ratio.detach().sum(),
+            "apo/residual": residual.detach().sum() / completions_per_token,
+            "apo/residual_abs": residual.detach().abs().sum() / completions_per_token,
+            "apo/log_ratio_abs": u.detach().abs().sum() / completions_per_token,
+        }
+
+
+def optimal_value(rewards: Tensor, beta1: float, mode: str = "lse") -> Tensor:
+    """rewards [N] of the reference's completions -> V [], at most beta1 ln N below their maximum."""
+    if mode == "mean":
+        return rewards.mean()
+    top = rewards.max()
+    if mode == "max":
+        return top
+    # the largest taken out: exp(1 / beta1) alone overflows float32 below beta1 = 0.0113
+    return top + beta1 * ((rewards - top) / beta1).exp().mean().log()

@@ -1,0 +1,87 @@
+"""REBEL (arXiv:2404.16767): regress differences of log-ratios on differences of rewards, over all pairs of a group.
+
+    u_i   = sum_t (logprobs - old_logprobs),   d_i = u_i - eta r_i
+    loss  = mean over groups of the mean over pairs of (d_i - d_j)^2  =  2 / (G - 1) sum_i (d_i - mean d)^2
+
+On-policy the expected gradient is -4 eta grad E[r]. A pair couples its completions only through d_i - d_j, so each can
+be differentiated alone with that as a constant: half the activations of a pair in one graph, and exact.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.objectives.base import masked, old_log_ratio
+from fastrl.types import Problem, TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class REBEL:
+    """The authors take groups of 2, 4 epochs per batch (--epochs-per-batch) and eta 1, or 1e6 with large batches."""
+
+    eta: float = 1.0  # scale of the rewards
+    paired: bool = False  # whole groups in one graph, as published; costs memory and saves a forward per backward
+    kl: float = 0.0  # coefficient of log(old / reference) of the completion, taken off the reward
+
+    normalizer = "group"
+    min_group_size = 2
+    needs_profile = False
+
+    def __post_init__(self):
+        if not self.eta > 0:
+            raise ValueError(f"--objective.eta must be > 0, got {self.eta}")
+        if not self.kl >= 0:
+            raise ValueError(f"--objective.kl must be >= 0, got {self.kl}")
+
+    @property
+    def splits_groups(self) -> bool:
+        return not self.paired
+
+    @property
+    def needs_current(self) -> bool:
+        return not self.paired
+
+    def needs(self, optimizer_steps: int) -> frozenset[str]:
+        old = {"old_logprobs"} if optimizer_steps > 1 or self.kl else set()
+        return frozenset(old | ({"ref_logprobs"} if self.kl else set()))
+
+    def credit(self, rewards: Tensor, problem: Problem) -> Tensor:
+        return rewards
+
+    def prepare(self, batch: TrainBatch) -> None:
+        if self.kl:
+            batch.credit -= self.kl * masked(batch.old_logprobs - batch.ref_logprobs, batch.response_mask).sum(dim=1)
+
+    def couple(self, minibatch: TrainBatch) -> None:
+        """residual = d - mean of its group, at the present weights."""
+        u = torch.zeros_like(minibatch.credit)
+        if minibatch.old_logprobs is not None:
+            u = old_log_ratio(minibatch.current_logprobs, minibatch).sum(dim=1)
+        minibatch.residual = centered(u - self.eta * minibatch.credit, minibatch)
+
+    def silent(self, batch: TrainBatch) -> Tensor:
+        return torch.zeros_like(batch.truncated) if self.paired else batch.residual == 0
+
+    def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        log_ratio = old_log_ratio(logprobs, batch)
+        u = log_ratio.sum(dim=1)
+        weight = 2.0 / (batch.group_size - 1)
+        if self.paired:
+            loss = weight * centered(u - self.eta * batch.credit, batch).square()
+        else:
+            # the value of the square, and its gradient in this row's own u: residuals of a group sum to zero
+            loss = weight * (batch.residual.square() + 2 * batch.residual * (u - u.detach()))
+        metrics = {"entropy": entropy.detach(), "policy_kl": -log_ratio.detach()}
+        return loss.sum(), {name: masked(value, batch.response_mask).sum() for name, value in metrics.items()}
+
+
+def centered(values: Tensor, batch: TrainBatch) -> Tensor:
+    """values [B] minus the mean over the group's rows, all of which are in the batch; exactly 0 where all are equal."""
+    _, index = batch.group.unique(return_inverse=True)
+    groups = int(index.max()) + 1 if len(index) else 0
+    empty = values.new_zeros(groups)
+    mean = empty.index_add(0, index, values) / torch.bincount(index, minlength=groups)
+    low = empty.scatter_reduce(0, index, values, "amin", include_self=False)
+    high = empty.scatter_reduce(0, index, values, "amax", include_self=False)
+    return torch.where((low == high)[index], torch.zeros_like(values), values - mean[index])
