@@ -146,8 +146,9 @@ class Trainer:
         count = denominator(minibatch, self.objective.normalizer)
         tokens = denominator(minibatch, "token")
         minibatch.counts = {"token": tokens, "completion": denominator(minibatch, "completion")}
-        if self.objective.needs_current and minibatch.old_logprobs is not None:
-            self.fill(minibatch, frozenset({"current_logprobs"}))
+        if self.objective.needs_current:
+            self.fill(minibatch, frozenset({"current_logprobs"} if minibatch.old_logprobs is not None else ()))
+            self.objective.couple(minibatch)
         sums: dict[str, torch.Tensor] = {}
         differences = []
         for learns, part in self.microbatches(minibatch):
