@@ -8,7 +8,7 @@ from fastrl.config import parse
 from fastrl.log import RunLog
 from fastrl.trainer import Trainer
 
-TIMES = ("timing_s/", "perf/", "memory/", "step_time")
+TIMES = ("timing_s/", "perf/", "memory/", "step_time", "profile/seconds")
 
 
 def make_trainer(folder: Path, *args: object, stop_requested=lambda: False) -> Trainer:

@@ -8,6 +8,7 @@ import torch
 from helpers import make_trainer, rows, step_records
 
 from fastrl.log import RunLog, printable
+from fastrl.rollout import first_samples
 from fastrl.trainer import sampling_mismatch
 
 
@@ -48,6 +49,20 @@ def test_a_user_function_sees_the_columns_of_its_rows(tmp_path):
     )  # fmt: skip
     for group in trainer.rollout.run(trainer.allocator.take(48), 0):
         assert {c.reward for c in group.completions} == {group.problem.columns["level"] / 10}
+
+
+def test_a_problem_that_comes_twice_in_a_step_is_sampled_anew(tmp_path):
+    trainer = make_trainer(tmp_path, "--limit", 3, "--problems-per-step", 4, "--eval-limit", 4)
+    a, b, c = trainer.allocator.problems
+    plan = [(a, 2), (b, 4), (a, 4), (c, 2), (a, 8)]
+    assert first_samples(plan) == [0, 0, 2, 0, 6]
+    groups = trainer.rollout.run(plan, step=0)
+    # the numbers go on, so the groups of one problem together are its group of 14
+    whole = trainer.rollout.run([(a, 14)], step=0)[0]
+    together = [c.token_ids for k in (0, 2, 4) for c in groups[k].completions]
+    assert together == [c.token_ids for c in whole.completions] and len(set(map(tuple, together))) > 4
+    other = trainer.rollout.run(plan, step=1)
+    assert [c.token_ids for g in other for c in g.completions] != [c.token_ids for g in groups for c in g.completions]
 
 
 def test_evaluation_repeats_itself_and_training_is_not_disturbed_by_it(tmp_path):
