@@ -1,0 +1,141 @@
+"""From a list of methods to runs: what is compared, checked before anything is started."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fastrl.build import TrainConfig, resolve
+from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
+from fastrl.comparison.runs import Run
+from fastrl.config import as_dict, cli, expand, flags_of, nearest, read_toml
+
+PRESETS = {"embedded": Path(__file__).parent.parent / "recipes" / "compare_embedded.toml"}
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """Settings of a comparison; the file that lists the methods may hold them too."""
+
+    preset: str = ""  # embedded: the list of methods that comes with fastrl
+    args: str = ""  # flags of every run, as typed; a recipe may come first
+    baseline: str = "grpo"
+    target: float = 0.85  # avg@k of the first evaluation set
+    seeds: int = 5  # runs of each method, with --seed 0, 1, ...
+    tuning_seed: int = 1000  # of the runs that choose learning rates
+    lr_factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # times the method's own --lr; a single one is taken untried
+    only: tuple[str, ...] = ()  # these methods and the baseline; all if none
+    jobs: int = 0  # runs at a time; 0 = one per core, or one on a GPU
+    threads: int = 1  # CPU threads of a run
+    out: str = ""  # folder; runs/compare-NAME if empty
+    keep_checkpoints: bool = False
+    dry_run: bool = False  # print the commands, then stop
+
+    def __post_init__(self):
+        for name in ("seeds", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.target <= 1:
+            raise ValueError(f"--target must be above 0 and at most 1, got {self.target}")
+        if self.jobs < 0:
+            raise ValueError(f"--jobs must be at least 0, got {self.jobs}")
+        if not self.lr_factors or min(self.lr_factors) <= 0 or len(set(self.lr_factors)) < len(self.lr_factors):
+            raise ValueError(f"--lr-factors must be different numbers above 0, got {self.lr_factors}")
+        if 0 <= self.tuning_seed < self.seeds:
+            raise ValueError(
+                f"--tuning-seed {self.tuning_seed} is one of the {self.seeds} reported seeds; a learning rate must not "
+                "be chosen by a run that is reported"
+            )
+
+
+@dataclass(kw_only=True)
+class Plan:
+    config: CompareConfig
+    methods: list[Method]
+    claims: list[Claim]
+    folder: Path
+    settings: dict[str, TrainConfig] = field(init=False)  # by method, with the learning rate of its command line
+
+    def __post_init__(self):
+        stop = ["--stop-at-accuracy", str(self.config.target)]
+        self.settings = {m.name: configuration(m, self.config.args, stop) for m in self.methods}
+        check_protocol({name: as_dict(config) for name, config in self.settings.items()})
+
+    @property
+    def tuned(self) -> list[Method]:
+        return [m for m in self.methods if not m.lr_from]
+
+    @property
+    def jobs(self) -> int:
+        device, *_ = resolve(self.settings[self.config.baseline])
+        return self.config.jobs or (1 if device.startswith("cuda") else os.cpu_count() or 1)
+
+    def run(self, method: Method, lr: float, seed: int) -> Run:
+        args = [
+            *method.command(self.config.args), "--stop-at-accuracy", str(self.config.target), "--optim.lr", f"{lr:g}",
+            "--seed", str(seed), "--threads", str(self.config.threads), "--sample-every", "0", "--rollouts-every", "0",
+        ]  # fmt: skip
+        folder = self.folder / method.name / f"lr-{lr:g}" / f"seed-{seed}"
+        return Run(method=method.name, lr=float(f"{lr:g}"), seed=seed, folder=folder, args=tuple(args))
+
+    def grid(self) -> list[Run]:
+        """The runs that choose learning rates, longest first."""
+        rates = {m.name: [self.settings[m.name].optim.lr * f for f in self.config.lr_factors] for m in self.tuned}
+        runs = [self.run(m, lr, self.config.tuning_seed) for m in self.tuned for lr in rates[m.name]]
+        return sorted(runs, key=lambda run: -self.work(run.method))
+
+    def reported(self, chosen: dict[str, float], seconds: dict[str, float]) -> list[Run]:
+        """The runs that are compared; those never timed first, then longest first by the seconds of tuning."""
+        runs = [
+            self.run(m, chosen[m.lr_from or m.name] * m.lr_factor, seed)
+            for m in self.methods for seed in range(self.config.seeds)
+        ]  # fmt: skip
+        return sorted(runs, key=lambda run: (-seconds.get(run.method, float("inf")), -self.work(run.method)))
+
+    def work(self, method: str) -> float:
+        """Completions sampled and learned from in all steps: how long a run takes, roughly."""
+        config = self.settings[method]
+        sampled = config.steps * config.allocation.budget(config.problems_per_step)
+        return sampled * (1 + config.update.backward_passes)
+
+
+def read_plan(argv: Sequence[str]) -> Plan:
+    """A command line -> a plan. Raises ValueError on whatever cannot be run or compared."""
+    argv = list(argv)
+    if argv and argv[0].endswith(".toml"):
+        source = argv.pop(0)
+    else:
+        preset = cli(CompareConfig(), expand(argv, CompareConfig()), "the command line").preset
+        if preset not in PRESETS:
+            hint = nearest(preset, PRESETS) if preset else ""
+            raise ValueError(
+                f"what is to be compared? Name a list of methods, as in `python -m fastrl.compare list.toml`, or "
+                f"--preset {' or '.join(PRESETS)}" + (f"; there is no preset {preset!r}{hint}" if preset else "")
+            )
+        source = str(PRESETS[preset])
+    table = read_toml(source)
+    methods = from_tables(Method, table.pop("method", []), "method", source)
+    claims = from_tables(Claim, table.pop("claim", []), "claim", source)
+    default = CompareConfig()
+    # `args` begins with a hyphen, so it could not pass through flags
+    default.args = table.pop("args", "")
+    config = cli(default, flags_of(table, default, source), source)
+    config = cli(config, expand(argv, config), "the command line")
+    check_names(methods, claims, config.baseline, source)
+    if config.only:
+        methods, claims = narrowed(methods, claims, config)
+    folder = Path(config.out or f"runs/compare-{config.preset or Path(source).stem}")
+    return Plan(config=config, methods=methods, claims=claims, folder=folder)
+
+
+def narrowed(methods: list[Method], claims: list[Claim], config: CompareConfig) -> tuple[list[Method], list[Claim]]:
+    """The methods of --only, the baseline, and whose learning rate they take; the claims about these."""
+    names = [m.name for m in methods]
+    for name in config.only:
+        if name not in names:
+            raise ValueError(f"--only {name}: there is no such method{nearest(name, names)}")
+    wanted = {config.baseline, *config.only}
+    wanted |= {m.lr_from for m in methods if m.name in wanted}
+    kept = [m for m in methods if m.name in wanted]
+    kept = [replace(m, control_of=m.control_of if m.control_of in wanted else "") for m in kept]
+    return kept, [c for c in claims if {c.method, c.against or config.baseline} <= wanted]
