@@ -147,6 +147,11 @@ def check_combination(config: TrainConfig) -> None:
             f"{type(config.objective).__name__} compares at least {needed} completions of a problem, but "
             f"--allocation may sample {given}; raise --group-size"
         )
+    if config.optim.name != "adamw" and config.update.per_coordinate:
+        raise ValueError(
+            f"--optim.name {config.optim.name} moves coordinates in blocks of 8-bit moments, but --update.ratio "
+            f"{config.update.ratio} reads them one by one; use --update.ratio tensor, or --optim.name adamw"
+        )
     if config.stop_at_accuracy and not (config.eval and config.eval_every):
         raise ValueError("--stop-at-accuracy looks at evaluations: say of what by --eval, how often by --eval-every")
     fewest = config.allocation.budget(config.problems_per_step) // config.allocation.max_group_size
@@ -332,4 +337,5 @@ def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: 
         grad_dtype=getattr(torch, config.grad_dtype), optimizer=config.optim.name,
         reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
         tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.gradient_checkpointing,
+        copies=config.update.copies, holds_state=config.update.holds_state,
     )  # fmt: skip

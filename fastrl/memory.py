@@ -24,11 +24,12 @@ class MemoryPlan:
 def plan_memory(
     config, *, num_parameters: int, buffer_elements: int, dtype: torch.dtype, grad_dtype: torch.dtype, optimizer: str,
     reference: bool, tokens_per_microbatch: int, checkpointing: bool, ranks: int, critic_elements: int = 0,
-    critic_optimizer: str = "adamw",
+    critic_optimizer: str = "adamw", copies: int = 0, holds_state: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """A transformers configuration, its parameters and the flat buffers' elements -> bytes of the parts.
 
     critic_elements: of its flat buffer, 0 without one; its weights, gradients, master and optimizer state are one part.
+    copies, holds_state: what the update rule holds of the shard of weights and of the optimizer's state.
     All but the activations are sizes of the tensors that the run allocates (8-bit states: one byte and a 32-bit scale
     per 256 elements for each of two moments). Activations are an estimate: one residual per checkpointed layer, or
     about 16 hidden and 5 intermediate vectors per token and layer without checkpointing.
@@ -50,9 +51,12 @@ def plan_memory(
     layers, size = text.num_hidden_layers, dtype.itemsize
     per_layer = (16 * hidden + 5 * inner) * size
     per_token = layers * hidden * size + per_layer if checkpointing else layers * per_layer
+    policy = trained(buffer_elements, optimizer)
+    master = buffer_elements // ranks * max(4, dtype.itemsize)
     return MemoryPlan(
         parts={
-            **trained(buffer_elements, optimizer),
+            **policy,
+            "update": copies * master + holds_state * policy["optimizer"],
             "critic": sum(trained(critic_elements, critic_optimizer).values()),
             "reference": num_parameters * size if reference else 0,
             "activations": tokens_per_microbatch * per_token,

@@ -7,6 +7,7 @@ import torch
 from helpers import make_trainer
 from transformers import AutoConfig
 
+from fastrl.build import configure, memory_plan
 from fastrl.critic import critic_shapes
 from fastrl.flat import buffer_elements, layout
 from fastrl.memory import plan_memory
@@ -47,3 +48,17 @@ def test_planned_bytes_are_the_allocated_ones(optimizer, dtype, tmp_path):
     held = [critic.weights, critic.grads, *(t for name, t in state.items() if own_master or name != "master")]
     assert plan.parts["critic"] == pytest.approx(sum(map(size, held)), rel=0.01)
     assert trainer.policy.optimizer.param_groups[0]["params"][0].data_ptr() == trainer.policy.master.data_ptr()
+
+
+def test_what_update_rules_hold(tmp_path):
+    """Bytes per parameter: an anchor of 4; anchor, probe and two moments 16, or with 8-bit moments 4 + 4 + 2."""
+    expected = {
+        ("--update", "single"): 0, ("--update", "sfpo"): 4, ("--update", "gxpo"): 16,
+        ("--update", "gxpo", "--opt-state", "keep"): 8,
+        ("--update", "gxpo", "--ratio", "tensor", "--optim.name", "adamw8bit"): 10,
+    }  # fmt: skip
+    for args, per_parameter in expected.items():
+        config = configure(args)
+        plan = memory_plan(config, torch.bfloat16, 1)
+        parameters = plan.parts["weights"] / 2
+        assert plan.parts["update"] / parameters == pytest.approx(per_parameter, rel=0.01), args

@@ -10,9 +10,14 @@ class UpdateRule(Protocol):
     """A dataclass; its fields are its configuration, fields with init=False its state.
 
     backward_passes: full gradients it takes per minibatch, now (a rule whose gate has closed takes one).
+    copies: of the shard of weights that it holds during an update; holds_state: and one of the optimizer's state.
+    per_coordinate: whether it reads how single coordinates move.
     """
 
     backward_passes: int
+    copies: int
+    holds_state: bool
+    per_coordinate: bool
 
     def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
         """Change `policy.master` by the gradients that the closures leave in the gradient buffer; return metrics.

@@ -74,6 +74,18 @@ class GXPO:
         )  # fmt: skip
 
     @property
+    def copies(self) -> int:
+        return 3 if self.gate == "cosine" else 2
+
+    @property
+    def holds_state(self) -> bool:
+        return self.opt_state == "restore"
+
+    @property
+    def per_coordinate(self) -> bool:
+        return self.ratio != "tensor"
+
+    @property
     def active(self) -> bool:
         return not self.stopped and self.resting == 0
 

@@ -53,6 +53,12 @@ class SFPO:
             inclusive=self.gate == "code",
         )  # fmt: skip
 
+    copies, per_coordinate = 1, False
+
+    @property
+    def holds_state(self) -> bool:
+        return self.opt_state == "restore"
+
     @property
     def alpha_now(self) -> float:
         if self.since is None:

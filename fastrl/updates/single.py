@@ -12,6 +12,8 @@ class Single:
 
     epochs_per_batch: int = 1
 
+    copies, holds_state, per_coordinate = 0, False, False
+
     def __post_init__(self):
         if self.epochs_per_batch < 1:
             raise ValueError(f"--update.epochs-per-batch must be at least 1, got {self.epochs_per_batch}")
