@@ -64,8 +64,9 @@ def model_config(name: str):
     """The transformers configuration of a model; no weights are read."""
     from transformers import AutoConfig
 
+    path = model_path(name)
     try:
-        return AutoConfig.from_pretrained(model_path(name))
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {name}: {first_line(error)}") from error
 
