@@ -58,13 +58,16 @@ def test_values_stand_at_the_token_they_come_before(float64_norms):
 
 
 def test_packed_equals_padded(float64_norms):
-    critic, batch, results = make_critic(), batch_of(GROUPS), []
+    critic, batch, results, seen = make_critic(), batch_of(GROUPS), [], []
+    embeddings = critic.model.base_model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
     assert critic.packs
     for critic.packs in (True, False):
         critic.zero_grad()
         values = critic.score(batch)
         (values * torch.linspace(-1, 2, values.numel(), dtype=values.dtype).view_as(values)).sum().backward()
         results.append((values.detach(), critic.flat.grads.clone()))
+    assert seen == [9, 5 * 5]  # each prompt once and no padding; five rows of five tokens
     for packed, plain in zip(*results, strict=True):
         assert packed.abs().max() > 0.1 and (packed - plain).abs().max() <= 1e-12
 
@@ -145,13 +148,23 @@ def test_it_is_trained_once_per_step_under_every_update_rule(rule, backward_pass
         1,
     ]
     trainer = make_trainer(tmp_path, *PPO_ARGS, *args)
-    metrics = [trainer.step() for _ in range(2)]
+    metrics = [trainer.step()]
+    assert trainer.critic.lr == 0.001  # its own warm-up of one step
+    metrics.append(trainer.step())
+    assert trainer.critic.lr == 0.002
     assert trainer.critic.policy_version == 2 * 2 * 3  # steps, minibatches, passes
     assert metrics[1]["num_backward_passes"] == 2 * backward_passes  # the policy's alone
-    assert trainer.critic.lr == 0.002  # its own warm-up of one step, at half of it, is over
     assert metrics[0]["value_loss"] > 0 and metrics[0]["critic/grad_norm"] > 0 and metrics[0]["critic/skipped"] == 0
     assert metrics[0]["critic/explained_variance"] == 0.0  # all values 0: no worse and no better than a constant
     assert metrics[1]["critic/explained_variance"] != 0.0
+
+
+def test_its_loss_is_the_mean_over_response_tokens(tmp_path, float64_norms):
+    trainer = make_trainer(tmp_path, "--dtype", "float64", *PPO_ARGS, "--value-clip", "None")
+    batch = prepared_batch(trainer)
+    error = (trainer.critic.score(batch).detach() - batch.returns)[batch.response_mask]
+    trainer.tokens_per_microbatch = 60
+    assert trainer.fit_critic(batch)["value_loss"] == pytest.approx(error.square().mean().item() / 2, abs=1e-12)
 
 
 def test_policy_and_critic_share_nothing(tmp_path):
@@ -186,8 +199,9 @@ def test_explained_variance_by_hand():
     # returns 1 1 0: mean square 2/3 - 4/9 = 2/9; errors 0 1/2 0: 1/12 - 1/36 = 1/18, a quarter of it
     batch.values = torch.tensor([[math.nan, 1.0, 0.5], [math.nan, 0.0, math.nan]])
     assert explained_variance(batch) == pytest.approx(0.75)
-    batch.returns = torch.full_like(batch.returns, 0.1)
-    assert math.isnan(explained_variance(batch))
+    for value in torch.linspace(-1, 1, 21):  # sums of squares of equal numbers need not cancel exactly
+        batch.returns = torch.full_like(batch.returns, value)
+        assert math.isnan(explained_variance(batch))
 
 
 def run(folder, *args, restart=False) -> None:
