@@ -18,6 +18,8 @@ class Objective(Protocol):
         minibatch are filled before each backward (an extra forward, left out as long as nothing is old), and
         `couple(minibatch)` puts what `loss_sum` needs of them into `residual`, without gradients.
     needs_profile: whether `credit` reads `problem.profile_rewards`.
+
+    One that needs `values` also has value_loss_sum(values [B, S], batch), the critic's loss in the form of `loss_sum`.
     """
 
     normalizer: str
