@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from fastrl.types import RolloutGroup
+from fastrl.types import RolloutGroup, TrainBatch
 
 
 def rollout_table(groups: list[RolloutGroup], *, first: int = 0, stride: int = 1) -> Tensor:
@@ -156,3 +156,30 @@ def evaluation_metrics(table: Tensor) -> dict[str, float]:
     metrics["clipped_ratio"] = table[:, 4].sum().item() / completions
     metrics["num_problems"] = len(rows)
     return metrics
+
+
+def sampling_mismatch(difference: torch.Tensor) -> dict[str, float]:
+    """logprobs - rollout_logprobs of sampled tokens [N], before any update -> how far engine and trainer are apart."""
+    if not len(difference):
+        return {}
+    difference = difference.double()
+    ratio = difference.exp()
+    values = {
+        "sampling/sampling_logp_difference/mean": difference.abs().mean(),
+        "sampling/sampling_logp_difference/max": difference.abs().max(),
+        "sampling/importance_sampling_ratio/min": ratio.min(),
+        "sampling/importance_sampling_ratio/mean": ratio.mean(),
+        "sampling/importance_sampling_ratio/max": ratio.max(),
+        "sampling/mismatch_kl": (torch.expm1(difference) - difference).mean(),
+    }
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+def rollout_rows(groups: list[RolloutGroup], batch: TrainBatch) -> list[dict]:
+    """What was sampled in a step, one dict per completion."""
+    rows = [(g.problem, c) for g in groups for c in g.completions]
+    return [
+        {"id": p.id, "prompt": p.prompt, "answer": p.answer, "completion": c.text, "token_ids": c.token_ids,
+         "finish_reason": c.finish_reason, "reward": c.reward, "rewards": c.rewards, "credit": credit}
+        for (p, c), credit in zip(rows, batch.credit.tolist(), strict=True)
+    ]  # fmt: skip

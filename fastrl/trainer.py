@@ -20,7 +20,9 @@ from fastrl.metrics import (
     reward_function_metrics,
     reward_function_sums,
     rollout_metrics,
+    rollout_rows,
     rollout_table,
+    sampling_mismatch,
 )
 from fastrl.objectives.base import Objective
 from fastrl.perf import memory_metrics
@@ -347,30 +349,3 @@ class Trainer:
         self.policy.policy_version = state["policy_version"]
         self.rollout.engine.policy_version = state["engine_policy_version"]
         self.log.rewind(self.completed)
-
-
-def sampling_mismatch(difference: torch.Tensor) -> dict[str, float]:
-    """logprobs - rollout_logprobs of sampled tokens [N], before any update -> how far engine and trainer are apart."""
-    if not len(difference):
-        return {}
-    difference = difference.double()
-    ratio = difference.exp()
-    values = {
-        "sampling/sampling_logp_difference/mean": difference.abs().mean(),
-        "sampling/sampling_logp_difference/max": difference.abs().max(),
-        "sampling/importance_sampling_ratio/min": ratio.min(),
-        "sampling/importance_sampling_ratio/mean": ratio.mean(),
-        "sampling/importance_sampling_ratio/max": ratio.max(),
-        "sampling/mismatch_kl": (torch.expm1(difference) - difference).mean(),
-    }
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-
-
-def rollout_rows(groups: list[RolloutGroup], batch: TrainBatch) -> list[dict]:
-    """What was sampled in a step, one dict per completion."""
-    rows = [(g.problem, c) for g in groups for c in g.completions]
-    return [
-        {"id": p.id, "prompt": p.prompt, "answer": p.answer, "completion": c.text, "token_ids": c.token_ids,
-         "finish_reason": c.finish_reason, "reward": c.reward, "rewards": c.rewards, "credit": credit}
-        for (p, c), credit in zip(rows, batch.credit.tolist(), strict=True)
-    ]  # fmt: skip

@@ -8,8 +8,8 @@ import torch
 from helpers import make_trainer, rows, step_records
 
 from fastrl.log import RunLog, printable
+from fastrl.metrics import sampling_mismatch
 from fastrl.rollout import first_samples
-from fastrl.trainer import sampling_mismatch
 
 
 def test_cut_off_completions_earn_nothing_unless_asked_for(tmp_path):
