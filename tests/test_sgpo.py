@@ -221,12 +221,12 @@ def test_a_profile_that_leaves_nothing_is_refused_and_changes_nothing():
 
 
 def test_advantages_of_groups_of_several_sizes_are_those_of_each_alone():
-    rewards = [[1, 0], [0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0], [1, 1]]
+    rewards = [[1.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0] + [0.0] * 7, [1.0, 1.0]]
     groups = [
         RolloutGroup(
             problem=Problem(id=str(k), prompt="", answer="", prompt_ids=[1]), policy_version=0,
             completions=[
-                Completion(token_ids=[2] * (1 + i), rollout_logprobs=[0.0] * (1 + i), finish_reason="stop", reward=float(r))
+                Completion(token_ids=[2] * (1 + i), rollout_logprobs=[0.0] * (1 + i), finish_reason="stop", reward=r)
                 for i, r in enumerate(values)
             ],
         )
