@@ -191,6 +191,15 @@ def test_resuming_continues_anywhere(schedule):
         assert resumed.state_dict() == straight.state_dict()
 
 
+def test_a_longer_run_moves_the_ends_ahead_and_never_goes_back():
+    counts = [20, 5, 10, 10, 10, 10, 10, 30, 30]  # half, a quarter and a quarter of the steps
+    short, long = started(counts, steps=40), started(counts, steps=80)
+    for _ in range(25):  # 20 steps of groups of 2, 5 of groups of 4
+        short.take(32)
+    long.load_state_dict(short.state_dict())
+    assert [{size for _, size in long.take(32)} for _ in range(20)] == [{4}] * 15 + [{8}] * 5
+
+
 def test_a_new_profile_starts_the_curriculum_anew():
     allocation = started([10, 4, 4, 4, 0, 0, 0, 0, 0], steps=6)
     for _ in range(6):
