@@ -40,6 +40,7 @@ def test_never_before_the_window_is_full_or_in_the_warmup():
     gate = Gate(window=4, threshold=3.0, warmup=10)
     assert trips(gate, [50.0] * 10 + [1.0, 3.0, 1.0, 3.0]) is None
     assert gate.observe(9.0)
+    assert trips(Gate(window=4, threshold=3.0, warmup=10), [50.0] * 10 + [1.0, 3.0, 1.0, 400.0]) is None
 
 
 def test_patience_counts_in_a_row_against_a_frozen_window():
