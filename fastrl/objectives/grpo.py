@@ -23,7 +23,7 @@ class GRPO:
     DAPO (arXiv:2503.14476): clip_high=0.28, loss_agg=token, drop_zero_std, overlong=mask or penalty.
     Dr. GRPO (arXiv:2503.20783): adv_norm=none, loss_agg=const. GRPO as published: loss_agg=seq, kl=0.04.
     GSPO (arXiv:2507.18071): ratio_level=sequence, clip_low=3e-4, clip_high=4e-4, loss_agg=seq, dual_clip=None; the
-    ratio is exp(mean over the completion's tokens of the log-ratio), with the gradient of each token's own.
+    ratio of all tokens is exp(mean of the completion's log-ratios).
     CISPO (arXiv:2506.13585): surrogate=cispo, clip_low=10, clip_high=0.2; -A clip(ratio) logp with the clipped ratio as
     a constant, so that clipped tokens keep their gradient.
     """
@@ -126,7 +126,7 @@ class GRPO:
         log_ratio, advantage = old_log_ratio(logprobs, batch), batch.credit[:, None]
         if self.ratio_level == "sequence":
             mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-            log_ratio = masked(mean.detach() + log_ratio - log_ratio.detach(), mask)
+            log_ratio = masked(mean.expand_as(log_ratio), mask)
         clips = dict(clip_low=self.clip_low, clip_high=self.clip_high, log_ratio_cap=self.log_ratio_cap)
         if self.surrogate == "cispo":
             loss, clipped = clipped_weight(log_ratio, logprobs, advantage, **clips)
