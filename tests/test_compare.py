@@ -1,7 +1,10 @@
 """Lists of methods, what of them is refused, and their runs; that a finished comparison starts nothing."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 from helpers import rows as logged
@@ -200,6 +203,34 @@ def test_two_variants_end_to_end(run_fastrl, tmp_path):
     again = run_fastrl("compare", "tiny.toml", "--jobs", 2)
     assert again.returncode == 0 and "comparison: 4 runs, 0 to do" in again.stdout
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*/*/*/metrics.jsonl"))] == before
+
+
+@pytest.mark.slow
+def test_sigterm_saves_what_runs_so_that_the_same_command_goes_on(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY.replace("--steps 2", "--steps 1000"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastrl.compare", "tiny.toml", "--jobs", "1", "--only", "grpo"], cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "runs" / "compare-tiny" / "grpo" / "lr-0.0001" / "seed-0"
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(logged(folder)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.terminate()
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 75 and "the same command goes on" in said
+    assert json.loads((folder / "status.json").read_text())["reason"] == "stopped"
+    steps = [r["step"] for r in logged(folder) if "reward" in r]
+
+    run = read_plan([str(tmp_path / "tiny.toml"), "--out", str(folder.parents[2]), "--only", "grpo"]).run(
+        Method(name="grpo"), 1e-4, 0
+    )
+    assert run.same_arguments() and not run.finished()
+    assert (folder / "checkpoints" / f"step-{steps[-1]}").exists()  # which --resume auto takes
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ comparison. A run that was stopped goes on from its checkpoint, if it wrote one.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -108,8 +107,12 @@ def check(run: Run, code: int) -> None:
 
 @contextmanager
 def sigterm_interrupts():
-    """SIGTERM ends the block as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    """SIGTERM ends the block as Ctrl-C does, also where SIGINT is ignored, as shells have it for `command &`."""
+
+    def stop(number: int, frame) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
