@@ -18,7 +18,7 @@ train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -72,7 +72,9 @@ class TrainConfig:
 
     problems_per_step: int = 32
     minibatches: int = 1  # optimizer steps per pass over a step's completions
-    tokens_per_microbatch: int = 0  # padded tokens per forward and backward; 0 = 2048 on a CPU, 16384 on a GPU
+    tokens_per_microbatch: int = (
+        0  # per forward and backward, a prompt once per group; 0 = 2048 on a CPU, 16384 on a GPU
+    )
     max_new_tokens: int = 512  # a completion is cut off there
     temperature: float = 1.0
     grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
@@ -245,10 +247,7 @@ def build(
         config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature
     ) if needs_reference else None  # fmt: skip
     critic = Critic(load(), config.critic, grad_dtype) if needs_values(config) else None
-    engine = HFEngine(
-        loaded.model, eos_ids=loaded.eos_ids, pad_id=policy.pad_id, num_tokens=len(tokenizer),
-        max_num_seqs=config.max_num_seqs,
-    )  # fmt: skip
+    engine = HFEngine.of(loaded, config.max_num_seqs)
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     rollout = Rollout(
         engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,

@@ -59,10 +59,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         print("\n".join(task.report), flush=True)
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
-        engine = HFEngine(
-            loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, num_tokens=len(tokenizer),
-            max_num_seqs=config.max_num_seqs,
-        )  # fmt: skip
+        engine = HFEngine.of(loaded, config.max_num_seqs)
         rollout = Rollout(
             engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
             grade_truncated=config.grade_truncated,

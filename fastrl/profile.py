@@ -99,10 +99,7 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
             if stored.complete:
                 return path, stored.first(config.num_completions)
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
-        engine = HFEngine(
-            loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, num_tokens=len(tokenizer),
-            max_num_seqs=config.max_num_seqs,
-        )  # fmt: skip
+        engine = HFEngine.of(loaded, config.max_num_seqs)
         rollout = Rollout(
             engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
             grade_truncated=config.grade_truncated,
@@ -154,12 +151,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def program(argv: list[str]) -> int:
-    code = main(argv)
-    if ranks.world_size() > 1:
-        ranks.leave(code)
-    return code
-
-
 if __name__ == "__main__":
-    run_program(program)
+    run_program(lambda argv: ranks.end(main(argv)))

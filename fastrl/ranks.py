@@ -31,6 +31,13 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def end(code: int) -> int:
+    """The exit code of a program that is through; with several ranks, the end of this process."""
+    if world_size() > 1:
+        leave(code)
+    return code
+
+
 def world_size() -> int:
     """Processes that torchrun has started, known before `start`."""
     return int(os.environ.get("WORLD_SIZE", "1"))

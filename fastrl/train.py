@@ -194,12 +194,5 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def program(argv: list[str]) -> int:
-    code = main(argv)
-    if ranks.world_size() > 1:
-        ranks.leave(code)
-    return code
-
-
 if __name__ == "__main__":
-    run_program(program)
+    run_program(lambda argv: ranks.end(main(argv)))

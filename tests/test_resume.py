@@ -18,8 +18,6 @@ from fastrl.config import parse
 from fastrl.train import resume
 from fastrl.types import CheckpointError
 
-pytestmark = pytest.mark.xdist_group("resume")  # one process makes the runs that all tests compare with
-
 # 100 problems and 8 a step: epochs end in the middle of a run, and cuts fall in the middle of epochs
 SMALL = """
     --problems-per-step 8 --limit 100 --eval-limit 8 --eval-k 2 --eval-every 10 --rollouts-every 1 --sample-every 0

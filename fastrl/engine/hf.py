@@ -25,6 +25,14 @@ class HFEngine:
         self.eos_ids = torch.tensor(eos_ids, device=self.device)
         self.policy_version = 0
 
+    @classmethod
+    def of(cls, loaded, max_num_seqs: int) -> "HFEngine":
+        """The engine of a `fastrl.model.LoadedModel`, over its own parameters."""
+        return cls(
+            loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, num_tokens=len(loaded.tokenizer),
+            max_num_seqs=max_num_seqs,
+        )  # fmt: skip
+
     def weights_changed(self) -> None:
         self.policy_version += 1
 
