@@ -242,7 +242,7 @@ def build(
     )  # fmt: skip
     loaded, grad_dtype = load(), getattr(torch, config.grad_dtype)
     policy = Policy(loaded, config.optim, Guard(), temperature=config.temperature, grad_dtype=grad_dtype)
-    needs_reference = "ref_logprobs" in config.objective.needs(optimizer_steps=2)
+    needs_reference = "ref_logprobs" in config.objective.needs(num_minibatches=2)
     reference = Reference(
         config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature
     ) if needs_reference else None  # fmt: skip
@@ -303,7 +303,7 @@ def leave_if_stopped(stop_requested: Callable[[], bool]) -> None:
 
 
 def needs_values(config: TrainConfig) -> bool:
-    return "values" in config.objective.needs(optimizer_steps=2)
+    return "values" in config.objective.needs(num_minibatches=2)
 
 
 def check_fit(config: TrainConfig, problems: list[Problem], log: RunLog) -> None:

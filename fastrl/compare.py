@@ -4,7 +4,7 @@
     python -m fastrl.compare list.toml --seeds 3 --target 0.8      your own list; fastrl/comparison/methods.py says how
     python -m fastrl.compare list.toml --dry-run                   the commands it stands for
 
-First each method tries a small grid of learning rates with a seed that is not reported, then it runs with the best one
+First each method tries a small grid of learning rates with seeds that are not reported, then it runs with the best one
 and every seed. The folder of --out holds all runs, compare.json, compare.md and compare.png. A comparison that was
 stopped goes on with the same command. Exit codes are those of fastrl.train.
 """
@@ -105,8 +105,7 @@ def write_results(plan: Plan, tuning: list[dict], rows: list[dict], runs: list[R
         *ratio_table(found), "", "## What follows", "", *(f"- {line}" for line in said), "",
         *(["## Claims", "", *(f"- {verdict['text']}" for verdict in verdicts), ""] if verdicts else []),
         *(["## Weak points", "", *(f"- {line}" for line in weak), ""] if weak else []),
-        *(["## Learning rates", "", f"Seed {config.tuning_seed}.", "", *tuning_table(tuning, methods, chosen), ""]
-          if tuning else []),
+        *(["## Learning rates", "", *tuning_table(tuning, methods, chosen), ""] if tuning else []),
         "![accuracy and reward against costs](compare.png)",
     ]  # fmt: skip
     (plan.folder / "compare.md").write_text("\n".join(lines) + "\n")
@@ -133,14 +132,17 @@ def write_results(plan: Plan, tuning: list[dict], rows: list[dict], runs: list[R
 
 def main(argv: list[str]) -> int:
     plan = read_plan(argv)
-    grid = plan.grid() if len(plan.config.lr_factors) > 1 else []
     if plan.config.dry_run:
+        grid = plan.grid(plan.config.tuning_seeds[0])
         for run in grid or plan.reported(choose(plan, []), {}):
             print("python -m fastrl.train", shlex.join(run.args), "--out", run.folder)
-        print(f"{len(grid)} runs to choose learning rates, {len(plan.methods) * plan.config.seeds} to compare")
+        print(f"{len(grid)} runs or more to choose learning rates, {len(plan.methods) * plan.config.seeds} to compare")
         return 0
     try:
-        tuning = do(plan, grid, "learning rates") if grid else []
+        tuning: list[dict] = []
+        for seed in plan.config.tuning_seeds:
+            if grid := plan.grid(seed, tuning):
+                tuning += do(plan, grid, f"learning rates, seed {seed}")
         chosen = choose(plan, tuning)
         seconds = {name: min(row["spent"]["seconds"] for row in of(tuning, name)) for name in chosen if tuning}
         runs = plan.reported(chosen, seconds)

@@ -112,9 +112,8 @@ class Trainer:
             groups, self.objective.credit, pad_id=self.policy.pad_id, device=self.policy.device,
             max_new_tokens=self.rollout.sampling.max_new_tokens,
         )  # fmt: skip
-        optimizer_steps = self.num_minibatches * self.update.backward_passes
         with self.rollout.spans("logprobs"):
-            self.fill(batch, self.objective.needs(optimizer_steps))
+            self.fill(batch, self.objective.needs(self.num_minibatches))
         self.objective.prepare(batch)
         self.leave_if_stopped()
         self.policy.set_lr(self.policy.optim.lr_at(self.completed, self.schedule.steps))
@@ -152,18 +151,20 @@ class Trainer:
             self.fill(minibatch, frozenset({"current_logprobs"} if minibatch.old_logprobs is not None else ()))
             self.objective.couple(minibatch)
         sums: dict[str, torch.Tensor] = {}
-        differences = []
-        for learns, part in self.microbatches(minibatch):
+        seen = torch.zeros_like(minibatch.rollout_logprobs)
+        for learns, rows, part in self.microbatches(minibatch):
             with torch.set_grad_enabled(learns):
                 logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
                 loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
             if learns:
                 (loss / count).backward()
-            differences.append((logprobs.detach() - part.rollout_logprobs)[part.response_mask])
+            seen[rows, : logprobs.shape[1]] = logprobs.detach().to(seen.dtype)
             for name, value in {"loss": loss.detach() * (tokens / count), **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
         if not self.mismatch:
-            self.mismatch = sampling_mismatch(torch.cat(differences))
+            self.mismatch = sampling_mismatch((seen - minibatch.rollout_logprobs)[minibatch.response_mask])
+        if minibatch.old_logprobs is None:  # then this is the first pass of the step, and the next is not
+            minibatch.old_logprobs = seen
         totals = ranks.all_sum_(torch.stack(list(sums.values()))) / tokens
         return dict(zip(sums, totals.tolist(), strict=True))
 
@@ -179,15 +180,15 @@ class Trainer:
             metrics = self.critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])
             return metrics | {"critic/explained_variance": explained_variance(batch)}
 
-    def microbatches(self, minibatch: TrainBatch) -> Iterator[tuple[bool, TrainBatch]]:
-        """(whether there is anything to learn from it, microbatch); rows without a gradient only go forward."""
+    def microbatches(self, minibatch: TrainBatch) -> Iterator[tuple[bool, torch.Tensor, TrainBatch]]:
+        """(whether there is anything to learn, row indices, rows); rows without a gradient only go forward."""
         silent = self.objective.silent(minibatch)
-        for rows in (~silent, silent):
+        for learns, rows in ((True, (~silent).nonzero()[:, 0]), (False, silent.nonzero()[:, 0])):
             pieces = cut(
-                select(minibatch, rows.nonzero()[:, 0]), self.tokens_per_microbatch,
-                splits_groups=self.objective.splits_groups, packed=self.policy.packs,
+                select(minibatch, rows), self.tokens_per_microbatch, splits_groups=self.objective.splits_groups,
+                packed=self.policy.packs,
             )  # fmt: skip
-            yield from ((rows is not silent, part) for _, part in pieces)
+            yield from ((learns, rows[index], part) for index, part in pieces)
 
     def observe(self, groups: list[RolloutGroup], batch: TrainBatch, metrics: dict[str, float]) -> dict[str, float]:
         """Count the step and describe what was sampled."""

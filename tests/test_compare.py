@@ -55,7 +55,7 @@ def listed(tmp_path):
 
 def test_a_grid_per_tuned_method_and_a_control_at_the_rate_of_what_it_controls(listed):
     plan = read_plan([listed(), "--seeds", "2", "--target", "0.7"])
-    assert [(r.method, r.lr, r.seed) for r in plan.grid()] == [
+    assert [(r.method, r.lr, r.seed) for r in plan.grid(1000)] == [
         ("sfpo", 5e-5, 1000), ("sfpo", 2e-4, 1000), ("grpo", 1e-4, 1000), ("grpo", 4e-4, 1000),
     ]  # fmt: skip
     runs = plan.reported({"grpo": 1e-4, "sfpo": 2e-4}, {"grpo": 9.0, "sfpo": 30.0})
@@ -67,6 +67,22 @@ def test_a_grid_per_tuned_method_and_a_control_at_the_rate_of_what_it_controls(l
     args = " ".join(runs[2].args)
     assert args.startswith("--eval arithmetic --eval-every 1 --steps 4 --update sfpo --stop-at-accuracy 0.7 ")
     assert "--optim.lr 0.0002 --seed 0 --threads 1" in args
+
+
+def test_a_rate_is_tried_again_only_where_it_can_still_win(listed):
+    plan = read_plan([listed()])
+
+    def again(**reached: tuple[bool, bool]) -> set:
+        rates = {"sfpo": (5e-5, 2e-4), "grpo": (1e-4, 4e-4)}
+        tried = [
+            {"method": name, "lr": lr, "reached": ok}
+            for name, oks in reached.items() for lr, ok in zip(rates[name], oks, strict=True)
+        ]  # fmt: skip
+        return {(r.method, r.lr, r.seed) for r in plan.grid(1001, tried)}
+
+    both = {("grpo", 1e-4, 1001), ("grpo", 4e-4, 1001)}
+    assert again(sfpo=(True, False), grpo=(True, True)) == both  # sfpo has one rate left
+    assert again(sfpo=(False, True), grpo=(False, False)) == both  # grpo has none that reached the target
 
 
 def test_a_recipe_of_a_method_takes_the_place_of_the_common_one():
@@ -86,7 +102,7 @@ def test_the_preset_can_be_planned():
     plan = read_plan(["--preset", "embedded"])
     names = {m.name for m in plan.methods}
     assert {m.control_of for m in plan.methods} - {""} <= names and "grpo" in names
-    assert len({(r.method, r.lr) for r in plan.grid()}) == 3 * len(plan.tuned)
+    assert len({(r.method, r.lr) for r in plan.grid(1000)}) == 3 * len(plan.tuned)
 
 
 BAD = [
@@ -104,7 +120,8 @@ BAD = [
     ([("--eval-every 1", "")], "method grpo: --stop-at-accuracy looks at evaluations"),
     ([("--update sfpo", "--update sfpo --eval-k 2")], "sfpo is evaluated with --eval-k 2 and grpo with 8; accuracies"),
     ([("target = 0.8", "target = 80")], "--target must be above 0 and at most 1, got 80"),
-    ([("target = 0.8", "tuning_seed = 3")], "--tuning-seed 3 is one of the 5 reported seeds"),
+    ([("target = 0.8", "tuning_seeds = [1000, 3]")], "--tuning-seeds: 3 is one of the 5 reported seeds"),
+    ([("target = 0.8", "tuning_seeds = [7, 7]")], "--tuning-seeds must be one or more different numbers, got (7, 7)"),
     ([("[0.5, 2]", "[1, 1]")], "--lr-factors must be different numbers above 0"),
 ]
 

@@ -95,6 +95,9 @@ def test_the_learning_rate_is_that_of_the_lowest_headline_cost():
     assert choose_lr(grid, "seconds") == 1e-4
     missed = [tried(1e-4, None, 0.5), tried(2e-4, None, 0.7), tried(4e-4, None, 0.7)]
     assert choose_lr(missed, "rollouts") == 2e-4  # the higher accuracy, then the smaller rate
+    other_seed = [tried(1e-4, 64, 0.85), tried(2e-4, None, 0.2)]
+    assert choose_lr([*grid, *other_seed], "rollouts") == 1e-4  # 2e-4 collapsed with it; the mean of 60 and 64 is known
+    assert choose_lr([*grid, tried(1e-4, 90, 0.85), tried(2e-4, 70, 0.85)], "rollouts") == 2e-4  # means of 75 and 55
 
 
 # medians and ratios

@@ -94,6 +94,26 @@ def test_gradient_does_not_depend_on_cut_or_padding(settings, packs, tmp_path, f
             assert got[key] == pytest.approx(metrics[key], abs=1e-12), (name, key)
 
 
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+def test_first_pass_leaves_old_logprobs_and_later_ones_keep_them(packs, tmp_path, float64_norms):
+    """What the policy thought before the step: of every row, those that only went forward too, in their own order."""
+    trainer = make_trainer(tmp_path, "--tokens-per-microbatch", "300", "--problems-per-step", "12")
+    trainer.policy.packs &= packs
+    groups = trainer.rollout.run(trainer.allocator.take(trainer.completions_per_step), step=0)
+    batch = make_batch(groups, trainer.objective.credit, pad_id=trainer.policy.pad_id, max_new_tokens=10)
+    silent = trainer.objective.silent(batch)
+    assert silent.any() and not silent.all()
+    whole = trainer.policy.score(batch).detach()
+    expected = torch.where(batch.response_mask, whole, 0.0).float()
+    trainer.accumulate(batch)
+    torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
+    trainer.policy.master.mul_(1.01)
+    trainer.policy.publish()
+    metrics = trainer.accumulate(batch)
+    torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
+    assert abs(metrics["policy_kl"]) > 1e-6, "the second pass sees the ratio to the weights of the first"
+
+
 def test_minibatches_sum_to_the_whole(tmp_path, float64_norms):
     # token mean: whole gradient = sum over minibatches of (tokens_m / tokens) gradient_m
     trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4)
@@ -112,7 +132,7 @@ def test_rows_without_a_gradient_change_nothing_but_the_work(settings, tmp_path,
     batch.credit[batch.group < 3] = 0.0
     silent = trainer.objective.silent(batch)
     assert silent.sum() == 0 if settings else silent.sum() >= 12
-    learning = [learns for learns, _ in trainer.microbatches(batch)]
+    learning = [learns for learns, *_ in trainer.microbatches(batch)]
     assert learning == ([True] if settings else [True, False])
     actual, metrics = gradient(trainer, batch, 10**6)
     monkeypatch.setattr(type(trainer.objective), "silent", lambda self, batch: torch.zeros_like(batch.truncated))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastrl.build import TrainConfig, resolve
+from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
 from fastrl.config import as_dict, cli, expand, flags_of, nearest, read_toml
@@ -22,7 +23,7 @@ class CompareConfig:
     baseline: str = "grpo"
     target: float = 0.85  # avg@k of the first evaluation set
     seeds: int = 5  # runs of each method, with --seed 0, 1, ...
-    tuning_seed: int = 1000  # of the runs that choose learning rates
+    tuning_seeds: tuple[int, ...] = (1000, 1001)  # of the runs that choose learning rates, one after the other
     lr_factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # times the method's own --lr; a single one is taken untried
     only: tuple[str, ...] = ()  # these methods and the baseline; all if none
     jobs: int = 0  # runs at a time; 0 = one per core, or one on a GPU
@@ -41,11 +42,14 @@ class CompareConfig:
             raise ValueError(f"--jobs must be at least 0, got {self.jobs}")
         if not self.lr_factors or min(self.lr_factors) <= 0 or len(set(self.lr_factors)) < len(self.lr_factors):
             raise ValueError(f"--lr-factors must be different numbers above 0, got {self.lr_factors}")
-        if 0 <= self.tuning_seed < self.seeds:
-            raise ValueError(
-                f"--tuning-seed {self.tuning_seed} is one of the {self.seeds} reported seeds; a learning rate must not "
-                "be chosen by a run that is reported"
-            )
+        if not self.tuning_seeds or len(set(self.tuning_seeds)) < len(self.tuning_seeds):
+            raise ValueError(f"--tuning-seeds must be one or more different numbers, got {self.tuning_seeds}")
+        for seed in self.tuning_seeds:
+            if 0 <= seed < self.seeds:
+                raise ValueError(
+                    f"--tuning-seeds: {seed} is one of the {self.seeds} reported seeds; a learning rate must not be "
+                    "chosen by a run that is reported"
+                )
 
 
 @dataclass(kw_only=True)
@@ -78,10 +82,17 @@ class Plan:
         folder = self.folder / method.name / f"lr-{lr:g}" / f"seed-{seed}"
         return Run(method=method.name, lr=float(f"{lr:g}"), seed=seed, folder=folder, args=tuple(args))
 
-    def grid(self) -> list[Run]:
-        """The runs that choose learning rates, longest first."""
-        rates = {m.name: [self.settings[m.name].optim.lr * f for f in self.config.lr_factors] for m in self.tuned}
-        runs = [self.run(m, lr, self.config.tuning_seed) for m in self.tuned for lr in rates[m.name]]
+    def grid(self, seed: int, tried: Sequence[dict] = ()) -> list[Run]:
+        """The runs that choose learning rates, longest first; tried: what the seeds before gave.
+
+        A rate is tried again only where another may still be better, and never after it has missed the target, unless
+        all have.
+        """
+        runs = []
+        for method in self.tuned:
+            rates = [float(f"{self.settings[method.name].optim.lr * factor:g}") for factor in self.config.lr_factors]
+            rates = contenders(rates, [row for row in tried if row["method"] == method.name])
+            runs += [self.run(method, lr, seed) for lr in rates] if len(rates) > 1 else []
         return sorted(runs, key=lambda run: -self.work(run.method))
 
     def reported(self, chosen: dict[str, float], seconds: dict[str, float]) -> list[Run]:

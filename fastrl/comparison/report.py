@@ -62,11 +62,12 @@ def ratio_table(found: dict[tuple[str, str], dict[str, Ratio]]) -> list[str]:
 def tuning_table(tuning: Sequence[dict], methods: Sequence[Method], chosen: dict[str, float]) -> list[str]:
     lines = []
     for method in (m for m in methods if not m.lr_from):
-        for row in of(tuning, method.name):
+        for row in sorted(of(tuning, method.name), key=lambda row: (row["lr"], row["seed"])):
             cost = f"{row[method.headline]:,.0f}" if row["reached"] else f"> {row['spent'][method.headline]:,.0f}"
             mark = "taken" if row["lr"] == chosen[method.name] else ""
-            lines.append([method.name, f"{row['lr']:g}", method.headline, cost, f"{row['accuracy']:.3f}", mark])
-    return table(["method", "lr", "chosen by", "to the target", "last accuracy", ""], lines)
+            numbers = [f"{row['lr']:g}", str(row["seed"]), method.headline, cost, f"{row['accuracy']:.3f}"]
+            lines.append([method.name, *numbers, mark])
+    return table(["method", "lr", "seed", "chosen by", "to the target", "last accuracy", ""], lines)
 
 
 def sentences(
@@ -126,7 +127,7 @@ def weak_points(
     points = []
     for name, lr in chosen.items():
         tried = of(tuning, name)
-        rates = [row["lr"] for row in tried]
+        rates = {row["lr"] for row in tried}
         if tried and not any(row["reached"] for row in tried):
             points.append(f"{name}: no learning rate reached the target; {lr:g} had the highest accuracy.")
         elif len(rates) > 1 and lr in (min(rates), max(rates)):

@@ -47,7 +47,7 @@ class APO:
     def needs_profile(self) -> bool:
         return self.value_mode != "zero"
 
-    def needs(self, optimizer_steps: int) -> frozenset[str]:
+    def needs(self, num_minibatches: int) -> frozenset[str]:
         return frozenset({"ref_logprobs"})
 
     def credit(self, rewards: Tensor, problem: Problem) -> Tensor:

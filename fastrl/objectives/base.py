@@ -28,9 +28,11 @@ class Objective(Protocol):
     needs_current: bool
     needs_profile: bool
 
-    def needs(self, optimizer_steps: int) -> frozenset[str]:
-        """TrainBatch fields to fill before `prepare` (old_logprobs, ref_logprobs, values), given the optimizer steps
-        taken on one batch."""
+    def needs(self, num_minibatches: int) -> frozenset[str]:
+        """TrainBatch fields to fill before `prepare`: old_logprobs, ref_logprobs, values.
+
+        With one minibatch, old_logprobs only if they are read before its first pass has ended: it leaves them behind.
+        """
 
     def credit(self, rewards: Tensor, problem: Problem) -> Tensor:
         """rewards [G] of one group -> credit [G]."""

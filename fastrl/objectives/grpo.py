@@ -67,9 +67,8 @@ class GRPO:
     def normalizer(self) -> str:
         return "token" if self.loss_agg == "token" else "completion"
 
-    def needs(self, optimizer_steps: int) -> frozenset[str]:
-        # until the first optimizer step the policy is the one that sampled
-        old = optimizer_steps > 1 or (self.kl > 0 and self.kl_in == "reward") or self.is_correction != "none"
+    def needs(self, num_minibatches: int) -> frozenset[str]:
+        old = num_minibatches > 1 or (self.kl > 0 and self.kl_in == "reward") or self.is_correction != "none"
         return frozenset({"old_logprobs"} if old else ()) | frozenset({"ref_logprobs"} if self.kl > 0 else ())
 
     def credit(self, rewards: Tensor, problem: Problem | None = None) -> Tensor:

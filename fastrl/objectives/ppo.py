@@ -53,8 +53,8 @@ class PPO:
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
 
-    def needs(self, optimizer_steps: int) -> frozenset[str]:
-        wanted = {"values": True, "old_logprobs": optimizer_steps > 1 or self.kl > 0, "ref_logprobs": self.kl > 0}
+    def needs(self, num_minibatches: int) -> frozenset[str]:
+        wanted = {"values": True, "old_logprobs": num_minibatches > 1 or self.kl > 0, "ref_logprobs": self.kl > 0}
         return frozenset(name for name, yes in wanted.items() if yes)
 
     def credit(self, rewards: Tensor, problem: Problem | None = None) -> Tensor:

@@ -42,8 +42,8 @@ class REBEL:
     def needs_current(self) -> bool:
         return not self.paired
 
-    def needs(self, optimizer_steps: int) -> frozenset[str]:
-        old = {"old_logprobs"} if optimizer_steps > 1 or self.kl else set()
+    def needs(self, num_minibatches: int) -> frozenset[str]:
+        old = {"old_logprobs"} if num_minibatches > 1 or self.kl else set()
         return frozenset(old | ({"ref_logprobs"} if self.kl else set()))
 
     def credit(self, rewards: Tensor, problem: Problem) -> Tensor:
