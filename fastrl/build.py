@@ -89,6 +89,7 @@ class TrainConfig:
     eval_k: int = 8  # completions per evaluation problem
     eval_every: int = 0
     stop_at_accuracy: float = 0.0  # end the run when avg@k of the first of them reaches it; 0 = never
+    stop_below_accuracy: float = 0.0  # or when it is below that: the policy has collapsed; 0 = never
     eval_limit: int = 0  # use only the first problems of each; 0 = all
     save_every: int = 0  # steps between checkpoints; one is always written at the end
     keep: int = 2  # newest checkpoints to keep, at least 2
@@ -123,8 +124,14 @@ class TrainConfig:
             raise ValueError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', got {self.name!r}")
         if not 0 < self.temperature <= 100:
             raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
-        if not 0 <= self.stop_at_accuracy <= 1:
-            raise ValueError(f"--stop-at-accuracy must be between 0 and 1, got {self.stop_at_accuracy}")
+        for name in ("stop_at_accuracy", "stop_below_accuracy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}")
+        if 0 < self.stop_at_accuracy <= self.stop_below_accuracy:
+            raise ValueError(
+                f"--stop-below-accuracy {self.stop_below_accuracy} must be below --stop-at-accuracy "
+                f"{self.stop_at_accuracy}, or every evaluation ends the run"
+            )
         unknown = set(self.log) - set(LOGGERS)
         if unknown:
             raise ValueError(
@@ -154,8 +161,10 @@ def check_combination(config: TrainConfig) -> None:
             f"--optim.name {config.optim.name} moves coordinates in blocks of 8-bit moments, but --update.ratio "
             f"{config.update.ratio} reads them one by one; use --update.ratio tensor, or --optim.name adamw"
         )
-    if config.stop_at_accuracy and not (config.eval and config.eval_every):
-        raise ValueError("--stop-at-accuracy looks at evaluations: say of what by --eval, how often by --eval-every")
+    for name in ("stop_at_accuracy", "stop_below_accuracy"):
+        if getattr(config, name) and not (config.eval and config.eval_every):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} looks at evaluations: say of what by --eval, how often by --eval-every")
     fewest = config.allocation.budget(config.problems_per_step) // config.allocation.max_group_size
     per_rank = fewest // ranks.world_size()
     if config.minibatches > per_rank:
@@ -270,7 +279,8 @@ def build(
         tokens_per_microbatch=tokens,
         schedule=Schedule(
             steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
-            stop_at_accuracy=config.stop_at_accuracy, save_every=config.save_every, keep=config.keep,
+            stop_at_accuracy=config.stop_at_accuracy, stop_below_accuracy=config.stop_below_accuracy,
+            save_every=config.save_every, keep=config.keep,
             sample_every=config.sample_every, rollouts_every=config.rollouts_every,
         ),
         eval_sets=[EvalSet(name=e.name, problems=e.problems, k=config.eval_k, sampling=sampling) for e in evals],

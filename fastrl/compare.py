@@ -56,7 +56,9 @@ def do(plan: Plan, runs: list[Run], what: str) -> list[dict]:
             flush=True,
         )
 
-    execute(left, jobs=plan.jobs, keep_checkpoints=plan.config.keep_checkpoints, report=report)
+    keep = plan.config.keep_checkpoints
+    if left:
+        execute(left, jobs=plan.jobs, start_method=plan.preload(), keep_checkpoints=keep, report=report)
     order = [m.name for m in plan.methods]
     return [measure(r, plan.config.target) for r in sorted(runs, key=lambda r: (order.index(r.method), r.lr, r.seed))]
 

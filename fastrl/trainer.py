@@ -60,10 +60,16 @@ class Schedule:
     max_minutes: float
     eval_every: int
     stop_at_accuracy: float  # end the run when avg@k of the first evaluation set reaches it
+    stop_below_accuracy: float  # or when it is below that
     save_every: int
     keep: int
     sample_every: int
     rollouts_every: int
+
+    def judge(self, accuracy: float) -> str:
+        if 0 < self.stop_at_accuracy <= accuracy:
+            return "target"
+        return "collapsed" if accuracy < self.stop_below_accuracy else ""
 
 
 @dataclass(kw_only=True)
@@ -102,7 +108,7 @@ class Trainer:
     last_checkpoint: Path | None = field(default=None, init=False)
     mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
     latest: tuple[Problem, Completion] | None = field(default=None, init=False)  # shown now and then
-    on_target: bool = field(default=False, init=False)  # the newest evaluation reached schedule.stop_at_accuracy
+    verdict: str = field(default="", init=False)  # of the newest evaluation: "target", "collapsed", or go on
 
     def step(self) -> dict[str, float]:
         plan = self.allocator.take(self.completions_per_step)
@@ -221,13 +227,13 @@ class Trainer:
         }
 
     def run(self) -> str:
-        """Train to the end of the schedule; returns the reason it ended: "done", "target", "stopped" or "time"."""
+        """Train to the end of the schedule; returns why it ended: done, target, collapsed, stopped or time."""
         started, taken, stepping_s = time.monotonic(), 0, 0.0
         if self.completed == 0:
             if self.profiler:
                 self.log.metrics(0, self.profiler.metrics())
             self.evaluate()
-        while self.completed < self.schedule.steps and not self.on_target:
+        while self.completed < self.schedule.steps and not self.verdict:
             before, generators = self.state_dict(), checkpoint.generators()
             try:
                 self.leave_if_stopped()
@@ -252,11 +258,9 @@ class Trainer:
             self.every(self.schedule.eval_every, self.evaluate)
             self.every(self.schedule.save_every, self.save)
         self.save()
-        if not self.on_target:
+        if not self.verdict:
             self.evaluate()
-        if self.on_target:
-            return "target"
-        return "done" if self.completed >= self.schedule.steps else "time"
+        return self.verdict or ("done" if self.completed >= self.schedule.steps else "time")
 
     def every(self, interval: int, action: Callable[[], None]) -> None:
         if interval and self.completed % interval == 0:
@@ -278,7 +282,7 @@ class Trainer:
             values |= {"num_rollouts": self.num_rollouts, "timing_s/eval": time.perf_counter() - start}
             self.log.metrics(self.completed, values)
             if eval_set is self.eval_sets[0]:
-                self.on_target = 0 < self.schedule.stop_at_accuracy <= scores[f"avg@{k}"]
+                self.verdict = self.schedule.judge(scores[f"avg@{k}"])
             low, high = scores[f"avg@{k}/ci95_low"], scores[f"avg@{k}/ci95_high"]
             self.log.say(
                 f"eval {eval_set.name} at step {self.completed}: avg@{k} {scores[f'avg@{k}']:.3f} "

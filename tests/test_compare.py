@@ -9,11 +9,9 @@ import time
 import pytest
 from helpers import rows as logged
 
-from fastrl import compare
 from fastrl.comparison.methods import Method, check_protocol
 from fastrl.comparison.plan import read_plan
 from fastrl.comparison.runs import Run
-from fastrl.config import run_program
 
 LIST = """
 args = "--eval arithmetic --eval-every 1 --steps 4"
@@ -166,8 +164,9 @@ def test_a_run_is_finished_when_it_ended_by_itself_with_these_arguments(tmp_path
     (tmp_path / "manifest.json").write_text(json.dumps({"argv": ["--steps", "4", "--out", "elsewhere"]}))
     assert not run.finished() and run.same_arguments()
     for status, ended in (
-        ({"reason": "target", "exit_code": 0}, True), ({"reason": "done", "exit_code": 0}, True),
-        ({"reason": "NumericsError", "exit_code": 4}, True), ({"reason": "stopped", "exit_code": 75}, False),
+        ({"reason": "target", "exit_code": 0}, True), ({"reason": "collapsed", "exit_code": 0}, True),
+        ({"reason": "done", "exit_code": 0}, True), ({"reason": "NumericsError", "exit_code": 4}, True),
+        ({"reason": "stopped", "exit_code": 75}, False),
         ({"reason": "DataError", "exit_code": 3}, False),
     ):  # fmt: skip
         (tmp_path / "status.json").write_text(json.dumps(status))
@@ -251,12 +250,9 @@ def test_sigterm_saves_what_runs_so_that_the_same_command_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_start_ends_the_comparison_with_its_own_words(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_that_cannot_start_ends_the_comparison_with_its_own_words(run_fastrl, tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY.replace("--limit 64", "--data nowhere.jsonl --reward exact"))
-    monkeypatch.setattr(sys, "argv", ["compare", "tiny.toml", "--jobs", "1"])
-    with pytest.raises(SystemExit) as exit:
-        run_program(compare.main)
-    said = capsys.readouterr().err
-    assert exit.value.code == 2 and "grpo-2passes lr 0.0001 seed 0 ended with exit code 3: " in said
+    ended = run_fastrl("compare", "tiny.toml", "--jobs", 1)
+    said = ended.stderr
+    assert ended.returncode == 2 and "grpo-2passes lr 0.0001 seed 0 ended with exit code 3: " in said
     assert "nowhere.jsonl" in said and "runs/compare-tiny/grpo-2passes/lr-0.0001/seed-0.log" in said

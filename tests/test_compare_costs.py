@@ -39,7 +39,8 @@ def row(method: str, seed: int, cost: float | None, spent: float = 0, **more) ->
     costs = ("rollouts", "backward_passes", "seconds", "tokens")
     return {
         "method": method, "seed": seed, "lr": 1e-4, "reached": cost is not None, "accuracy": 0.5, "steps": 10,
-        "spent": dict.fromkeys(costs, spent or cost), "diverged": False, "commit": "abc", **dict.fromkeys(costs, cost),
+        "spent": dict.fromkeys(costs, spent or cost), "ended": "target" if cost else "done", "commit": "abc",
+        **dict.fromkeys(costs, cost),
     } | more  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def test_a_run_that_misses_the_target_has_no_cost_and_keeps_what_it_spent(tmp_pa
     write_log(tmp_path, [evaluation(0, 0.2), step(1, 1.0), evaluation(1, 0.5)])
     (tmp_path / "status.json").write_text('{"reason": "NumericsError", "exit_code": 4}')
     got = measure(run_in(tmp_path), 0.8)
-    assert not got["reached"] and got["rollouts"] is None and got["spent"]["rollouts"] == 8 and got["diverged"]
+    assert not got["reached"] and got["rollouts"] is None
+    assert got["spent"]["rollouts"] == 8 and got["ended"] == "diverged"
 
 
 def test_a_target_below_the_untrained_model_is_refused(tmp_path):
@@ -183,10 +185,12 @@ def test_sentences_say_who_wins_and_who_loses_to_a_control():
     said = sentences(rows, METHODS, ratios(rows, compared_pairs(METHODS, CLAIMS, "grpo")), "grpo")
     assert "Fewer rollouts than grpo: sfpo 0.40 [0.40, 0.40], grpo-lr 0.30 [0.30, 0.30]." in said
     assert any(s.startswith("sfpo loses to its control grpo-lr in rollouts 1.33 [1.33, 1.33], backward") for s in said)
-    rows[1] |= row("sfpo", 0, None, spent=500, diverged=True)
+    rows[1] |= row("sfpo", 0, None, spent=500, ended="diverged")
     said = sentences(rows, METHODS, ratios(rows, compared_pairs(METHODS, CLAIMS, "grpo")), "grpo")
     assert "Fewer rollouts than grpo: grpo-lr 0.30 [0.30, 0.30]." in said  # a third of the draws has no median
-    assert "sfpo did not reach the target in its steps with seed 0 (diverged)." in said
+    rows[4] |= row("sfpo", 1, None, spent=500, ended="collapsed")
+    said = sentences(rows, METHODS, ratios(rows, compared_pairs(METHODS, CLAIMS, "grpo")), "grpo")
+    assert "sfpo did not reach the target in its steps with seed 0 (diverged), 1 (collapsed)." in said
 
 
 def test_claims_are_met_missed_or_open():

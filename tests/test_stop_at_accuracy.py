@@ -1,4 +1,4 @@
-"""A run ends at the first evaluation that reaches the wanted accuracy, and only then."""
+"""A run ends at the first evaluation that reaches the wanted accuracy, or falls below another, and only then."""
 
 import pytest
 from helpers import make_trainer, rows
@@ -42,3 +42,13 @@ def test_a_model_that_is_good_enough_takes_no_step(undisturbed, tmp_path):
     trainer = make_trainer(tmp_path, *ARGS, "--steps", 6, "--stop-at-accuracy", undisturbed[0])
     assert trainer.run() == "target" and trainer.completed == 0
     assert accuracies(tmp_path) == {0: undisturbed[0]}
+
+
+def test_the_first_evaluation_below_the_lower_limit_ends_the_run(undisturbed, tmp_path):
+    lowest = min(undisturbed.values())
+    step = next(s for s, accuracy in undisturbed.items() if accuracy == lowest)
+    trainer = make_trainer(tmp_path / "at", *ARGS, "--steps", 6, "--stop-below-accuracy", lowest)
+    assert trainer.run() == "done" and accuracies(tmp_path / "at") == undisturbed  # at the limit is not below it
+    trainer = make_trainer(tmp_path / "below", *ARGS, "--steps", 6, "--stop-below-accuracy", lowest + 1e-3)
+    assert trainer.run() == "collapsed" and trainer.completed == step
+    assert accuracies(tmp_path / "below") == {s: a for s, a in undisturbed.items() if s <= step}

@@ -21,6 +21,7 @@ from fastrl.comparison.methods import COSTS
 from fastrl.comparison.runs import Run, read
 
 PROFILE = {"rollouts": "profile/num_rollouts", "tokens": "profile/num_tokens", "seconds": "profile/seconds"}
+ENDS = {"NumericsError": "diverged"}  # other reasons of a run's status.json are words already
 COUNTERS = {"rollouts": "num_rollouts", "tokens": "num_tokens", "backward_passes": "num_backward_passes"}
 
 
@@ -73,7 +74,7 @@ def measure(run: Run, target: float) -> dict:
 
     Raises ValueError when the untrained model already has the target: then every ratio would be 0 / 0.
     """
-    log = run.folder / "metrics.jsonl"
+    log, reason = run.folder / "metrics.jsonl", read(run.folder / "status.json").get("reason", "")
     points = read_points(log)
     reached = first_reaching(points, target)
     if reached is points[0]:
@@ -83,7 +84,7 @@ def measure(run: Run, target: float) -> dict:
         **{cost: reached.spent[cost] if reached else None for cost in COSTS},
         "spent": points[-1].spent, "steps": points[-1].step, "accuracy": points[-1].accuracy,
         "peak_host_mib": peak_mib(log, "host_mib"), "peak_device_mib": peak_mib(log, "peak_mib"),
-        "diverged": read(run.folder / "status.json").get("reason") == "NumericsError",
+        "ended": ENDS.get(reason, reason),
         "commit": read(run.folder / "manifest.json").get("versions", {}).get("commit"),
     }  # fmt: skip
 

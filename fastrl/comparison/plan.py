@@ -1,8 +1,10 @@
 """From a list of methods to runs: what is compared, checked before anything is started."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from fastrl.build import TrainConfig, resolve
@@ -10,6 +12,7 @@ from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
 from fastrl.config import as_dict, cli, expand, flags_of, nearest, read_toml
+from fastrl.model import load_tokenizer
 
 PRESETS = {"embedded": Path(__file__).parent.parent / "recipes" / "compare_embedded.toml"}
 
@@ -69,10 +72,21 @@ class Plan:
     def tuned(self) -> list[Method]:
         return [m for m in self.methods if not m.lr_from]
 
+    @cached_property
+    def on_gpu(self) -> bool:
+        device, *_ = resolve(self.settings[self.config.baseline])
+        return device.startswith("cuda")
+
     @property
     def jobs(self) -> int:
-        device, *_ = resolve(self.settings[self.config.baseline])
-        return self.config.jobs or (1 if device.startswith("cuda") else os.cpu_count() or 1)
+        return self.config.jobs or (1 if self.on_gpu else os.cpu_count() or 1)
+
+    def preload(self) -> str:
+        """Import what runs import, so that they need not; returns how they are to be started."""
+        if self.on_gpu or sys.platform != "linux":
+            return "spawn"
+        load_tokenizer(self.settings[self.config.baseline].model)
+        return "fork"
 
     def run(self, method: Method, lr: float, seed: int) -> Run:
         args = [

@@ -89,7 +89,8 @@ def sentences(
     for method in methods:
         missed = [row for row in of(rows, method.name) if not row["reached"]]
         if missed:
-            seeds = ", ".join(f"{row['seed']} (diverged)" if row["diverged"] else str(row["seed"]) for row in missed)
+            early = ("diverged", "collapsed")
+            seeds = ", ".join(f"{r['seed']} ({r['ended']})" if r["ended"] in early else str(r["seed"]) for r in missed)
             said.append(f"{method.name} did not reach the target in its steps with seed {seeds}.")
     return said
 

@@ -5,15 +5,19 @@ comparison. A run that was stopped goes on from its checkpoint, if it wrote one.
 """
 
 import json
+import multiprocessing
+import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Literal
 
 POLL_S = 0.1
 NUMERICS = 4  # exit code of a run that left the finite numbers: a result, not a mistake
@@ -43,16 +47,28 @@ class Run:
 
     def finished(self) -> bool:
         status = read(self.folder / "status.json")
-        ended = status.get("reason") in ("done", "target", "time") or status.get("exit_code") == NUMERICS
+        ended = status.get("reason") in ("done", "target", "collapsed", "time") or status.get("exit_code") == NUMERICS
         return ended and self.same_arguments()
 
-    def start(self) -> subprocess.Popen:
+    def start(self, method: Literal["fork", "spawn"]) -> BaseProcess:
         more = ["--resume", "auto"] if self.same_arguments() else []
-        command = [sys.executable, "-m", "fastrl.train", *self.args, "--out", str(self.folder), *more]
+        argv = ["fastrl.train", *self.args, "--out", str(self.folder), *more]
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with self.console.open("w") as console:
-            # a group of its own, so that Ctrl-C reaches a run once and not twice; S603: our own program, and no shell
-            return subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT, process_group=0)  # noqa: S603
+        process = multiprocessing.get_context(method).Process(target=train, args=(argv, self.console))
+        process.start()
+        return process
+
+
+def train(argv: list[str], console: Path) -> None:
+    """`python -m` argv in this process, a new one, with all it prints in a file."""
+    os.setpgid(0, 0)  # Ctrl-C would otherwise reach a run twice
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with console.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = argv
+    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 
 def read(path: Path) -> dict:
@@ -64,24 +80,26 @@ def read(path: Path) -> dict:
 
 
 def execute(
-    runs: Sequence[Run], *, jobs: int, keep_checkpoints: bool = False, report: Callable[[Run, float], None]
-) -> None:
+    runs: Sequence[Run], *, jobs: int, start_method: Literal["fork", "spawn"], keep_checkpoints: bool = False,
+    report: Callable[[Run, float], None],
+) -> None:  # fmt: skip
     """Do all runs that are not finished, in order, at most `jobs` at a time; report(run, seconds it took) after each.
 
+    start_method: fork takes over what this process has imported, seconds of every run; not possible beside CUDA.
     A run that diverges is finished. Raises ValueError, after stopping the others, when one ends otherwise than by
     itself; KeyboardInterrupt after SIGINT or SIGTERM, when all have saved and stopped.
     """
     waiting = [run for run in runs if not run.finished()]
-    running: dict[subprocess.Popen, tuple[Run, float]] = {}
+    running: dict[BaseProcess, tuple[Run, float]] = {}
     with sigterm_interrupts():
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    running[run.start()] = run, time.monotonic()
-                for process in [p for p in running if p.poll() is not None]:
+                    running[run.start(start_method)] = run, time.monotonic()
+                for process in [p for p in running if p.exitcode is not None]:
                     run, started = running.pop(process)
-                    check(run, process.returncode)
+                    check(run, process.exitcode)
                     if not keep_checkpoints:
                         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
                     report(run, time.monotonic() - started)
@@ -90,7 +108,7 @@ def execute(
             for process in running:
                 process.terminate()
             for process in running:
-                process.wait()
+                process.join()
 
 
 def check(run: Run, code: int) -> None:
