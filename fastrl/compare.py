@@ -5,8 +5,8 @@
     python -m fastrl.compare list.toml --dry-run                   the commands it stands for
 
 First each method tries a small grid of learning rates with seeds that are not reported, then it runs with the best one
-and every seed. The folder of --out holds all runs, compare.json, compare.md and compare.png. A comparison that was
-stopped goes on with the same command. Exit codes are those of fastrl.train.
+and every seed. --out holds all runs, compare.md, compare.png, rows.json and summary.json. A comparison that was stopped
+goes on with the same command. Exit codes are those of fastrl.train.
 """
 
 import os
@@ -90,7 +90,7 @@ def describe_rows(plan: Plan, rows: list[dict], runs: list[Run]) -> dict:
 
 
 def write_results(plan: Plan, tuning: list[dict], rows: list[dict], runs: list[Run], argv: list[str]) -> list[str]:
-    """compare.json, compare.md and compare.png; -> the lines of the report."""
+    """rows.json, summary.json, compare.md and compare.png; -> the lines of the report."""
     config, methods = plan.config, plan.methods
     common = describe_rows(plan, rows, runs)
     chosen = choose(plan, tuning)
@@ -119,7 +119,7 @@ def write_results(plan: Plan, tuning: list[dict], rows: list[dict], runs: list[R
         "bench": "compare_methods", "date": date.today().isoformat(), "command": shlex.join(argv),
         "versions": versions(),
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "jobs": plan.jobs, "threads": config.threads},
-        "target": config.target, "seeds": config.seeds, "baseline": config.baseline, "rows": rows, "tuning": tuning,
+        "target": config.target, "seeds": config.seeds, "baseline": config.baseline, "tuning": tuning,
         "common_settings": common,
         "summary": {m.name: {cost: summarize(of(rows, m.name), cost) for cost in COSTS} for m in methods},
         "ratios": [
@@ -128,7 +128,8 @@ def write_results(plan: Plan, tuning: list[dict], rows: list[dict], runs: list[R
         ],
         "sentences": said, "claims": verdicts, "weak_points": weak,
     }  # fmt: skip
-    write_json(plan.folder / "compare.json", finite(document))
+    write_json(plan.folder / "rows.json", finite(rows))
+    write_json(plan.folder / "summary.json", finite(document))
     return lines
 
 
@@ -154,7 +155,7 @@ def main(argv: list[str]) -> int:
         return STOPPED
     for line in write_results(plan, tuning, rows, runs, ["python", "-m", "fastrl.compare", *argv]):
         print(line)
-    print(f"{plan.folder}/compare.json, compare.md, compare.png")
+    print(f"{plan.folder}/compare.md, compare.png, rows.json, summary.json")
     return 0
 
 

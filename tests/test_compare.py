@@ -200,15 +200,15 @@ def test_two_variants_end_to_end(run_fastrl, tmp_path):
     report = (folder / "compare.md").read_text()
     assert "| grpo | 0.0001 | 0 of 2 | > 64 [-, -] | > 2 [-, -] |" in report  # 2 steps of 4 x 8
     assert "| grpo-2passes | 0.0001 | 0 of 2 | > 64 [-, -] | > 4 [-, -] |" in report
-    document = json.loads((folder / "compare.json").read_text())
-    assert [(r["method"], r["seed"], r["update"], r["reached"]) for r in document["rows"]] == [
+    rows = json.loads((folder / "rows.json").read_text())
+    assert [(r["method"], r["seed"], r["update"], r["reached"]) for r in rows] == [
         ("grpo", 0, "single", False), ("grpo", 1, "single", False), ("grpo-2passes", 0, "single", False),
         ("grpo-2passes", 1, "single", False),
     ]  # fmt: skip
-    assert [r["settings"] for r in document["rows"]][1:3] == [
+    assert [r["settings"] for r in rows][1:3] == [
         {"update.epochs_per_batch": 1}, {"update.epochs_per_batch": 2},
     ]  # fmt: skip
-    assert document["common_settings"]["optim.lr"] == 1e-4
+    assert json.loads((folder / "summary.json").read_text())["common_settings"]["optim.lr"] == 1e-4
     # the first step of the same seed samples the same completions
     one, two = (logged(folder / m / "lr-0.0001" / "seed-1") for m in ("grpo", "grpo-2passes"))
     assert one[1]["reward"] == two[1]["reward"]

@@ -9,7 +9,7 @@ from fastrl.comparison.costs import Point, choose_lr, first_reaching, measure, r
 from fastrl.comparison.methods import Claim, Method
 from fastrl.comparison.plots import over_seeds
 from fastrl.comparison.ratios import ratio, summarize
-from fastrl.comparison.report import compared_pairs, judge, ratios, sentences, weak_points
+from fastrl.comparison.report import cell, compared_pairs, judge, of, ratios, sentences, weak_points
 from fastrl.comparison.runs import Run
 
 
@@ -191,6 +191,23 @@ def test_sentences_say_who_wins_and_who_loses_to_a_control():
     rows[4] |= row("sfpo", 1, None, spent=500, ended="collapsed")
     said = sentences(rows, METHODS, ratios(rows, compared_pairs(METHODS, CLAIMS, "grpo")), "grpo")
     assert "sfpo did not reach the target in its steps with seed 0 (diverged), 1 (collapsed)." in said
+
+
+def test_a_collapsed_run_has_no_cost_at_any_length():
+    gone = [
+        row("grpo-lr", seed, None, spent=5, ended=("collapsed", "diverged", "collapsed")[seed]) for seed in range(3)
+    ]
+    rows = [*[r for r in results() if r["method"] != "grpo-lr"], *gone]
+    found = ratios(rows, compared_pairs(METHODS, CLAIMS, "grpo"))
+    # a run that is only out of steps after 5 would leave open whether it is the faster one
+    assert str(found["sfpo", "grpo-lr"]["rollouts"]) == "0.00 [0.00, 0.00]"
+    assert str(found["grpo-lr", "grpo"]["rollouts"]) == "inf [inf, inf]"
+    assert cell(gone, "rollouts") == "- [-, -]"
+    said = sentences(rows, METHODS, found, "grpo")
+    assert any(s.startswith("sfpo beats its control grpo-lr in rollouts 0.00 [0.00, 0.00], back") for s in said)
+    open_end = [r | {"ended": "done"} for r in gone]
+    assert ratio(of(rows, "sfpo"), open_end, "rollouts").verdict == "unclear"
+    assert cell(open_end, "rollouts") == "> 5 [-, -]"
 
 
 def test_claims_are_met_missed_or_open():

@@ -2,9 +2,9 @@
 
     ratio = median over seeds of the method's cost / median of the baseline's
 
-Seeds are drawn with replacement, for both alike. A run that never reached the target is censored: its cost is at least
-what it spent, and possibly infinite. Every bound is taken at whichever of the two makes it weaker, so that a censored
-run widens an interval and is never left out of it.
+Seeds are drawn with replacement, for both alike. A run that ended before it reached the target is censored: its cost is
+at least what it spent, and possibly infinite. Every bound is taken at whichever of the two makes it weaker, so that a
+censored run widens an interval and is never left out of it. The cost of one that collapsed or diverged is infinite.
 """
 
 import math
@@ -48,7 +48,9 @@ def number(value: float) -> str:
 
 def bounds(rows: Sequence[dict], cost: str) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Rows of one method -> least and greatest cost to the target of each run: equal, or spent and infinite."""
-    least = [row[cost] if row["reached"] else row["spent"][cost] for row in rows]
+    lost = [row["ended"] in ("collapsed", "diverged") for row in rows]
+    spent = [math.inf if gone else row["spent"][cost] for row, gone in zip(rows, lost, strict=True)]
+    least = [row[cost] if row["reached"] else floor for row, floor in zip(rows, spent, strict=True)]
     most = [row[cost] if row["reached"] else math.inf for row in rows]
     return numpy.array(least, dtype=float), numpy.array(most, dtype=float)
 

@@ -4,8 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import numpy
+
 from fastrl.comparison.methods import COSTS, Claim, Method
-from fastrl.comparison.ratios import Ratio, ratio, summarize
+from fastrl.comparison.ratios import Ratio, bounds, ratio, summarize
 
 WORDS = {"rollouts": "rollouts", "backward_passes": "backward passes", "seconds": "seconds", "tokens": "tokens"}
 
@@ -28,11 +30,14 @@ def compared_pairs(methods: Sequence[Method], claims: Sequence[Claim], baseline:
 
 
 def cell(rows: Sequence[dict], cost: str) -> str:
-    """`median [min, max]`; a run that missed the target shows as `-`, a median that did as more than what was spent."""
+    """`median [min, max]`; a run that missed the target shows as `-`, a median that did as more than what was spent.
+
+    A collapsed one has no cost at any length.
+    """
     values = summarize(rows, cost)
     shown = {name: "-" if value is None else f"{value:,.0f}" for name, value in values.items()}
-    spent = statistics.median(row[cost] if row["reached"] else row["spent"][cost] for row in rows)
-    median = f"> {spent:,.0f}" if values["median"] is None else shown["median"]
+    least = float(numpy.median(bounds(rows, cost)[0]))
+    median = f"> {least:,.0f}" if values["median"] is None and math.isfinite(least) else shown["median"]
     return f"{median} [{shown['min']}, {shown['max']}]"
 
 
