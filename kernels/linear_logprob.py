@@ -9,25 +9,28 @@ Rows are processed in chunks. The forward keeps three floats per row; the backwa
 
     dz[n, v] = dlogprob[n] (1[v == target[n]] - p[n, v]) + dlse[n] p[n, v]
                - dentropy[n] p[n, v] (log p[n, v] + entropy[n])
+
+GEMMs are the vendor library's. Between them are the Triton kernels of `rows.py` on CUDA, and torch elsewhere.
 """
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at a time: 64 MiB
+CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at a time without Triton: 64 MiB
 
 
 def linear_logprob_ref(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, inv_temperature: float = 1.0, need_entropy: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    hidden: Tensor, weight: Tensor, target: Tensor, *, inv_temperature: float | Tensor = 1.0,
+    need_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """The definition: hidden [N, H], weight [V, H], target [N] -> logprobs [N], entropy [N] or None, lse [N].
 
     Computed in at least float32 (float64 stays float64), with all logits alive.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(dtype) @ weight.to(dtype).T * inv_temperature
+    logits = scaled(hidden.to(dtype) @ weight.to(dtype).T, inv_temperature)
     lse = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(-1, target[:, None]).squeeze(-1) - lse
+    logprobs = logits.gather(-1, target[:, None].long()).squeeze(-1) - lse
     logp = logits.log_softmax(dim=-1)
     entropy = -(logp.exp() * logp).sum(dim=-1) if need_entropy else None
     return logprobs, entropy, lse
@@ -35,27 +38,26 @@ def linear_logprob_ref(
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, inv_temperature, need_entropy, weight_grad):
+    def forward(ctx, hidden, weight, target, inv_temperature, need_entropy, weight_grad, workspace, triton):
         ctx.set_materialize_grads(False)  # outputs that the loss does not use cost nothing in the backward
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, lse = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(lse) if need_entropy else None
-        for rows in chunks(hidden, weight):
-            logits = chunk_logits(hidden[rows], weight, inv_temperature)
-            torch.logsumexp(logits, dim=-1, out=lse[rows])
-            logprobs[rows] = logits.gather(-1, target[rows, None]).squeeze(-1) - lse[rows]
-            if need_entropy:
-                logp = logits.sub_(lse[rows, None])
-                entropy[rows] = logp.exp().mul_(logp).sum(dim=-1).neg_()
+        chunks = TritonChunks(hidden, weight, workspace) if triton else TorchChunks(hidden, weight)
+        for rows in chunks:
+            z = chunks.logits(rows)
+            own = None if entropy is None else entropy[rows]
+            chunks.forward(z, target[rows], part(inv_temperature, rows), logprobs[rows], lse[rows], own)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
         ctx.inv_temperature, ctx.weight_grad = inv_temperature, weight_grad
+        ctx.workspace, ctx.triton = workspace, triton
         return logprobs, entropy, lse
 
     @staticmethod
     def backward(ctx, dlogprobs, dentropy, dlse):
         hidden, weight, target, lse, entropy = ctx.saved_tensors
-        dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs
-        scale = -dlogprobs if dlse is None else dlse - dlogprobs
+        dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs.contiguous()
+        dentropy, dlse = (None if d is None else d.contiguous() for d in (dentropy, dlse))
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         into, dweight = ctx.weight_grad, None
         if into is not None and into.dtype == lse.dtype:
@@ -63,63 +65,152 @@ class LinearLogprob(torch.autograd.Function):
         elif into is not None or ctx.needs_input_grad[1]:
             # chunks add up in full precision, also for a bfloat16 buffer
             dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        for rows in chunks(hidden, weight):
-            logp = chunk_logits(hidden[rows], weight, ctx.inv_temperature).sub_(lse[rows, None])
-            probs = logp.exp()
-            dz = probs * scale[rows, None]
-            if dentropy is not None:
-                dz -= probs.mul_(logp.add_(entropy[rows, None])).mul_(dentropy[rows, None])
-            dz.scatter_add_(-1, target[rows, None], dlogprobs[rows, None])
-            dz.mul_(ctx.inv_temperature)
+        chunks = TritonChunks(hidden, weight, ctx.workspace) if ctx.triton else TorchChunks(hidden, weight)
+        for rows in chunks:
+            vectors = [None if x is None else x[rows] for x in (lse, entropy, dlogprobs, dlse, dentropy)]
+            dz = chunks.gradient(chunks.logits(rows), target[rows], part(ctx.inv_temperature, rows), *vectors)
             if dhidden is not None:
-                dhidden[rows] = dz.to(weight.dtype) @ weight
+                torch.mm(dz.to(weight.dtype), weight, out=dhidden[rows])
             if dweight is not None:
-                dweight.addmm_(dz.T, hidden[rows].to(dz.dtype))
+                chunks.add_weight_gradient(dweight, dz, hidden[rows])
         if into is not None and dweight is not into:
             into += dweight
         returned = dweight.to(weight.dtype) if into is None and dweight is not None else None
-        return dhidden, returned, None, None, None, None
+        return dhidden, returned, None, None, None, None, None, None
 
 
-def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // len(weight))
-    return [slice(start, start + step) for start in range(0, len(hidden), step)]
+class TorchChunks:
+    """Chunks of rows in torch, in the precision of the inputs but at least float32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        self.hidden, self.weight = hidden, weight
+
+    def __iter__(self):
+        step = max(1, CHUNK_ELEMENTS // len(self.weight))
+        return iter([slice(start, start + step) for start in range(0, len(self.hidden), step)])
+
+    def logits(self, rows: slice) -> Tensor:
+        return chunk_logits(self.hidden[rows], self.weight)
+
+    @staticmethod
+    def forward(z, target, inv_temperature, logprobs, lse, entropy) -> None:
+        z = scaled_(z, inv_temperature)
+        torch.logsumexp(z, dim=-1, out=lse)
+        torch.sub(z.gather(-1, target[:, None].long()).squeeze(-1), lse, out=logprobs)
+        if entropy is not None:
+            logp = z.sub_(lse[:, None])
+            torch.sum(logp.exp().mul_(logp), dim=-1, out=entropy).neg_()
+
+    @staticmethod
+    def gradient(z, target, inv_temperature, lse, entropy, dlogprobs, dlse, dentropy) -> Tensor:
+        logp = scaled_(z, inv_temperature).sub_(lse[:, None])
+        probs = logp.exp()
+        dz = probs * (-dlogprobs if dlse is None else dlse - dlogprobs)[:, None]
+        if dentropy is not None:
+            dz -= probs.mul_(logp.add_(entropy[:, None])).mul_(dentropy[:, None])
+        dz.scatter_add_(-1, target[:, None].long(), dlogprobs[:, None])
+        return scaled_(dz, inv_temperature)
+
+    @staticmethod
+    def add_weight_gradient(into: Tensor, dz: Tensor, hidden: Tensor) -> None:
+        into.addmm_(dz.T, hidden.to(dz.dtype))
 
 
-def chunk_logits(hidden: Tensor, weight: Tensor, inv_temperature: float) -> Tensor:
-    """[n, H], [V, H] -> scaled logits [n, V] in at least float32; bfloat16 products are not rounded on the way out."""
+class TritonChunks:
+    """Chunks of rows in one workspace of float32 logits; their gradient takes its place, in the dtype of the model."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, workspace: Tensor | None):
+        from fastrl.kernels import rows as kernels
+
+        self.kernels, self.hidden, self.weight = kernels, hidden, weight
+        self.workspace = kernels.make_workspace(hidden, weight) if workspace is None else workspace
+        self.forward, self.add_weight_gradient = kernels.row_forward, kernels.add_weight_gradient
+
+    def __iter__(self):
+        step = len(self.workspace)
+        return iter([slice(start, start + step) for start in range(0, len(self.hidden), step)])
+
+    def logits(self, rows: slice) -> Tensor:
+        return self.kernels.logits_into(self.workspace, self.hidden[rows], self.weight)
+
+    def gradient(self, *given) -> Tensor:
+        return self.kernels.row_gradient(*given, dtype=self.hidden.dtype)
+
+
+def chunk_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[n, H], [V, H] -> logits [n, V] in at least float32; bfloat16 products are not rounded on the way out."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logits = hidden.to(dtype) @ weight.to(dtype).T
-    return logits if inv_temperature == 1.0 else logits.mul_(inv_temperature)
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.to(dtype) @ weight.to(dtype).T
+
+
+def scaled(z: Tensor, inv_temperature: float | Tensor) -> Tensor:
+    return z * (inv_temperature[:, None] if isinstance(inv_temperature, Tensor) else inv_temperature)
+
+
+def scaled_(z: Tensor, inv_temperature: float | Tensor) -> Tensor:
+    if isinstance(inv_temperature, Tensor):
+        return z.mul_(inv_temperature[:, None])
+    return z if inv_temperature == 1.0 else z.mul_(inv_temperature)
+
+
+def part(inv_temperature: float | Tensor, rows: slice) -> float | Tensor:
+    return inv_temperature[rows] if isinstance(inv_temperature, Tensor) else inv_temperature
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    inv_temperature: float = 1.0,
-    need_entropy: bool = False,
-    weight_grad: Tensor | None = None,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """hidden [N, H], weight [V, H] of one dtype, target [N] int64 in [0, V) -> logprobs, entropy, lse, each [N], nats.
+    hidden: Tensor, weight: Tensor, target: Tensor, *, inv_temperature: float | Tensor = 1.0,
+    need_entropy: bool = False, weight_grad: Tensor | None = None, workspace: Tensor | None = None,
+    triton: bool | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """hidden [N, H], weight [V, H] of one dtype, target [N] in [0, V) -> logprobs, entropy, lse, each [N], nats.
 
     Outputs are float32 (float64 for float64 inputs); entropy is None unless asked for. All three are differentiable in
-    hidden and weight. With `weight_grad` [V, H] the weight gradient is added there during the backward and does not
-    travel through autograd. `workspace` is scratch memory for the CUDA path and not read on the CPU.
-    Raises ValueError on shapes or dtypes that do not match.
+    hidden and weight. inv_temperature: one for all, or [N] float32. With `weight_grad` [V, H] the weight gradient is
+    added there during the backward and does not travel through autograd. workspace: float32 [rows of a chunk, at least
+    V], for the Triton path; made if not given. triton: whether to take that path; None = on CUDA.
+
+    Raises ValueError on shapes or dtypes that do not match. A target that is no row of weight raises in torch and gives
+    NaN in Triton.
     """
+    if triton is None:
+        triton = hidden.is_cuda and hidden.dtype != torch.float64
+    check_head("linear_logprob", hidden, weight, target, inv_temperature, workspace if triton else None)
+    if weight_grad is not None and weight_grad.shape != weight.shape:
+        raise ValueError(f"weight_grad is {tuple(weight_grad.shape)} but weight is {tuple(weight.shape)}")
+    scale = inv_temperature if isinstance(inv_temperature, Tensor) else float(inv_temperature)
+    return LinearLogprob.apply(hidden, weight, target, scale, need_entropy, weight_grad, workspace, triton)
+
+
+def check_head(
+    operation: str, hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float | Tensor,
+    workspace: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise ValueError unless the inputs of an operation on the head fit each other."""
     if hidden.ndim != 2 or target.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(
-            "linear_logprob expects hidden [N, H], weight [V, H] and target [N], "
+            f"{operation} expects hidden [N, H], weight [V, H] and target [N], "
             f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(target.shape)}"
         )
     if hidden.dtype != weight.dtype:
-        raise ValueError(f"linear_logprob expects one dtype, got hidden {hidden.dtype} and weight {weight.dtype}")
-    if weight_grad is not None and weight_grad.shape != weight.shape:
-        raise ValueError(f"weight_grad is {tuple(weight_grad.shape)} but weight is {tuple(weight.shape)}")
-    return LinearLogprob.apply(hidden, weight, target, float(inv_temperature), need_entropy, weight_grad)
+        raise ValueError(f"{operation} expects one dtype, got hidden {hidden.dtype} and weight {weight.dtype}")
+    if len({hidden.device, weight.device, target.device}) > 1:
+        raise ValueError(
+            f"{operation}: hidden is on {hidden.device}, weight on {weight.device} and target on {target.device}"
+        )
+    if isinstance(inv_temperature, Tensor) and (
+        inv_temperature.shape != target.shape or inv_temperature.device != hidden.device
+    ):
+        raise ValueError(
+            f"{operation}: inv_temperature must be a number or [{len(hidden)}] on {hidden.device}, "
+            f"got {tuple(inv_temperature.shape)} on {inv_temperature.device}"
+        )
+    if workspace is not None and (
+        workspace.dtype != torch.float32 or workspace.ndim != 2 or len(workspace) < 1
+        or workspace.shape[1] < len(weight) or not workspace.is_contiguous() or workspace.device != hidden.device
+    ):  # fmt: skip
+        raise ValueError(
+            f"{operation}: workspace must be contiguous float32 [rows, at least {len(weight)}] on {hidden.device}, "
+            f"got {workspace.dtype} {tuple(workspace.shape)} on {workspace.device}"
+        )

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["types", "config", "log", "perf", "ranks", "kernels"],
-    ["packing"],
+    ["packing", "flat_library"],
     ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "engine", "assets"],
     ["objectives", "updates", "allocation", "trained"],
     ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task", "profile_data"],

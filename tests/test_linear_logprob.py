@@ -7,11 +7,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrl.kernels import linear_logprob as module
+from fastrl.kernels import rows as kernels
 from fastrl.kernels.linear_logprob import linear_logprob, linear_logprob_ref
 
 H = 16
 NAMES = ("logprobs", "entropy", "lse")
 UPSTREAMS = [("logprobs",), ("entropy",), ("lse",), NAMES]
+PATHS = pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks that a small vocabulary fills, more than once."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "BLOCK_V", 256)
 
 
 def inputs(N, V, dtype=torch.float64, seed=0):
@@ -59,27 +69,29 @@ def assert_as_good(ours, theirs, truth):
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+@PATHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("N", [0, 1, 5])
-@pytest.mark.parametrize("V", [1, 7, 1003, 1025])
-def test_is_as_exact_as_torch(V, N, dtype):
+@pytest.mark.parametrize("V", [1, 7, 256, 1003, 1025])
+def test_is_as_exact_as_torch(V, N, dtype, triton):
     hidden, weight, target, upstream = inputs(N, V, dtype, seed=V + N)
     for names in UPSTREAMS:
         some = {name: upstream[name] for name in names}
         options = dict(inv_temperature=0.75, need_entropy="entropy" in names)
         truth = run(linear_logprob_ref, hidden.double(), weight.double(), target, some, **options)
-        ours = run(linear_logprob, hidden, weight, target, some, **options)
+        ours = run(linear_logprob, hidden, weight, target, some, **options, triton=triton)
         assert_as_good(ours, run(plain, hidden, weight, target, some, **options), truth)
         assert ("entropy" in ours) == ("entropy" in names)
         assert {ours[name].dtype for name in names} == {torch.float32}
         assert ours["dhidden"].dtype == ours["dweight"].dtype == dtype
 
 
-def test_bfloat16_products_are_not_rounded():
+@PATHS
+def test_bfloat16_products_are_not_rounded(triton):
     # bfloat16 logits of size 10 are off by up to 2^-5; the 8 bits of the inputs are no error
     hidden, weight, target, upstream = inputs(5, 1003, torch.bfloat16)
     truth = run(linear_logprob_ref, hidden.double(), weight.double(), target, upstream, need_entropy=True)
-    ours = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    ours = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True, triton=triton)
     for name in NAMES:
         assert (ours[name].double() - truth[name]).abs().max() < 2e-5
     for name in ("dhidden", "dweight"):
@@ -137,7 +149,7 @@ def test_chunks_change_nothing(monkeypatch, rows, dtype):
     whole = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * 7 + 6)  # 6 spare elements are no row
     bounds = {1: [0, 1, 2, 3, 4], 2: [0, 2, 4], 3: [0, 3]}[rows]
-    assert [(s.start, s.stop) for s in module.chunks(hidden, weight)] == [(b, b + rows) for b in bounds]
+    assert [(s.start, s.stop) for s in module.TorchChunks(hidden, weight)] == [(b, b + rows) for b in bounds]
     cut = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
     for name, value in whole.items():
         close = 1e-6 if value.dtype == torch.float32 else 2**-7  # one rounding to bfloat16
@@ -173,9 +185,10 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     assert (ours.numel, reference.numel) == (rows * V, N * V)
 
 
+@PATHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shift", [-120.0, 120.0])
-def test_shifted_logits(shift, dtype):
+@pytest.mark.parametrize("shift", [-120.0, -20.0, 120.0, 300.0])
+def test_shifted_logits(shift, dtype, triton):
     # one more hidden unit of 1 whose weight is the shift: exp(120) overflows float32 and exp(-120) underflows
     hidden, weight, target, upstream = inputs(5, 1003, dtype)
     shifted = (
@@ -184,11 +197,11 @@ def test_shifted_logits(shift, dtype):
     )
     upstream.pop("lse")
     base = run(linear_logprob_ref, hidden.double(), weight.double(), target, upstream, need_entropy=True)
-    ours = run(linear_logprob, *shifted, target, upstream, need_entropy=True)
+    ours = run(linear_logprob, *shifted, target, upstream, need_entropy=True, triton=triton)
     base["lse"] += shift
     for name in NAMES:
-        assert (ours[name].double() - base[name]).abs().max() < 16 * ulp(120, torch.float32)
-    for name, rel in (("dhidden", 1e-5), ("dweight", 1e-5)):
+        assert (ours[name].double() - base[name]).abs().max() < 16 * ulp(max(120, shift), torch.float32)
+    for name, rel in (("dhidden", 3e-5), ("dweight", 3e-5)):
         got, want = ours[name][:, :H].double(), base[name]
         assert (got - want).norm() < (rel if dtype == torch.float32 else 6e-3) * want.norm()
 
@@ -207,27 +220,30 @@ def test_temperature():
         assert_as_good(run(linear_logprob, hidden, weight, target, upstream, **options), theirs, truth)
 
 
-def test_extreme_distributions():
+@PATHS
+def test_extreme_distributions(triton):
     # equal logits: entropy ln V, and its gradient is zero
     up = {"entropy": torch.tensor([1.5])}
-    equal = run(linear_logprob, torch.ones(1, 2), torch.full((7, 2), 3.0), torch.tensor([4]), up, need_entropy=True)
+    equal = run(linear_logprob, torch.ones(1, 2), torch.full((7, 2), 3.0), torch.tensor([4]), up, need_entropy=True,
+                triton=triton)  # fmt: skip
     assert equal["entropy"].item() == pytest.approx(math.log(7), rel=1e-6)
     assert equal["logprobs"].item() == pytest.approx(-math.log(7), rel=1e-6)
     assert equal["dhidden"].abs().max() < 1e-5  # 7 terms of size 1.5 * 3 that cancel
     # one logit 1e4 above the rest: certain, no gradient
     sure = run(
         linear_logprob, torch.ones(1, 2), torch.tensor([[0.0, 0.0], [1e4, 0.0], [-1.0, 0.5]]), torch.tensor([1]),
-        {name: torch.tensor([1.5]) for name in ("logprobs", "entropy")}, need_entropy=True,
+        {name: torch.tensor([1.5]) for name in ("logprobs", "entropy")}, need_entropy=True, triton=triton,
     )  # fmt: skip
     assert (sure["logprobs"].item(), sure["entropy"].item(), sure["lse"].item()) == (0.0, 0.0, 1e4)
     assert not sure["dhidden"].any() and not sure["dweight"].any()
 
 
-def test_a_broken_row_stays_alone():
+@PATHS
+def test_a_broken_row_stays_alone(triton):
     hidden, weight, target, upstream = inputs(5, 7, torch.float32)
-    good = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    good = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True, triton=triton)
     hidden[2, 3] = math.nan
-    bad = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
+    bad = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True, triton=triton)
     others = torch.tensor([0, 1, 3, 4])
     for name in (*NAMES, "dhidden"):
         assert torch.equal(bad[name][others], good[name][others])
@@ -250,18 +266,20 @@ def test_strided_and_permuted_rows():
     torch.testing.assert_close(moved["dweight"], packed["dweight"], rtol=1e-5, atol=1e-6)
 
 
+@PATHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_grad_is_added_to_in_place(dtype):
+def test_weight_grad_is_added_to_in_place(dtype, triton):
     hidden, weight, target, upstream = inputs(5, 7, dtype)
     truth = run(linear_logprob_ref, hidden.double(), weight.double(), target, upstream, need_entropy=True)
     padded = torch.cat([weight, torch.full((3, H), 9.0, dtype=dtype)]).requires_grad_()  # padding would dominate
     buffer = torch.cat([torch.zeros(7, H), torch.full((3, H), 0.25)])
     for times in (1, 2):
         h = hidden.clone().requires_grad_()
-        outputs = linear_logprob(h, padded[:7], target, need_entropy=True, weight_grad=buffer[:7])
+        outputs = linear_logprob(h, padded[:7], target, need_entropy=True, weight_grad=buffer[:7], triton=triton)
         sum((o * up.float()).sum() for o, up in zip(outputs, upstream.values(), strict=True)).backward()
-        # float32 also for bfloat16 weights: the error of one rounding to bfloat16 is 4e-3
-        assert (buffer[:7].double() - times * truth["dweight"]).norm() < 1e-5 * truth["dweight"].norm()
+        # the sum is float32; of bfloat16 weights only dz is rounded, and by the kernel alone
+        bound = 6e-3 * times if triton and dtype == torch.bfloat16 else 1e-5
+        assert (buffer[:7].double() - times * truth["dweight"]).norm() < bound * truth["dweight"].norm()
         assert (h.grad.double() - truth["dhidden"]).norm() < 6e-3 * truth["dhidden"].norm()
     assert (buffer[7:] == 0.25).all()
     assert padded.grad is None or not padded.grad.any()  # nothing travelled through autograd
@@ -290,3 +308,40 @@ def test_refuses_what_does_not_fit(change, message):
     good = {"hidden": torch.ones(2, 4), "weight": torch.ones(7, 4), "target": torch.tensor([1, 2])}
     with pytest.raises(ValueError, match=message):
         linear_logprob(**(good | change))
+
+
+@PATHS
+def test_temperature_of_each_token(triton):
+    hidden, weight, target, upstream = inputs(5, 300, torch.float32)
+    inv_temperature = torch.tensor([1 / 0.3, 1.0, 0.5, 2.0, 0.7])
+    truth = run(linear_logprob_ref, hidden.double(), weight.double(), target, upstream, need_entropy=True,
+                inv_temperature=inv_temperature.double())  # fmt: skip
+    ours = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True, inv_temperature=inv_temperature,
+               triton=triton)  # fmt: skip
+    for name in NAMES:
+        torch.testing.assert_close(ours[name].double(), truth[name], rtol=1e-6, atol=2e-5)
+    for name in ("dhidden", "dweight"):
+        assert (ours[name].double() - truth[name]).norm() < 2e-6 * truth[name].norm()
+    alone = run(linear_logprob, hidden[2:3], weight, target[2:3], {n: u[2:3] for n, u in upstream.items()},
+                need_entropy=True, inv_temperature=0.5, triton=triton)  # fmt: skip
+    torch.testing.assert_close(ours["dhidden"][2:3], alone["dhidden"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [7, 12, -1])
+def test_the_kernel_has_nan_for_an_id_that_is_no_word(bad):
+    weight = inputs(5, 16, torch.float32)[1][:7]  # a slice of a padded head: row 12 exists in memory
+    hidden = inputs(5, 7, torch.float32)[0]
+    logprobs, _, lse = linear_logprob(hidden, weight, torch.tensor([0, 1, bad, 2, 3]), triton=True)
+    assert logprobs.isnan().tolist() == [False, False, True, False, False] and lse.isfinite().all()
+
+
+def test_a_workspace_is_as_many_rows_as_a_chunk_and_changes_nothing():
+    hidden, weight, target, upstream = inputs(5, 300, torch.bfloat16)
+    whole = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True, triton=True)
+    for rows in (1, 2, 5, 9):
+        workspace = torch.full((rows, 304), math.nan)
+        cut = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True, triton=True, workspace=workspace)
+        for name in NAMES:
+            torch.testing.assert_close(cut[name], whole[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(cut["dhidden"], whole["dhidden"], rtol=2**-7, atol=2**-7)
+        assert not workspace[: min(rows, 5), :150].isnan().any()  # it was used

@@ -81,7 +81,7 @@ class HFEngine:
         at = torch.arange(len(rows), device=self.device)  # which row of the batch each running row is
         head = self.model.get_output_embeddings().weight[: self.num_tokens]
         for t in range(sampling.max_new_tokens):
-            token, logprob = draw(chunk_logits(hidden, head, 1.0), sampling, seeds[at], t)
+            token, logprob = draw(chunk_logits(hidden, head), sampling, seeds[at], t)
             ids[at, t], logprobs[at, t] = token, logprob
             ended = torch.isin(token, self.eos_ids) & ~stopped[at]
             lengths[at[ended]] = t + 1

@@ -1,0 +1,145 @@
+"""Rows of logits, one program each: log-probability and entropy, and their gradient written over the logits.
+
+    z'      = inv_temperature z
+    lse     = logsumexp(z'),   logprob = z'[target] - lse,   entropy = lse - sum_v p[v] z'[v]
+    dz[v]   = inv_temperature (dlogprob (1[v == target] - p[v]) + dlse p[v] - dentropy p[v] (log p[v] + entropy))
+
+What `linear_logprob` and `linear_policy_loss` share: GEMMs by the vendor library, these kernels between them. The forward
+reads 4 bytes per logit; the gradient reads 4 and writes 2 (bfloat16) or 4 over them, so a chunk of logits is the only
+memory of its size.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# nvcc's ptxas gives the gradient 2 programs of 16 warps per multiprocessor at this size, and no spills
+BLOCK_V = 8192
+NUM_WARPS = 16
+CHUNK_ROWS = 4096  # the float32 weight gradient is read and written once per chunk: below 1200 rows that takes longer
+ROW_ALIGN = 16  # floats; every row of logits starts at 64 bytes
+
+
+@triton.jit
+def row_forward_kernel(
+    z_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, lse_ptr, entropy_ptr, z_stride_n, V, inv_temperature,
+    ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)  # int64: rows times vocabulary passes 2^31 at 16k rows and a 152k vocabulary
+    row_ptr = z_ptr + n * z_stride_n
+    target = tl.load(target_ptr + n).to(tl.int64)
+    if PER_TOKEN:
+        inv_temperature = tl.load(inv_temperature_ptr + n)
+    top = -float("inf")
+    total = 0.0  # sum of exp(z' - top)
+    moment = 0.0  # sum of exp(z' - top) (z' - top)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+        x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) * inv_temperature
+        new_top = tl.maximum(top, tl.max(x, 0))
+        shift = tl.where(new_top > -float("inf"), new_top, 0.0)  # a block of nothing but -inf
+        gap = tl.where(top > -float("inf"), top - shift, 0.0)
+        keep = tl.where(top > -float("inf"), tl.exp(gap), 0.0)
+        x -= shift
+        e = tl.exp(x)
+        if ENTROPY:
+            # 0 * -inf is NaN; the old moment was taken about the old top
+            moment = keep * (moment + total * gap) + tl.sum(e * tl.where(x > -float("inf"), x, 0.0), 0)
+        total = total * keep + tl.sum(e, 0)
+        top = new_top
+    inside = (target >= 0) & (target < V)
+    picked = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(tl.float32) * inv_temperature
+    logprob = tl.minimum((picked - top) - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(logprob_ptr + n, logprob)  # NaN for an id that is no word, and never a neighbour's logit
+    tl.store(lse_ptr + n, top + tl.log(total))
+    if ENTROPY:
+        tl.store(entropy_ptr + n, tl.log(total) - moment / total)
+
+
+@triton.jit
+def row_gradient_kernel(
+    z_ptr, dz_ptr, target_ptr, inv_temperature_ptr, lse_ptr, entropy_ptr, dlogprob_ptr, dlse_ptr, dentropy_ptr,
+    z_stride_n, dz_stride_n, V, inv_temperature, HAS_DLSE: tl.constexpr, HAS_DENTROPY: tl.constexpr,
+    PER_TOKEN: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    # dz lies over z: block b is read at bytes [4bB, 4(b+1)B) and written, as bfloat16, at [2bB, 2(b+1)B), so ascending
+    # blocks write only what was read before; the barrier makes "before" hold for all threads of the program
+    n = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + n).to(tl.int64)
+    if PER_TOKEN:
+        inv_temperature = tl.load(inv_temperature_ptr + n)
+    lse = tl.load(lse_ptr + n)
+    dlogprob = tl.load(dlogprob_ptr + n)
+    on_all = -dlogprob
+    if HAS_DLSE:
+        on_all += tl.load(dlse_ptr + n)
+    if HAS_DENTROPY:
+        entropy = tl.load(entropy_ptr + n)
+        dentropy = tl.load(dentropy_ptr + n)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+        x = tl.load(z_ptr + n * z_stride_n + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        tl.debug_barrier()
+        logp = x * inv_temperature - lse
+        p = tl.exp(logp)
+        weight = on_all + tl.zeros([BLOCK_V], tl.float32)
+        if HAS_DENTROPY:
+            weight -= dentropy * (tl.where(p > 0, logp, 0.0) + entropy)
+        dz = (p * weight + tl.where(v == target, dlogprob, 0.0)) * inv_temperature
+        tl.store(dz_ptr + n * dz_stride_n + v, dz.to(dz_ptr.dtype.element_ty), mask=v < V)
+
+
+def make_workspace(hidden: Tensor, weight: Tensor, chunk: int = CHUNK_ROWS) -> Tensor:
+    """Memory of one chunk of logits, float32 [rows, V rounded up to ROW_ALIGN]."""
+    width = triton.cdiv(len(weight), ROW_ALIGN) * ROW_ALIGN
+    return torch.empty(min(chunk, max(1, len(hidden))), width, dtype=torch.float32, device=hidden.device)
+
+
+def logits_into(workspace: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [n, H], weight [V, H] -> float32 logits [n, V] in the workspace; bfloat16 products are not rounded."""
+    z = workspace[: len(hidden), : len(weight)]
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, weight.T, out=z)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=z)
+    return torch.mm(hidden.float(), weight.float().T, out=z)  # the CPU has no bfloat16 product with a float32 result
+
+
+def row_forward(
+    z: Tensor, target: Tensor, inv_temperature: float | Tensor, logprobs: Tensor, lse: Tensor, entropy: Tensor | None
+) -> None:
+    """z [n, V] with contiguous rows -> logprobs, lse, entropy [n] float32, written in place; nats."""
+    per_token = isinstance(inv_temperature, Tensor)
+    row_forward_kernel[(len(z),)](
+        z, target, inv_temperature if per_token else None, logprobs, lse, entropy, z.stride(0), z.shape[1],
+        1.0 if per_token else inv_temperature, ENTROPY=entropy is not None, PER_TOKEN=per_token, BLOCK_V=BLOCK_V,
+        num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def row_gradient(
+    z: Tensor, target: Tensor, inv_temperature: float | Tensor, lse: Tensor, entropy: Tensor | None, dlogprobs: Tensor,
+    dlse: Tensor | None, dentropy: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """z [n, V], vectors [n] -> dz [n, V] of `dtype`, which is z's or half as wide, over the same memory; z is gone."""
+    dz = z
+    if dtype != z.dtype:
+        whole = z.as_strided((len(z), z.stride(0)), (z.stride(0), 1)).view(dtype)
+        dz = whole[:, : z.shape[1]]
+    per_token = isinstance(inv_temperature, Tensor)
+    row_gradient_kernel[(len(z),)](
+        z, dz, target, inv_temperature if per_token else None, lse, entropy, dlogprobs, dlse, dentropy, z.stride(0),
+        dz.stride(0), z.shape[1], 1.0 if per_token else inv_temperature, HAS_DLSE=dlse is not None,
+        HAS_DENTROPY=dentropy is not None, PER_TOKEN=per_token, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return dz
+
+
+def add_weight_gradient(into: Tensor, dz: Tensor, hidden: Tensor) -> None:
+    """into [V, H] float32 += dz.T [V, n] @ hidden [n, H], summed in float32, without another [V, H] tensor."""
+    if hidden.dtype == torch.float32 or not hidden.is_cuda:
+        into.addmm_(dz.float().T, hidden.float())
+    else:
+        torch.addmm(into, dz.T, hidden, out_dtype=torch.float32, out=into)

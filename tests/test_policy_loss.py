@@ -1,0 +1,179 @@
+"""Loss of single tokens: the kernel against its definition in float64, the definition by hand, and what must not break."""
+
+import math
+
+import pytest
+import torch
+
+from fastrl.kernels.policy_loss import BLOCK_N, STATS, policy_loss, policy_loss_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REF = dict(ref_logprobs=True, kl_coef=0.1)
+SETTINGS = {
+    "clip": {}, "asymmetric": dict(epsilon=(0.1, 0.28)), "no dual clip": dict(dual_clip=None),
+    "cispo": dict(mode="cispo"), "pg": dict(mode="pg"), "k1": REF | dict(kl_estimator="k1"),
+    "k2": REF | dict(kl_estimator="k2"), "k3": REF, "k3+": REF | dict(kl_estimator="k3+"),
+    "on-policy": dict(on_policy=True),
+}  # fmt: skip
+
+
+def tokens(N, seed=0):
+    """logprobs, old, advantage, w, ref of N tokens: ratios on both sides of every edge, a fifth of weight 0."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -3 * torch.rand(N, generator=g)
+    old, ref = (logp + 0.6 * torch.randn(N, generator=g) for _ in range(2))
+    w = (torch.rand(N, generator=g) > 0.2) / 1000.0
+    return [x.to(DEVICE) for x in (logp, old, torch.randn(N, generator=g), w, ref)]
+
+
+def call(function, vectors, **settings):
+    logp, old, advantage, w, ref = vectors
+    if settings.pop("on_policy", False):
+        old = None
+    if settings.pop("ref_logprobs", False):
+        settings["ref_logprobs"] = ref
+    return function(logp, old, advantage, w, **settings)
+
+
+@pytest.mark.parametrize("N", [0, 1, BLOCK_N - 1, BLOCK_N, 2 * BLOCK_N + 7])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_kernel_is_its_definition(settings, N):
+    vectors = tokens(N, seed=N)
+    ours, truth = (
+        call(policy_loss, vectors, **settings),
+        call(policy_loss_ref, [v.double() for v in vectors], **settings),
+    )
+    assert ours.coef.dtype == torch.float32 and ours.coef.shape == (N,)
+    near = torch.zeros(N, dtype=torch.bool, device=DEVICE)  # the edges of the clip, where one rounding decides
+    if N and not settings.get("on_policy"):
+        ratio = (vectors[0].double() - vectors[1].double()).exp()
+        low, high = settings.get("epsilon", (0.2, 0.2))
+        near = ((ratio - 1 + low).abs() < 1e-5) | ((ratio - 1 - high).abs() < 1e-5)
+    assert near.sum() <= 2
+    torch.testing.assert_close(ours.coef[~near].double(), truth.coef[~near], rtol=2e-5, atol=1e-9)
+    if not near.any():
+        torch.testing.assert_close(ours.stats.double(), truth.stats, rtol=2e-5, atol=1e-6)
+    if N > BLOCK_N and not settings:
+        named = dict(zip(STATS, truth.stats.tolist(), strict=True))
+        assert min(named["clip_low"], named["clip_high"]) > 20
+
+
+# A, ratio -> loss, d loss / d logprob, by hand: epsilon 0.2, dual clip 3
+CLIP = [
+    (2.0, 1.0, -2.0, -2.0), (2.0, 1.5, -2.4, 0.0), (2.0, 0.5, -1.0, -1.0), (-2.0, 1.5, 3.0, 3.0),
+    (-2.0, 0.5, 1.6, 0.0), (-2.0, 4.0, 6.0, 0.0), (0.0, 9.0, 0.0, 0.0),
+]  # fmt: skip
+CISPO = [(2.0, 1.5, -2.4 * math.log(0.3), -2.4), (-2.0, 0.5, 1.6 * math.log(0.3), 1.6)]  # probability 0.3
+
+
+@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+@pytest.mark.parametrize("mode, cases", [("clip", CLIP), ("cispo", CISPO)])
+def test_by_hand(function, mode, cases):
+    for advantage, ratio, loss, slope in cases:
+        logp = torch.tensor([math.log(0.3)], device=DEVICE)
+        old = logp - math.log(ratio)
+        out = function(
+            logp, old, torch.tensor([advantage], device=DEVICE), torch.full((1,), 0.5, device=DEVICE), mode=mode
+        )
+        assert out.stats[0].item() == pytest.approx(0.5 * loss, abs=1e-6), (advantage, ratio)
+        assert out.coef.item() == pytest.approx(0.5 * slope, abs=1e-6), (advantage, ratio)
+
+
+@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+def test_at_the_edge_of_the_clip_the_gradient_is_whole(function):
+    # 1.25 and 0.75 are exact in binary; log_ratio 0 with edges at 1 is too
+    zero, w = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
+    for advantage in (1.0, -1.0):
+        out = function(zero, zero, torch.full((1,), advantage, device=DEVICE), w, epsilon=(0.0, 0.0))
+        assert out.coef.item() == -advantage
+
+
+@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+@pytest.mark.parametrize("mode", ["clip", "cispo"])
+@pytest.mark.parametrize("log_ratio", [200.0, -200.0, math.inf])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_that_overflows_has_no_gradient_through_it(function, mode, log_ratio, advantage):
+    logp, w = torch.tensor([-1.0, -1.0], device=DEVICE), torch.ones(2, device=DEVICE)
+    old = torch.tensor([-1.0 - log_ratio, -1.0], device=DEVICE)
+    out = function(logp, old, torch.full((2,), advantage, device=DEVICE), w, mode=mode, dual_clip=None)
+    assert out.coef.isfinite().all() and out.stats[0].isfinite()
+    clipped = 1.2 if log_ratio > 0 else 0.8
+    assert out.coef.tolist() == pytest.approx([-advantage * clipped if mode == "cispo" else 0.0, -advantage])
+    assert out.stats[STATS.index("capped")] == 1
+
+
+@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+def test_tokens_of_weight_zero_may_hold_anything(function):
+    logp, old, advantage, w, ref = tokens(64)
+    clean = function(logp, old, advantage, w, ref_logprobs=ref, kl_coef=0.1)
+    for poison in (math.nan, math.inf, -math.inf):
+        dirty = [torch.where(w == 0, poison, x) for x in (logp, old, advantage, ref)]
+        out = function(*dirty[:3], w, ref_logprobs=dirty[3], kl_coef=0.1)
+        assert torch.equal(out.coef, clean.coef) and torch.equal(out.stats, clean.stats)
+    nothing = function(*[torch.full_like(logp, math.nan)] * 3, torch.zeros_like(w))
+    assert not nothing.coef.any() and not nothing.stats.any()
+
+
+@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+@pytest.mark.parametrize("which", ["logprob nan", "logprob -inf", "advantage nan", "ref -inf", "old nan"])
+def test_a_broken_token_gives_nothing_and_is_counted(function, which):
+    vectors = dict(zip(("logprob", "old", "advantage", "w", "ref"), tokens(8), strict=True))
+    vectors["w"] = torch.ones_like(vectors["w"])
+    name, value = which.split()
+    others = {k: v.clone() for k, v in vectors.items()}
+    others["w"][3] = 0.0
+    vectors[name][3] = float(value)
+    settings = dict(kl_coef=0.1)
+    ours = function(*list(vectors.values())[:4], ref_logprobs=vectors["ref"], **settings)
+    without = function(*list(others.values())[:4], ref_logprobs=others["ref"], **settings)
+    assert torch.equal(ours.coef, without.coef) and ours.coef[3] == 0
+    assert ours.stats[STATS.index("nonfinite")] == 1 and ours.stats[0] == without.stats[0]
+
+
+def test_kl_of_nearly_equal_policies_is_never_negative():
+    d = torch.linspace(-1e-4, 1e-4, 201, dtype=torch.float64)
+    zero, w = torch.zeros(201, device=DEVICE), torch.ones(201, device=DEVICE)
+    kl = []
+    for x in d.float().to(DEVICE):
+        out = policy_loss(zero[:1], None, zero[:1], w[:1], ref_logprobs=-x[None], kl_coef=1.0)
+        kl.append(out.stats[0].item())
+    truth = torch.expm1(-d.float().double()) + d.float().double()
+    assert min(kl) >= 0
+    torch.testing.assert_close(torch.tensor(kl, dtype=torch.float64), truth, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("d", [0.0999, 0.1001, -0.0999, -0.1001, 3.0, 25.0, -25.0])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3+"])
+def test_kl_and_its_slope_on_both_sides_of_every_branch(estimator, d):
+    logp, w, zero = (torch.tensor([x], device=DEVICE) for x in (-1.0, 1.0, 0.0))
+    ref = torch.tensor([-1.0 - d], device=DEVICE)
+    ours = policy_loss(logp, None, zero, w, ref_logprobs=ref, kl_coef=1.0, kl_estimator=estimator)
+    truth = policy_loss_ref(
+        logp.double(), None, zero.double(), w.double(), ref_logprobs=ref.double(), kl_coef=1.0, kl_estimator=estimator
+    )
+    assert ours.stats[0].item() == pytest.approx(truth.stats[0].item(), rel=2e-5)
+    assert ours.coef.item() == pytest.approx(truth.coef.item(), rel=2e-5)
+
+
+def test_out_receives_coef_and_two_runs_are_equal():
+    logp, old, advantage, w, _ = tokens(2000)
+    out = torch.full_like(logp, math.nan)
+    first = policy_loss(logp, old, advantage, w, out=out)
+    again = policy_loss(logp, old, advantage, w)
+    assert first.coef is out and torch.equal(out, again.coef) and torch.equal(first.stats, again.stats)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(w=torch.ones(3)), r"w must be a contiguous float32 vector as long as logprobs, \[4\], got .* \(3,\)"),
+        (dict(advantage=torch.ones(4).double()), "advantage must be .*, got torch.float64"),
+        (dict(old_logprobs=torch.ones(8)[::2]), r"old_logprobs must be .*, got torch.float32 \(4,\), strided"),
+        (dict(mode="ppo"), "mode must be clip, cispo or pg, got 'ppo'"),
+        (dict(kl_estimator="k4"), r"kl_estimator must be k1, k2, k3 or k3\+, got 'k4'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    given = dict(logprobs=torch.ones(4), old_logprobs=torch.ones(4), advantage=torch.ones(4), w=torch.ones(4)) | change
+    with pytest.raises(ValueError, match=message):
+        policy_loss(**given)
