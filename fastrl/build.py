@@ -1,5 +1,6 @@
 """From a configuration to a trainer: what a run is made of, what is refused, and how the parts are put together."""
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,10 +21,13 @@ from fastrl.engine.base import Sampling
 from fastrl.engine.hf import HFEngine
 from fastrl.flat import buffer_elements, layout
 from fastrl.guard import Guard
+from fastrl.kernels.linear_logprob import CHUNK_ROWS
+from fastrl.kernels.parity import head_fault
 from fastrl.log import LOGGERS, RunLog
 from fastrl.memory import MemoryPlan, plan_memory
 from fastrl.model import (
     EMBEDDED,
+    LoadedModel,
     load_model,
     load_tokenizer,
     model_config,
@@ -250,10 +254,12 @@ def build(
         checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     loaded, grad_dtype = load(), getattr(torch, config.grad_dtype)
-    policy = Policy(loaded, config.optim, Guard(), temperature=config.temperature, grad_dtype=grad_dtype)
+    triton = head_kernels(loaded, device, log)
+    policy = Policy(loaded, config.optim, Guard(), temperature=config.temperature, grad_dtype=grad_dtype, triton=triton)
     needs_reference = "ref_logprobs" in config.objective.needs(num_minibatches=2)
     reference = Reference(
-        config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature
+        config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature,
+        triton=triton,
     ) if needs_reference else None  # fmt: skip
     critic = Critic(load(), config.critic, grad_dtype) if needs_values(config) else None
     engine = HFEngine.of(loaded, config.max_num_seqs)
@@ -287,6 +293,22 @@ def build(
         log=log, folder=config.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),
         profiler=profiler, stop_requested=stop_requested,
     )  # fmt: skip
+
+
+def head_kernels(loaded: LoadedModel, device: str, log: RunLog) -> bool:
+    """Whether the head runs on its Triton kernels: on a GPU, if they give what torch gives. Says which."""
+    head = loaded.model.get_output_embeddings().weight
+    if not device.startswith("cuda") or head.dtype == torch.float64:
+        return False
+    if importlib.util.find_spec("triton") is None:
+        log.say("kernels: Triton is not installed; the head runs in torch, slower and with more memory")
+        return False
+    fault = head_fault(head)
+    log.say(
+        f"kernels: WARNING: the head runs in torch, slower and with more memory, for its Triton kernels failed: {fault}"
+        if fault else "kernels: the head runs on Triton"
+    )  # fmt: skip
+    return not fault
 
 
 def profile_of(config: TrainConfig, problems: list[Problem]) -> tuple[ProfileKey, Path, str]:
@@ -335,7 +357,7 @@ def check_fit(config: TrainConfig, problems: list[Problem], log: RunLog) -> None
 
 
 def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int) -> MemoryPlan:
-    architecture = model_config(config.model)
+    architecture, (device, *_) = model_config(config.model), resolve(config)
     shapes = parameter_shapes(architecture)
     values = critic_shapes(architecture) if needs_values(config) else {}
     return plan_memory(
@@ -347,4 +369,5 @@ def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: 
         reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
         tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.gradient_checkpointing,
         copies=config.update.copies, holds_state=config.update.holds_state,
+        logit_rows=CHUNK_ROWS if device.startswith("cuda") else 0,
     )  # fmt: skip

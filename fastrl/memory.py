@@ -24,12 +24,13 @@ class MemoryPlan:
 def plan_memory(
     config, *, num_parameters: int, buffer_elements: int, dtype: torch.dtype, grad_dtype: torch.dtype, optimizer: str,
     reference: bool, tokens_per_microbatch: int, checkpointing: bool, ranks: int, critic_elements: int = 0,
-    critic_optimizer: str = "adamw", copies: int = 0, holds_state: bool = False,
+    critic_optimizer: str = "adamw", copies: int = 0, holds_state: bool = False, logit_rows: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """A transformers configuration, its parameters and the flat buffers' elements -> bytes of the parts.
 
     critic_elements: of its flat buffer, 0 without one; its weights, gradients, master and optimizer state are one part.
     copies, holds_state: what the update rule holds of the shard of weights and of the optimizer's state.
+    logit_rows: of the head's workspace, float32 logits of a chunk of tokens.
     All but the activations are sizes of the tensors that the run allocates (8-bit states: one byte and a 32-bit scale
     per 256 elements for each of two moments). Activations are an estimate: one residual per checkpointed layer, or
     about 16 hidden and 5 intermediate vectors per token and layer without checkpointing.
@@ -59,6 +60,7 @@ def plan_memory(
             "update": copies * master + holds_state * policy["optimizer"],
             "critic": sum(trained(critic_elements, critic_optimizer).values()),
             "reference": num_parameters * size if reference else 0,
+            "logits": 4 * min(logit_rows, tokens_per_microbatch) * text.vocab_size,
             "activations": tokens_per_microbatch * per_token,
         },
     )

@@ -170,13 +170,14 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
     num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False, packed: Packing | None = None,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Right-padded input_ids, response_mask [B, S] -> logprobs [B, S], entropy [B, S] or None; nats, label-aligned.
 
     Zero outside the mask. Only masked positions enter the head. `num_tokens`: the tokenizer's size; ids beyond it (a
     padded vocabulary) are not part of the distribution, here as in the engine. head_grad_in_place: add the head's
     gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
-    packed: the packing of input_ids, if the model can use it.
+    packed: the packing of input_ids, if the model can use it. triton: take the kernels for the head.
     """
     hidden = label_hidden(model, input_ids, response_mask, packed)
     weight = model.get_output_embeddings().weight
@@ -188,5 +189,6 @@ def token_logprobs(
         inv_temperature=inv_temperature,
         need_entropy=need_entropy,
         weight_grad=weight.grad[:num_tokens] if in_place else None,
+        triton=triton,
     )
     return spread(values, response_mask), None if entropy is None else spread(entropy, response_mask)

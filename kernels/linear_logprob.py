@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at a time without Triton: 64 MiB
+# With it: the float32 weight gradient is read and written once per chunk, which takes longer than the product that is
+# added to it below 1200 rows (an H100's ratio of arithmetic to bandwidth).
+CHUNK_ROWS = 4096
 
 
 def linear_logprob_ref(
@@ -123,7 +126,7 @@ class TritonChunks:
         from fastrl.kernels import rows as kernels
 
         self.kernels, self.hidden, self.weight = kernels, hidden, weight
-        self.workspace = kernels.make_workspace(hidden, weight) if workspace is None else workspace
+        self.workspace = kernels.make_workspace(hidden, weight, CHUNK_ROWS) if workspace is None else workspace
         self.forward, self.add_weight_gradient = kernels.row_forward, kernels.add_weight_gradient
 
     def __iter__(self):

@@ -104,7 +104,7 @@ def linear_policy_loss(
     weight_grad: Tensor | None = None, need_weight_grad: bool = True, workspace: Tensor | None = None,
     triton: bool | None = None,
 ) -> LinearLoss:  # fmt: skip
-    """hidden [N, H], weight [V, H] of one dtype; target [N]; advantage, w, old_logprobs, ref_logprobs, coef [N] float32.
+    """hidden [N, H], weight [V, H] of one dtype; target [N]; the other vectors [N] float32.
 
     w: the response mask over the global denominator; a negative target has w = 0. old_logprobs None: on-policy, ratio
     1. mode "given" takes d loss / d logprob as coef and no advantage. weight_grad [V, H] float32 is added to in place;

@@ -55,7 +55,8 @@ def selective_logprob(logits: Tensor, target: Tensor, inv_temperature: float = 1
     """
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
-            f"selective_logprob expects logits [N, V] and target [N], got {tuple(logits.shape)} and {tuple(target.shape)}"
+            "selective_logprob expects logits [N, V] and target [N], "
+            f"got {tuple(logits.shape)} and {tuple(target.shape)}"
         )
     if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not logits.is_contiguous():
         raise ValueError(

@@ -87,7 +87,8 @@ def compiled(kernel, types, constants, warps) -> dict[str, int]:
     ptx = made.asm["ptx"]
     return {
         "registers": int(numbers["REG"]), "spilled_bytes": int(numbers["STACK"]) + int(numbers["LOCAL"]),
-        "shared_bytes": made.metadata.shared, "loads_128": len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", ptx)),
+        "shared_bytes": made.metadata.shared,
+        "loads_128": len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", ptx)),
         "stores_128": len(re.findall(r"st\.global\.v4\.b32|st\.global\.v2\.b64", ptx)),
         "f64": len(re.findall(r"\.f64", ptx)), "barrier": int("bar.sync" in ptx),
     }  # fmt: skip

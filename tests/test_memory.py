@@ -50,6 +50,16 @@ def test_planned_bytes_are_the_allocated_ones(optimizer, dtype, tmp_path):
     assert trainer.policy.optimizer.param_groups[0]["params"][0].data_ptr() == trainer.policy.master.data_ptr()
 
 
+def test_a_chunk_of_logits_is_counted():
+    config = AutoConfig.from_pretrained(model_path("embedded"))
+    settings = dict(num_parameters=1, buffer_elements=1, dtype=torch.bfloat16, grad_dtype=torch.float32, ranks=1,
+                    optimizer="adamw", reference=False, checkpointing=True)  # fmt: skip
+    for tokens, rows in ((100, 100), (9000, 4096)):
+        plan = plan_memory(config, **settings, tokens_per_microbatch=tokens, logit_rows=4096)
+        assert plan.parts["logits"] == 4 * rows * config.vocab_size
+    assert plan_memory(config, **settings, tokens_per_microbatch=100).parts["logits"] == 0
+
+
 def test_what_update_rules_hold(tmp_path):
     """Bytes per parameter: an anchor of 4; anchor, probe and two moments 16, or with 8-bit moments 4 + 4 + 2."""
     expected = {

@@ -1,4 +1,4 @@
-"""Loss of single tokens: the kernel against its definition in float64, the definition by hand, and what must not break."""
+"""Loss of single tokens: the kernel against its definition in float64, both by hand, and what must not break."""
 
 import math
 

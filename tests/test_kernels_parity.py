@@ -1,0 +1,47 @@
+"""The check of the Triton head before a run: silent where it works, and in words where it does not."""
+
+import pytest
+import torch
+
+from fastrl.kernels import parity, rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def weight(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(rows, "BLOCK_V", 256)
+    return torch.randn(700, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_said_where_it_works(weight, dtype):
+    assert parity.head_fault(weight.to(dtype)) == ""
+
+
+def test_a_wrong_number_is_found(weight, monkeypatch):
+    forward, gradient, add = rows.row_forward, rows.row_gradient, rows.add_weight_gradient
+
+    def off(z, target, scale, logprobs, lse, entropy):
+        forward(z, target, scale, logprobs, lse, entropy)
+        logprobs += 0.01
+
+    monkeypatch.setattr(rows, "row_forward", off)
+    assert parity.head_fault(weight) == "logprobs off by 0.01 nats"
+    monkeypatch.setattr(rows, "row_forward", forward)
+    monkeypatch.setattr(rows, "row_gradient", lambda *a, **k: gradient(*a, **k).mul_(1.1))
+    assert parity.head_fault(weight) == "hidden gradient off by 0.1 of its norm"
+    monkeypatch.setattr(rows, "row_gradient", gradient)
+    monkeypatch.setattr(rows, "add_weight_gradient", lambda into, dz, hidden: add(into, 2 * dz, hidden))
+    assert parity.head_fault(weight).startswith("weight gradient off by 1")
+    monkeypatch.setattr(rows, "add_weight_gradient", lambda into, dz, hidden: into.fill_(float("nan")))
+    assert parity.head_fault(weight) == "weight gradient off by nan of its norm"
+
+
+def test_a_kernel_that_does_not_compile_is_no_crash(weight, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such instruction\nand more lines")
+
+    monkeypatch.setattr(rows, "row_forward", broken)
+    assert parity.head_fault(weight) == "RuntimeError: no such instruction"
