@@ -167,6 +167,27 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
     return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
+def token_policy_loss(
+    model: nn.Module, input_ids: Tensor, response_mask: Tensor, vectors: dict[str, Tensor | None], *,
+    inv_temperature: float = 1.0, num_tokens: int, packed: Packing | None = None, **settings,
+):  # fmt: skip
+    """As `token_logprobs`, and the loss of `linear_policy_loss` with it: that one's result, and logprobs [B, S].
+
+    vectors: its advantage, w, old_logprobs, ref_logprobs, [B, S] label-aligned. The head's gradient is added to its
+    float32 `.grad`; that of the hidden states goes on when the loss' backward() is called.
+    """
+    from fastrl.kernels.linear_policy_loss import linear_policy_loss  # needs Triton
+
+    hidden = label_hidden(model, input_ids, response_mask, packed)
+    weight = model.get_output_embeddings().weight
+    chosen = {name: None if x is None else x[response_mask].float() for name, x in vectors.items()}
+    out = linear_policy_loss(
+        hidden, weight.detach()[:num_tokens], input_ids[response_mask], **chosen, **settings,
+        inv_temperature=inv_temperature, weight_grad=weight.grad[:num_tokens], triton=True,
+    )  # fmt: skip
+    return out, spread(out.logprobs, response_mask)
+
+
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
     num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False, packed: Packing | None = None,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastrl.guard import Guard
-from fastrl.model import LoadedModel, token_logprobs
+from fastrl.model import LoadedModel, token_logprobs, token_policy_loss
 from fastrl.optim import OptimConfig
 from fastrl.packing import pack
 from fastrl.trained import TrainedModel
@@ -23,6 +23,30 @@ class Policy(TrainedModel):
     def score(self, batch: TrainBatch) -> Tensor:
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""
         return self.logprobs(batch)[0]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether `fused_loss` can be called: on Triton, with a float32 gradient buffer to add the head's to."""
+        return self.triton and self.flat.grads.dtype == torch.float32
+
+    def fused_loss(self, batch: TrainBatch, count: float, settings: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A microbatch, its denominator, what `objective.fused` said -> loss, logprobs [B, S], sums for metrics.
+
+        The loss is divided already: its backward() must follow, unscaled. The sums are those of `objective.loss_sum`.
+        """
+        advantage, w = settings.pop("advantage"), settings.pop("w") / count
+        vectors = dict(advantage=advantage, w=w, old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs)
+        out, logprobs = token_policy_loss(
+            self.model, batch.input_ids, batch.response_mask, vectors, inv_temperature=self.inv_temperature,
+            num_tokens=len(self.tokenizer), packed=pack(batch) if self.packs else None, **settings,
+        )  # fmt: skip
+        sums = out.named()
+        metrics = {
+            "entropy": out.entropy.sum(), "policy_kl": sums["policy_kl"], "clip_ratio/low_mean": sums["clip_low"],
+            "clip_ratio/high_mean": sums["clip_high"], "clip_ratio/region_mean": sums["clip_low"] + sums["clip_high"],
+            **({} if batch.ref_logprobs is None else {"kl": sums["kl"]}),
+        }  # fmt: skip
+        return out.loss, logprobs, metrics
 
     def logprobs(self, batch: TrainBatch, need_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Label-aligned log-probabilities and entropy of a microbatch, [B, S] nats, differentiable."""

@@ -159,13 +159,11 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         seen = torch.zeros_like(minibatch.rollout_logprobs)
         for learns, rows, part in self.microbatches(minibatch):
-            with torch.set_grad_enabled(learns):
-                logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
-                loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
+            loss, logprobs, metrics = self.forward(part, count, learns)
             if learns:
-                (loss / count).backward()
+                loss.backward()
             seen[rows, : logprobs.shape[1]] = logprobs.detach().to(seen.dtype)
-            for name, value in {"loss": loss.detach() * (tokens / count), **metrics}.items():
+            for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
         if not self.mismatch:
             self.mismatch = sampling_mismatch((seen - minibatch.rollout_logprobs)[minibatch.response_mask])
@@ -173,6 +171,17 @@ class Trainer:
             minibatch.old_logprobs = seen
         totals = ranks.all_sum_(torch.stack(list(sums.values()))) / tokens
         return dict(zip(sums, totals.tolist(), strict=True))
+
+    def forward(self, part: TrainBatch, count: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """A microbatch -> its share of the loss, logprobs [B, S], and metrics summed over response tokens."""
+        fused = self.objective.fused(part) if self.policy.fuses and hasattr(self.objective, "fused") else None
+        if learns and fused is not None:
+            loss, logprobs, metrics = self.policy.fused_loss(part, count, fused)
+            return loss, logprobs, {"loss": loss.detach() * part.counts["token"], **metrics}
+        with torch.set_grad_enabled(learns):
+            logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
+            loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
+        return loss / count, logprobs, {"loss": loss.detach() * (part.counts["token"] / count), **metrics}
 
     def fit_critic(self, batch: TrainBatch) -> dict[str, float]:
         """Teach the critic the batch's returns, minibatch by minibatch; return its metrics."""

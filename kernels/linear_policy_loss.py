@@ -36,6 +36,9 @@ class LinearLoss(NamedTuple):
     weight_grad: Tensor | None
     stats: Tensor
 
+    def named(self) -> dict[str, Tensor]:
+        return dict(zip(STATS, self.stats, strict=True))
+
 
 def linear_policy_loss_ref(
     hidden: Tensor, weight: Tensor, target: Tensor, *, advantage: Tensor | None = None, w: Tensor,

@@ -125,6 +125,42 @@ def test_minibatches_sum_to_the_whole(tmp_path, float64_norms):
     assert (total - whole).abs().max() <= 1e-12
 
 
+FUSED = OBJECTIVES | {"cispo": ["--surrogate", "cispo"], "k1": ["--kl", "0.05", "--kl-type", "k1"]}
+
+
+@pytest.mark.parametrize("settings", FUSED.values(), ids=FUSED)
+def test_kernels_learn_what_the_objective_says(settings, tmp_path, monkeypatch):
+    """The head and the loss in one pass of kernels, against `loss_sum` and autograd: gradient, metrics, log-probs."""
+    trainer = make_trainer(tmp_path, "--problems-per-step", 6, "--group-size", 4, *settings)
+    batch = prepared_batch(trainer)
+    batch.old_logprobs += 0.2 * torch.randn(batch.old_logprobs.shape, generator=torch.Generator().manual_seed(2))
+    for name in ("old_logprobs", "ref_logprobs", "values", "credit", "advantages"):
+        if getattr(batch, name) is not None:
+            setattr(batch, name, getattr(batch, name).float())
+    expected, metrics = gradient(trainer, batch, 60)
+    trainer.policy.triton = True
+    calls = []
+    once = trainer.policy.fused_loss
+    monkeypatch.setattr(trainer.policy, "fused_loss", lambda *args: calls.append(1) or once(*args))
+    actual, got = gradient(trainer, batch, 60)
+    assert len(calls) > 1 and expected.abs().max() > 1e-4
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+    assert got == pytest.approx(metrics, rel=1e-4, abs=1e-6) and metrics["clip_ratio/region_mean"] > 0
+    batch.old_logprobs = None
+    trainer.accumulate(batch)  # on-policy: it leaves what it saw
+    torch.testing.assert_close(batch.old_logprobs.float(), trainer.policy.score(batch).detach(), rtol=0, atol=1e-5)
+
+
+def test_what_is_not_of_single_tokens_is_not_fused(tmp_path, monkeypatch):
+    for number, settings in enumerate(
+        (["--ratio-level", "sequence"], ["--is-correction", "tis"], ["--objective", "rebel"])
+    ):
+        trainer = make_trainer(tmp_path / str(number), "--problems-per-step", 4, "--group-size", 2, *settings)
+        trainer.policy.triton = True
+        monkeypatch.setattr(trainer.policy, "fused_loss", lambda *args: pytest.fail("it was fused"))
+        assert trainer.step()["num_backward_passes"] == 1
+
+
 @pytest.mark.parametrize("settings", [[], ["--entropy", "0.01"], ["--kl", "0.05"]], ids=["plain", "entropy", "kl"])
 def test_rows_without_a_gradient_change_nothing_but_the_work(settings, tmp_path, float64_norms, monkeypatch):
     trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4, *settings)

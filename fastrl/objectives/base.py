@@ -20,6 +20,8 @@ class Objective(Protocol):
     needs_profile: whether `credit` reads `problem.profile_rewards`.
 
     One that needs `values` also has value_loss_sum(values [B, S], batch), the critic's loss in the form of `loss_sum`.
+    One whose loss is a sum over single tokens may have fused(batch): arguments of `linear_policy_loss` that say what
+    `loss_sum` says, or None where its settings do not allow it. On a GPU the head then takes gradients in the forward.
     """
 
     normalizer: str

@@ -145,6 +145,18 @@ class GRPO:
             k: masked(v, mask).sum() for k, v in metrics.items()
         }
 
+    def fused(self, batch: TrainBatch) -> dict | None:
+        """The same loss as arguments of `linear_policy_loss`, vectors still [B, S]."""
+        if self.ratio_level == "sequence" or self.is_correction != "none":
+            return None
+        mask = batch.response_mask
+        return dict(
+            advantage=batch.credit[:, None].expand(mask.shape), w=masked(mask * self.row_weight(batch), mask),
+            mode=self.surrogate, epsilon=(self.clip_low, self.clip_high), dual_clip=self.dual_clip,
+            log_ratio_cap=self.log_ratio_cap, entropy_coef=self.entropy, kl_estimator=self.kl_type,
+            kl_coef=self.kl if self.kl_in == "loss" else 0.0,
+        )  # fmt: skip
+
     def sampler_weight(self, batch: TrainBatch) -> Tensor:
         """[B, S] or [B, 1], how much likelier the trainer's old policy found what the engine sampled; 0 if refused."""
         difference = masked(batch.old_logprobs - batch.rollout_logprobs, batch.response_mask)

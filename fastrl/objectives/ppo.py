@@ -89,6 +89,13 @@ class PPO:
             loss = loss - self.entropy * entropy
         return masked(loss, mask).sum(), {k: masked(v, mask).sum() for k, v in metrics.items()}
 
+    def fused(self, batch: TrainBatch) -> dict:
+        """The policy's loss as arguments of `linear_policy_loss`, vectors still [B, S]."""
+        return dict(
+            advantage=batch.advantages, w=batch.response_mask.float(), epsilon=(self.clip_low, self.clip_high),
+            dual_clip=self.dual_clip, log_ratio_cap=self.log_ratio_cap, entropy_coef=self.entropy, kl_estimator="k1",
+        )  # fmt: skip
+
     def value_loss_sum(self, values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """values [B, S] of the critic now -> its loss summed over the batch, and metrics over response tokens."""
         mask = batch.response_mask

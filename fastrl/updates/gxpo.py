@@ -152,11 +152,11 @@ class GXPO:
             adamw = self.ratio == "coord_adamw"
             rms = policy.tensor_rms(lambda s: direction(anchor[s], probe[s], lr, decay) if adamw else probe[s])
             threshold = self.active_threshold * rms if self.active_threshold else None
+            segment = segments(policy.tensor_slices(), theta) if self.active_threshold else None
             sums = extrapolate_(
                 theta, anchor, self.lookahead, self.alpha, grads=None if adamw else (probe, g1),
                 u0=probe if adamw else None, lr=lr, weight_decay=decay, ratio_min=self.ratio_min,
-                ratio_max=self.ratio_max, scale_max=self.scale_max, threshold=threshold,
-                segment=segments(policy.tensor_slices(), theta),
+                ratio_max=self.ratio_max, scale_max=self.scale_max, threshold=threshold, segment=segment,
             ).sums  # fmt: skip
         stats = FlatStats(policy.all_sum(sums)).named()
         multiplier = self.alpha * stats["scale"] / stats["elements"]
