@@ -24,11 +24,12 @@ test: $(VENV)/.test
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@if ls csrc/*.cu csrc/*.h >/dev/null 2>&1; then clang-format --dry-run --Werror csrc/*.cu csrc/*.h; fi
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cu csrc/*.h
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cu csrc/*.h
 
 bench: $(VENV)/.test
 	$(BIN)/python bench/bench_step.py

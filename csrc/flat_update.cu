@@ -124,8 +124,15 @@ __device__ void store(float* to, uint16_t* to_half, const float (&from)[count]) 
 using Totals = double[kStats][kThreads];
 
 __device__ void flush(const Sums& sums, int elements, Totals& totals) {
-  const float values[kStats] = {static_cast<float>(elements), sums.before_sq, sums.after_sq, sums.active,   sums.ratio,
-                                sums.ratio_sq,                sums.scale,     sums.clamped,  sums.nonfinite};
+  const float values[kStats] = {static_cast<float>(elements),
+                                sums.before_sq,
+                                sums.after_sq,
+                                sums.active,
+                                sums.ratio,
+                                sums.ratio_sq,
+                                sums.scale,
+                                sums.clamped,
+                                sums.nonfinite};
 #pragma unroll
   for (int k = 0; k < kStats; ++k) totals[k][threadIdx.x] += values[k];
 }
@@ -220,8 +227,10 @@ int fastrl_extrapolate(float* theta, const float* anchor, const float* x0, const
                        float weight_decay, float ratio_min, float ratio_max, float scale_max, double* partials,
                        int grid, void* stream) {
   if (lookahead < 2 || x0 == nullptr) return cudaErrorInvalidValue;
-  const Arguments a = {theta, anchor, x0,    x1,           static_cast<uint16_t*>(out_bf16), threshold, segment, n,
-                       lookahead, alpha, lr, weight_decay, ratio_min, ratio_max, scale_max, partials};
+  const Arguments a = {theta,     anchor,       x0,        x1,        static_cast<uint16_t*>(out_bf16),
+                       threshold, segment,      n,         lookahead, alpha,
+                       lr,        weight_decay, ratio_min, ratio_max, scale_max,
+                       partials};
   return launch(x1 == nullptr ? fastrl_displacements_kernel : fastrl_gradients_kernel, a, grid, stream);
 }
 #endif
