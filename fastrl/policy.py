@@ -41,6 +41,8 @@ class Policy(TrainedModel):
             num_tokens=len(self.tokenizer), packed=pack(batch) if self.packs else None, **settings,
         )  # fmt: skip
         sums = out.named()
+        # a token that is not finite has no part in the fused loss; autograd would pass it on, and the guard see it
+        self.flat.grads[:1] += torch.where(sums["nonfinite"] > 0, torch.nan, 0.0)
         metrics = {
             "entropy": out.entropy.sum(), "policy_kl": sums["policy_kl"], "clip_ratio/low_mean": sums["clip_low"],
             "clip_ratio/high_mean": sums["clip_high"], "clip_ratio/region_mean": sums["clip_low"] + sums["clip_high"],

@@ -151,6 +151,24 @@ def test_kernels_learn_what_the_objective_says(settings, tmp_path, monkeypatch):
     torch.testing.assert_close(batch.old_logprobs.float(), trainer.policy.score(batch).detach(), rtol=0, atol=1e-5)
 
 
+def test_a_token_that_is_no_word_stops_the_fused_update_as_it_stops_the_other(tmp_path):
+    """The kernel leaves such a token out of the loss: without a sign of it the step would be taken."""
+    trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--group-size", 4)
+    trainer.policy.triton = True
+    batch = prepared_batch(trainer)
+    batch.credit = batch.credit.float()
+    trainer.accumulate(batch)
+    assert trainer.policy.flat.grads.isfinite().all()
+    row = (~trainer.objective.silent(batch)).nonzero()[0, 0]
+    last = batch.response_mask[row].nonzero()[-1, 0]
+    trainer.policy.tokenizer = trainer.policy.tokenizer.get_vocab()  # all that is asked of it here is its length
+    trainer.policy.tokenizer.pop(max(trainer.policy.tokenizer, key=trainer.policy.tokenizer.get))
+    batch.input_ids[row, last] = len(trainer.policy.tokenizer)
+    trainer.accumulate(batch)
+    assert not trainer.policy.gradient().norm < float("inf")
+    assert trainer.policy.optimizer_step()["skipped"] == 1
+
+
 def test_what_is_not_of_single_tokens_is_not_fused(tmp_path, monkeypatch):
     for number, settings in enumerate(
         (["--ratio-level", "sequence"], ["--is-correction", "tis"], ["--objective", "rebel"])
