@@ -94,6 +94,8 @@ def extrapolate_(
     check(theta_2, anchor=anchor, u0=u0, out_bf16=out_bf16, **dict(zip(("g0", "g1"), grads or (), strict=False)))
     if (threshold is None) != (segment is None):
         raise ValueError("extrapolate_ takes threshold and segment together: a limit per tensor, a tensor per block")
+    if threshold is not None:
+        check_limits(theta_2, threshold, segment)
     scale_max = lookahead / 2 + 1 if scale_max is None else scale_max
     x0, x1 = grads or (u0, None)
     settings = dict(lr=lr, weight_decay=weight_decay, ratio_min=ratio_min, ratio_max=ratio_max, scale_max=scale_max)
@@ -208,3 +210,18 @@ def check(theta: Tensor, **others: Tensor | None) -> None:
                 f"{name} must be {wanted} {tuple(theta.shape)} on {theta.device}, "
                 f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
+
+
+def check_limits(theta: Tensor, threshold: Tensor, segment: Tensor) -> None:
+    """Raise ValueError unless there is a segment per block of theta, and thresholds are of its type and device."""
+    blocks = -(-len(theta) // BLOCK)
+    if segment.shape != (blocks,) or segment.device != theta.device:
+        raise ValueError(
+            f"segment must be [{blocks}], one tensor per {BLOCK} elements, on {theta.device}, "
+            f"got {tuple(segment.shape)} on {segment.device}"
+        )
+    if threshold.ndim != 1 or threshold.dtype != theta.dtype or threshold.device != theta.device:
+        raise ValueError(
+            f"threshold must be a {theta.dtype} vector on {theta.device}, "
+            f"got {threshold.dtype} {tuple(threshold.shape)} on {threshold.device}"
+        )

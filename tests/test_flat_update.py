@@ -142,10 +142,17 @@ def test_values_that_are_not_finite_stay_where_they_are(backend):
     assert theta.isfinite().tolist() == [False, True, False, True] and theta[[1, 3]].tolist() == [0.5, 1.0]
 
 
-def test_thresholds_need_segments():
-    a = torch.ones(8)
+def test_thresholds_and_segments_that_do_not_fit_are_refused():
+    a, one = torch.ones(2048), torch.ones(1)
     with pytest.raises(ValueError, match="threshold and segment together"):
-        extrapolate_(a, a, 3, 0.5, grads=(a, a), threshold=torch.ones(1))
+        extrapolate_(a, a, 3, 0.5, grads=(a, a), threshold=one)
+    for segment in (torch.zeros(1).long(), torch.zeros(3).long()):  # a kernel would read beyond the shorter one
+        with pytest.raises(
+            ValueError, match=rf"segment must be \[2\], one tensor per 1024 .*, got \({len(segment)},\)"
+        ):
+            extrapolate_(a, a, 3, 0.5, grads=(a, a), threshold=one, segment=segment)
+    with pytest.raises(ValueError, match="threshold must be a torch.float32 vector on cpu, got torch.float64"):
+        extrapolate_(a, a, 3, 0.5, grads=(a, a), threshold=one.double(), segment=torch.zeros(2).long())
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +160,8 @@ def compiled(tmp_path_factory):
     """The library for sm_90, and what ptxas said of it."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("no nvcc")
+        # fastrl needs no CUDA toolkit: without one there is no library to check, and Triton takes its place
+        pytest.skip("no nvcc on PATH, so csrc/flat_update.cu cannot be compiled")
     path = tmp_path_factory.mktemp("csrc") / flat_library.NAME
     said = subprocess.run(
         [nvcc, "-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", "-cudart", "static", "-Xptxas", "-v", "-gencode",
