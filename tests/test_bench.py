@@ -5,17 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_flat_update
+import bench_linear_policy_loss
 import pytest
 import torch
 
+from fastrl.kernels import rows
+
 BENCH = Path(__file__).parent.parent / "bench"
-sys.path.insert(0, str(BENCH))
-
-import bench_flat_update  # noqa: E402
-import bench_linear_policy_loss  # noqa: E402
-
-from fastrl.kernels import rows  # noqa: E402
-
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="prints measured figures on a GPU")
 
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from fastrl.build import head_kernels
 from fastrl.kernels import parity, rows
+from fastrl.log import RunLog
+from fastrl.model import load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,6 +40,20 @@ def test_a_wrong_number_is_found(weight, monkeypatch):
     assert parity.head_fault(weight).startswith("weight gradient off by 1")
     monkeypatch.setattr(rows, "add_weight_gradient", lambda into, dz, hidden: into.fill_(float("nan")))
     assert parity.head_fault(weight) == "weight gradient off by nan of its norm"
+
+
+def test_a_run_on_a_gpu_says_which_head_it_has(monkeypatch, capsys, tmp_path):
+    """As on a GPU: only the name of the device is one."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(rows, "BLOCK_V", 256)
+    loaded, log = load_model("embedded", dtype=torch.float32, device=DEVICE), RunLog(tmp_path, total_steps=1)
+    assert head_kernels(loaded, "cuda:0", log)
+    assert "kernels: the head runs on Triton" in capsys.readouterr().out
+    monkeypatch.setattr(rows, "row_gradient", lambda *given, dtype: given[0].zero_())
+    assert not head_kernels(loaded, "cuda:0", log)
+    said = capsys.readouterr().out
+    assert "WARNING: the head runs in torch" in said and "hidden gradient off by 1 of its norm" in said
+    assert not head_kernels(loaded, "cpu", log) and not capsys.readouterr().out
 
 
 def test_a_kernel_that_does_not_compile_is_no_crash(weight, monkeypatch):
