@@ -21,14 +21,20 @@ def direction(start, step, lr, weight_decay):
 
 @triton.jit
 def flat_update_kernel(
-    theta_ptr, anchor_ptr, x0_ptr, x1_ptr, out_bf16_ptr, threshold_ptr, segment_ptr, partials_ptr, n, lookahead, alpha,
-    lr, weight_decay, ratio_min, ratio_max, scale_max, EXTRAPOLATE: tl.constexpr, GRADIENTS: tl.constexpr,
-    HAS_BF16: tl.constexpr, HAS_THRESHOLD: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK: tl.constexpr,
+    theta_ptr, low_ptr, anchor_ptr, x0_ptr, x1_ptr, out_bf16_ptr, threshold_ptr, segment_ptr, partials_ptr, n,
+    lookahead, alpha, lr, weight_decay, ratio_min, ratio_max, scale_max, EXTRAPOLATE: tl.constexpr,
+    GRADIENTS: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BF16: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    NUM_STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     i = program * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside_n = i < n
-    theta = tl.load(theta_ptr + i, mask=inside_n, other=0.0)
+    if HAS_LOW:
+        high = tl.load(theta_ptr + i, mask=inside_n, other=0).to(tl.int32)
+        low = tl.load(low_ptr + i, mask=inside_n, other=0).to(tl.int32)
+        theta = ((high << 16) + low).to(tl.float32, bitcast=True)
+    else:
+        theta = tl.load(theta_ptr + i, mask=inside_n, other=0.0)
     start = tl.load(anchor_ptr + i, mask=inside_n, other=0.0)
     row_ptr = partials_ptr + program * NUM_STATS
     before = theta - start
@@ -65,8 +71,17 @@ def flat_update_kernel(
         tl.store(row_ptr + 8, tl.sum((inside_n & (finite == 0)).to(tl.float32), 0))
     # two forms, as torch.lerp has it: one alone is an ulp or two off at weight 1
     moved = tl.where(tl.abs(weight) < 0.5, start + weight * before, theta - before * (1 - weight))
+    # the ends themselves, whatever the other is: 0 * inf is NaN, and -0 + 0 is 0
+    moved = tl.where(weight == 0, start, tl.where(weight == 1, theta, moved))
     after = moved - start
-    tl.store(theta_ptr + i, moved, mask=inside_n)
+    if HAS_LOW:
+        bits = moved.to(tl.int32, bitcast=True)
+        # NaN without its payload: the quiet one of its sign
+        bits = tl.where(moved != moved, ((bits >> 31) << 31) | 0x7FC00000, bits)
+        tl.store(theta_ptr + i, ((bits + 0x8000) >> 16).to(tl.int16), mask=inside_n)
+        tl.store(low_ptr + i, bits.to(tl.int16), mask=inside_n)
+    else:
+        tl.store(theta_ptr + i, moved, mask=inside_n)
     if HAS_BF16:
         tl.store(out_bf16_ptr + i, moved.to(tl.bfloat16), mask=inside_n)
     tl.store(row_ptr + 0, tl.sum(inside_n.to(tl.float32), 0))
@@ -78,19 +93,22 @@ def flat_update(
     theta: Tensor, anchor: Tensor, alpha: float, *, x0: Tensor | None = None, x1: Tensor | None = None,
     lookahead: int = 2, lr: float = 0.0, weight_decay: float = 0.0, ratio_min: float = -2.0, ratio_max: float = 3.0,
     scale_max: float = 1.0, threshold: Tensor | None = None, segment: Tensor | None = None,
-    out_bf16: Tensor | None = None,
+    low: Tensor | None = None, out_bf16: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """float32 shards [n] -> theta in place, and the sums of FlatStats, float64 [9]. `fastrl.ops` has checked them.
 
-    x0 None: interpolation. x0, x1: gradients of two steps; x0 alone: the first displacement.
+    x0 None: interpolation. x0, x1: gradients of two steps; x0 alone: the first displacement. With low, int16 [n], theta
+    is bfloat16 [n]: the halves of `fastrl.split_master`.
     """
     programs = triton.cdiv(len(theta), BLOCK)
     partials = torch.zeros(programs, NUM_STATS, dtype=torch.float32, device=theta.device)
     if programs:
+        # bits of the upper half, not its value: a cast of Triton's may round otherwise, and its interpreter cuts off
+        master = theta if low is None else theta.view(torch.int16)
         flat_update_kernel[(programs,)](
-            theta, anchor, x0, x1, out_bf16, threshold, segment, partials, len(theta), lookahead, alpha, lr,
-            weight_decay, ratio_min, ratio_max, scale_max, EXTRAPOLATE=x0 is not None, GRADIENTS=x1 is not None,
-            HAS_BF16=out_bf16 is not None, HAS_THRESHOLD=threshold is not None, NUM_STATS=NUM_STATS, BLOCK=BLOCK,
-            num_warps=4, enable_fp_fusion=True,
+            master, low, anchor, x0, x1, out_bf16, threshold, segment, partials, len(theta), lookahead, alpha,
+            lr, weight_decay, ratio_min, ratio_max, scale_max, EXTRAPOLATE=x0 is not None, GRADIENTS=x1 is not None,
+            HAS_LOW=low is not None, HAS_BF16=out_bf16 is not None, HAS_THRESHOLD=threshold is not None,
+            NUM_STATS=NUM_STATS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return partials.double().sum(dim=0)

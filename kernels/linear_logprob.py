@@ -5,13 +5,15 @@
     logprob[n] = z[n, target[n]] - lse[n]
     entropy[n] = lse[n] - sum_v p[n, v] z[n, v]
 
-Rows are processed in chunks. The forward keeps three floats per row; the backward recomputes each chunk of logits:
+The forward keeps three floats per row; the backward recomputes the logits, a chunk of rows at a time:
 
     dz[n, v] = dlogprob[n] (1[v == target[n]] - p[n, v]) + dlse[n] p[n, v]
                - dentropy[n] p[n, v] (log p[n, v] + entropy[n])
 
 GEMMs are the vendor library's. Between them are the Triton kernels of `rows.py` on CUDA, and torch elsewhere.
 """
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,10 +49,7 @@ class LinearLogprob(torch.autograd.Function):
         logprobs, lse = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(lse) if need_entropy else None
         chunks = TritonChunks(hidden, weight, workspace) if triton else TorchChunks(hidden, weight)
-        for rows in chunks:
-            z = chunks.logits(rows)
-            own = None if entropy is None else entropy[rows]
-            chunks.forward(z, target[rows], part(inv_temperature, rows), logprobs[rows], lse[rows], own)
+        chunks.forward_all(target, inv_temperature, logprobs, lse, entropy)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
         ctx.inv_temperature, ctx.weight_grad = inv_temperature, weight_grad
         ctx.workspace, ctx.triton = workspace, triton
@@ -85,15 +84,24 @@ class LinearLogprob(torch.autograd.Function):
 class TorchChunks:
     """Chunks of rows in torch, in the precision of the inputs but at least float32."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor):
-        self.hidden, self.weight = hidden, weight
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, *, chunk: int = CHUNK_ROWS, logits_dtype: torch.dtype | None = None
+    ):
+        self.hidden, self.weight, self.logits_dtype = hidden, weight, logits_dtype
+        self.step = min(chunk, max(1, CHUNK_ELEMENTS // len(weight)))
 
     def __iter__(self):
-        step = max(1, CHUNK_ELEMENTS // len(self.weight))
-        return iter([slice(start, start + step) for start in range(0, len(self.hidden), step)])
+        return iter(slices(len(self.hidden), self.step))
 
     def logits(self, rows: slice) -> Tensor:
-        return chunk_logits(self.hidden[rows], self.weight)
+        z = chunk_logits(self.hidden[rows], self.weight)
+        return z if self.logits_dtype is None else z.to(self.logits_dtype).to(z.dtype)
+
+    def forward_all(self, target, inv_temperature, logprobs, lse, entropy) -> None:
+        for rows in self:
+            own = None if entropy is None else entropy[rows]
+            scale = part(inv_temperature, rows)
+            self.forward(self.logits(rows), target[rows], scale, logprobs[rows], lse[rows], own)
 
     @staticmethod
     def forward(z, target, inv_temperature, logprobs, lse, entropy) -> None:
@@ -120,24 +128,39 @@ class TorchChunks:
 
 
 class TritonChunks:
-    """Chunks of rows in one workspace of float32 logits; their gradient takes its place, in the dtype of the model."""
+    """Chunks of rows in one workspace of logits; their gradient takes its place, in the dtype of the model."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, workspace: Tensor | None):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, workspace: Tensor | None, *, chunk: int = CHUNK_ROWS,
+        logits_dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
         from fastrl.kernels import rows as kernels
 
         self.kernels, self.hidden, self.weight = kernels, hidden, weight
-        self.workspace = kernels.make_workspace(hidden, weight, CHUNK_ROWS) if workspace is None else workspace
+        self.given, self.chunk, self.logits_dtype = workspace, chunk, logits_dtype
         self.forward, self.add_weight_gradient = kernels.row_forward, kernels.add_weight_gradient
 
+    @cached_property
+    def workspace(self) -> Tensor:
+        if self.given is not None:
+            return self.given[: self.chunk]
+        return self.kernels.make_workspace(self.hidden, self.weight, self.chunk, self.logits_dtype)
+
     def __iter__(self):
-        step = len(self.workspace)
-        return iter([slice(start, start + step) for start in range(0, len(self.hidden), step)])
+        return iter(slices(len(self.hidden), len(self.workspace)))
 
     def logits(self, rows: slice) -> Tensor:
         return self.kernels.logits_into(self.workspace, self.hidden[rows], self.weight)
 
+    def forward_all(self, *given) -> None:
+        self.kernels.slab_forward(self.hidden, self.weight, *given, self.given)
+
     def gradient(self, *given) -> Tensor:
         return self.kernels.row_gradient(*given, dtype=self.hidden.dtype)
+
+
+def slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def chunk_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -179,16 +202,17 @@ def linear_logprob(
     """
     if triton is None:
         triton = hidden.is_cuda and hidden.dtype != torch.float64
-    check_head("linear_logprob", hidden, weight, target, inv_temperature, workspace if triton else None)
-    if weight_grad is not None and weight_grad.shape != weight.shape:
-        raise ValueError(f"weight_grad is {tuple(weight_grad.shape)} but weight is {tuple(weight.shape)}")
+    check_head(
+        "linear_logprob", hidden, weight, target, inv_temperature, workspace=workspace, weight_grad=weight_grad,
+        triton=triton,
+    )  # fmt: skip
     scale = inv_temperature if isinstance(inv_temperature, Tensor) else float(inv_temperature)
     return LinearLogprob.apply(hidden, weight, target, scale, need_entropy, weight_grad, workspace, triton)
 
 
 def check_head(
-    operation: str, hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float | Tensor,
-    workspace: Tensor | None,
+    operation: str, hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float | Tensor, *,
+    workspace: Tensor | None, weight_grad: Tensor | None, logits_dtype: torch.dtype = torch.float32, triton: bool,
 ) -> None:  # fmt: skip
     """Raise ValueError unless the inputs of an operation on the head fit each other."""
     if hidden.ndim != 2 or target.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
@@ -198,6 +222,8 @@ def check_head(
         )
     if hidden.dtype != weight.dtype:
         raise ValueError(f"{operation} expects one dtype, got hidden {hidden.dtype} and weight {weight.dtype}")
+    if target.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{operation}: target must be int32 or int64, got {target.dtype}")
     if len({hidden.device, weight.device, target.device}) > 1:
         raise ValueError(
             f"{operation}: hidden is on {hidden.device}, weight on {weight.device} and target on {target.device}"
@@ -209,11 +235,26 @@ def check_head(
             f"{operation}: inv_temperature must be a number or [{len(hidden)}] on {hidden.device}, "
             f"got {tuple(inv_temperature.shape)} on {inv_temperature.device}"
         )
-    if workspace is not None and (
-        workspace.dtype != torch.float32 or workspace.ndim != 2 or len(workspace) < 1
-        or workspace.shape[1] < len(weight) or not workspace.is_contiguous() or workspace.device != hidden.device
-    ):  # fmt: skip
+    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.device != weight.device):
         raise ValueError(
-            f"{operation}: workspace must be contiguous float32 [rows, at least {len(weight)}] on {hidden.device}, "
-            f"got {workspace.dtype} {tuple(workspace.shape)} on {workspace.device}"
+            f"{operation}: weight_grad is {tuple(weight_grad.shape)} on {weight_grad.device} but weight is "
+            f"{tuple(weight.shape)} on {weight.device}"
         )
+    given = dict(hidden=hidden, weight=weight, weight_grad=weight_grad)
+    if triton:
+        given["workspace"] = workspace
+        if workspace is not None and (
+            workspace.dtype != logits_dtype or workspace.ndim != 2 or len(workspace) < 1
+            or workspace.shape[1] < len(weight) or workspace.device != hidden.device
+        ):  # fmt: skip
+            raise ValueError(
+                f"{operation}: workspace must be {logits_dtype} [rows, at least {len(weight)}] on {hidden.device}, "
+                f"got {workspace.dtype} {tuple(workspace.shape)} on {workspace.device}"
+            )
+    for name, x in given.items():
+        if x is None:
+            continue
+        if not x.is_contiguous():
+            raise ValueError(f"{operation}: {name} must be contiguous, got strides {x.stride()} of {tuple(x.shape)}")
+        if triton and x.data_ptr() % 16:
+            raise ValueError(f"{operation}: {name} must start at a multiple of 16 bytes, got {x.data_ptr() % 16} more")

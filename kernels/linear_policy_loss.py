@@ -17,8 +17,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels.linear_logprob import TorchChunks, TritonChunks, check_head, linear_logprob_ref, part
-from fastrl.kernels.policy_loss import STATS, KlEstimator, PolicyLoss, check_vectors, policy_loss, policy_loss_ref
+from fastrl.kernels.linear_logprob import CHUNK_ROWS, TorchChunks, TritonChunks, check_head, linear_logprob_ref, part
+from fastrl.kernels.policy_loss import (
+    STATS,
+    KlEstimator,
+    PolicyLoss,
+    add_up,
+    check_vectors,
+    policy_loss,
+    policy_loss_ref,
+)
 
 Mode = Literal["clip", "cispo", "pg", "given"]
 
@@ -79,7 +87,7 @@ def given(logprobs: Tensor, w: Tensor, coef: Tensor) -> PolicyLoss:
     stats[STATS.index("loss")] = torch.where(alive, coef * logprobs.to(coef), torch.zeros_like(coef)).sum()
     stats[STATS.index("tokens")] = alive.sum()
     stats[STATS.index("nonfinite")] = (alive & ~logprobs.isfinite()).sum()
-    return PolicyLoss(coef, stats)
+    return PolicyLoss(coef, stats[0], stats)
 
 
 class Saved(torch.autograd.Function):
@@ -104,21 +112,38 @@ def linear_policy_loss(
     kl_estimator: KlEstimator = "k3", entropy_coef: float = 0.0, need_entropy: bool = True,
     inv_temperature: float | Tensor = 1.0, mode: Mode = "clip", epsilon: tuple[float, float] = (0.2, 0.2),
     dual_clip: float | None = 3.0, log_ratio_cap: float = 20.0, coef: Tensor | None = None,
-    weight_grad: Tensor | None = None, need_weight_grad: bool = True, workspace: Tensor | None = None,
+    weight_grad: Tensor | None = None, need_weight_grad: bool = True, chunk: int = CHUNK_ROWS,
+    workspace: Tensor | None = None, logits_dtype: torch.dtype = torch.float32, rows_with_gradient: int | None = None,
     triton: bool | None = None,
 ) -> LinearLoss:  # fmt: skip
     """hidden [N, H], weight [V, H] of one dtype; target [N]; the other vectors [N] float32.
 
     w: the response mask over the global denominator; a negative target has w = 0. old_logprobs None: on-policy, ratio
     1. mode "given" takes d loss / d logprob as coef and no advantage. weight_grad [V, H] float32 is added to in place;
-    without it (and with need_weight_grad) the result holds a new one. workspace, triton: as in `linear_logprob`.
+    without it (and with need_weight_grad) the result holds a new one. rows_with_gradient: how many rows, the first,
+    may have a coef or an entropy term that is not 0; the others cost two of the six products. chunk: rows of logits
+    alive at a time; logits_dtype: bfloat16 logits take half the memory and move ratios by several per cent. workspace
+    [rows, at least V] of logits_dtype, triton: as in `linear_logprob`.
 
     The loss can be added to others and its backward() called, but not scaled. Raises ValueError on shapes, dtypes or a
     mode that do not fit.
     """
     if triton is None:
         triton = hidden.is_cuda
-    check_head("linear_policy_loss", hidden, weight, target, inv_temperature, workspace if triton else None)
+    check_head(
+        "linear_policy_loss", hidden, weight, target, inv_temperature, workspace=workspace, weight_grad=weight_grad,
+        logits_dtype=logits_dtype, triton=triton,
+    )  # fmt: skip
+    if chunk < 1:
+        raise ValueError(f"linear_policy_loss: chunk must be at least 1 row, got {chunk}")
+    if logits_dtype not in (torch.float32, hidden.dtype):
+        raise ValueError(
+            f"linear_policy_loss: logits_dtype must be torch.float32 or that of hidden, {hidden.dtype}, "
+            f"got {logits_dtype}"
+        )
+    active = len(hidden) if rows_with_gradient is None else rows_with_gradient
+    if not 0 <= active <= len(hidden):
+        raise ValueError(f"linear_policy_loss: rows_with_gradient must be 0 to {len(hidden)}, got {active}")
     if w.shape != target.shape or w.device != hidden.device:
         raise ValueError(
             f"linear_policy_loss: w must be [{len(hidden)}] on {hidden.device}, got {tuple(w.shape)} on {w.device}"
@@ -128,16 +153,13 @@ def linear_policy_loss(
     wanted, other = ("coef", "advantage") if mode == "given" else ("advantage", "coef")
     if vectors[wanted] is None or vectors[other] is not None:
         raise ValueError(f"linear_policy_loss: mode {mode} takes {wanted} and no {other}")
-    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32):
-        raise ValueError(
-            f"linear_policy_loss: weight_grad must be float32 {tuple(weight.shape)}, "
-            f"got {weight_grad.dtype} {tuple(weight_grad.shape)}"
-        )
+    if weight_grad is not None and weight_grad.dtype != torch.float32:
+        raise ValueError(f"linear_policy_loss: weight_grad must be torch.float32, got {weight_grad.dtype}")
     with torch.no_grad():
         made = in_chunks(
             hidden, weight, target, w, vectors, inv_temperature=inv_temperature, need_entropy=need_entropy,
-            entropy_coef=entropy_coef, into=weight_grad, need_weight_grad=need_weight_grad, workspace=workspace,
-            triton=triton, mode=mode, options=dict(
+            entropy_coef=entropy_coef, into=weight_grad, need_weight_grad=need_weight_grad, active=active, mode=mode,
+            triton=triton, layout=dict(chunk=chunk, logits_dtype=logits_dtype), workspace=workspace, options=dict(
                 kl_coef=kl_coef, kl_estimator=kl_estimator, epsilon=epsilon, dual_clip=dual_clip,
                 log_ratio_cap=log_ratio_cap,
             ),
@@ -147,7 +169,7 @@ def linear_policy_loss(
 
 def in_chunks(
     hidden, weight, target, w, vectors, *, inv_temperature, need_entropy, entropy_coef, into, need_weight_grad,
-    workspace, triton, mode, options,
+    active, mode, triton, layout, workspace, options,
 ) -> LinearLoss:  # fmt: skip
     logprobs, lse = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
     entropy = torch.empty_like(lse) if need_entropy or entropy_coef else None
@@ -157,18 +179,25 @@ def in_chunks(
     hidden_grad = torch.empty_like(hidden)
     if into is None and need_weight_grad:
         into = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-    chunks = TritonChunks(hidden, weight, workspace) if triton else TorchChunks(hidden, weight)
-    loss = policy_loss if triton else policy_loss_ref
+
+    def chunks_of(hidden: Tensor) -> TritonChunks | TorchChunks:
+        return TritonChunks(hidden, weight, workspace, **layout) if triton else TorchChunks(hidden, weight, **layout)
+
+    def token_loss(rows: slice) -> PolicyLoss:
+        _, advantage, old, ref, coef = (None if x is None else x[rows] for x in vectors.values())
+        if mode == "given":
+            return given(logprobs[rows], w[rows], coef)
+        return policy_loss(
+            logprobs[rows], old, advantage, w[rows], ref_logprobs=ref, mode=mode, triton=triton, **options
+        )
+
     stats = [torch.zeros(len(STATS), dtype=torch.float32, device=hidden.device)]
+    chunks = chunks_of(hidden[:active])
     for rows in chunks:
         z = chunks.logits(rows)
         scale, own = part(inv_temperature, rows), None if entropy is None else entropy[rows]
         chunks.forward(z, target[rows], scale, logprobs[rows], lse[rows], own)
-        _, advantage, old, ref, coef = (None if x is None else x[rows] for x in vectors.values())
-        if mode == "given":
-            token = given(logprobs[rows], w[rows], coef)
-        else:
-            token = loss(logprobs[rows], old, advantage, w[rows], ref_logprobs=ref, mode=mode, **options)
+        token = token_loss(rows)
         stats.append(token.stats)
         dentropy = -entropy_coef * w[rows] if entropy_coef else None
         if not triton:  # the torch definition spends its logits
@@ -177,8 +206,16 @@ def in_chunks(
         torch.mm(dz.to(weight.dtype), weight, out=hidden_grad[rows])
         if need_weight_grad:
             chunks.add_weight_gradient(into, dz, hidden[rows])
-    totals = torch.stack(stats)
-    totals = torch.cat([totals[:, :-1].sum(dim=0), totals[:, -1:].amax(dim=0)])
+    if active < len(hidden):
+        rest = slice(active, len(hidden))
+        own = None if entropy is None else entropy[rest]
+        chunks_of(hidden[rest]).forward_all(target[rest], part(inv_temperature, rest), logprobs[rest], lse[rest], own)
+        token = token_loss(rest)
+        stats.append(token.stats)
+        silent = (token.coef == 0).all() & (entropy_coef * w[rest] == 0).all()
+        torch._assert_async(silent, "linear_policy_loss: a row beyond rows_with_gradient has a gradient")
+        hidden_grad[rest] = 0
+    totals = add_up(stats)
     if entropy is not None:
         entropy = torch.where(ignored, 0.0, entropy)
         totals[0] -= entropy_coef * torch.where(w != 0, w * entropy, 0.0).sum()

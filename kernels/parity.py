@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastrl.kernels.linear_logprob import linear_logprob
 
-NUM_ROWS = 48  # of hidden states
+NUM_ROWS = 1024  # of hidden states: with the words below, more than one slab
 NUM_WORDS = 20_000  # of the head: more than two blocks, and little memory
 LOGPROB_NATS = 1e-3  # far above rounding (1e-5), far below anything wrong
 GRADIENT_FRAC = 0.02  # of the norm; rounding to bfloat16 makes 0.004

@@ -6,7 +6,7 @@
 
 What `linear_logprob` and `linear_policy_loss` share: GEMMs by the vendor library, and these kernels between them. The
 forward reads 4 bytes per logit; the gradient reads 4 and writes 2 (bfloat16) or 4 over them: a chunk of logits is all
-the memory of its size.
+the memory of its size. A row may also come in slabs of the vocabulary, one launch each: four floats are carried over.
 """
 
 import torch
@@ -18,21 +18,31 @@ from torch import Tensor
 BLOCK_V = 8192
 NUM_WARPS = 16
 ROW_ALIGN = 16  # floats; every row of logits starts at 64 bytes
+SLAB_ROWS, SLAB_WORDS = 16384, 1024  # a product of this size takes longer than two launches
+SLAB_ELEMENTS = SLAB_ROWS * SLAB_WORDS  # float32 logits alive while only log-probabilities are asked for: 64 MiB
 
 
 @triton.jit
 def row_forward_kernel(
-    z_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, lse_ptr, entropy_ptr, z_stride_n, V, inv_temperature,
-    ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_V: tl.constexpr,
+    z_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, lse_ptr, entropy_ptr, state_ptr, z_stride_n, V, first_word,
+    inv_temperature, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, RESUME: tl.constexpr, FINISH: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)  # int64: rows times vocabulary passes 2^31 at 16k rows and a 152k vocabulary
     row_ptr = z_ptr + n * z_stride_n
-    target = tl.load(target_ptr + n).to(tl.int64)
+    target = tl.load(target_ptr + n).to(tl.int64) - first_word
     if PER_TOKEN:
         inv_temperature = tl.load(inv_temperature_ptr + n)
-    top = -float("inf")
-    total = 0.0  # sum of exp(z' - top)
-    moment = 0.0  # sum of exp(z' - top) (z' - top)
+    if RESUME:
+        top = tl.load(state_ptr + 4 * n)
+        total = tl.load(state_ptr + 4 * n + 1)
+        moment = tl.load(state_ptr + 4 * n + 2)
+        picked = tl.load(state_ptr + 4 * n + 3)
+    else:
+        top = -float("inf")
+        total = 0.0  # sum of exp(z' - top)
+        moment = 0.0  # sum of exp(z' - top) (z' - top)
+        picked = float("nan")  # z' of the target; an id that is no word never gets one
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)  # [BLOCK_V]
         x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) * inv_temperature
@@ -48,12 +58,19 @@ def row_forward_kernel(
         total = total * keep + tl.sum(e, 0)
         top = new_top
     inside = (target >= 0) & (target < V)
-    picked = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(tl.float32) * inv_temperature
-    logprob = tl.minimum((picked - top) - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(logprob_ptr + n, logprob)  # NaN for an id that is no word, and never a neighbour's logit
-    tl.store(lse_ptr + n, top + tl.log(total))
-    if ENTROPY:
-        tl.store(entropy_ptr + n, tl.log(total) - moment / total)
+    here = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32) * inv_temperature
+    picked = tl.where(inside, here, picked)
+    if FINISH:
+        logprob = tl.minimum((picked - top) - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(logprob_ptr + n, logprob)
+        tl.store(lse_ptr + n, top + tl.log(total))
+        if ENTROPY:
+            tl.store(entropy_ptr + n, tl.log(total) - moment / total)
+    else:
+        tl.store(state_ptr + 4 * n, top)
+        tl.store(state_ptr + 4 * n + 1, total)
+        tl.store(state_ptr + 4 * n + 2, moment)
+        tl.store(state_ptr + 4 * n + 3, picked)
 
 
 @triton.jit
@@ -89,16 +106,19 @@ def row_gradient_kernel(
         tl.store(dz_ptr + n * dz_stride_n + v, dz.to(dz_ptr.dtype.element_ty), mask=v < V)
 
 
-def make_workspace(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    """Memory of one chunk of logits, float32 [rows, V rounded up to ROW_ALIGN]."""
-    width = triton.cdiv(len(weight), ROW_ALIGN) * ROW_ALIGN
-    return torch.empty(min(chunk, max(1, len(hidden))), width, dtype=torch.float32, device=hidden.device)
+def make_workspace(hidden: Tensor, weight: Tensor, chunk: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of one chunk of logits, [rows, V rounded up to ROW_ALIGN]."""
+    return torch.empty(min(chunk, max(1, len(hidden))), aligned(len(weight)), dtype=dtype, device=hidden.device)
+
+
+def aligned(words: int) -> int:
+    return triton.cdiv(words, ROW_ALIGN) * ROW_ALIGN
 
 
 def logits_into(workspace: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [n, H], weight [V, H] -> float32 logits [n, V] in the workspace; bfloat16 products are not rounded."""
+    """hidden [n, H], weight [V, H] -> logits [n, V] in the workspace; in float32, bfloat16 products are not rounded."""
     z = workspace[: len(hidden), : len(weight)]
-    if hidden.dtype == torch.float32:
+    if hidden.dtype == z.dtype:
         return torch.mm(hidden, weight.T, out=z)
     if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=z)
@@ -106,15 +126,48 @@ def logits_into(workspace: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def row_forward(
-    z: Tensor, target: Tensor, inv_temperature: float | Tensor, logprobs: Tensor, lse: Tensor, entropy: Tensor | None
-) -> None:
-    """z [n, V] with contiguous rows -> logprobs, lse, entropy [n] float32, written in place; nats."""
+    z: Tensor, target: Tensor, inv_temperature: float | Tensor, logprobs: Tensor, lse: Tensor, entropy: Tensor | None,
+    *, state: Tensor | None = None, first_word: int = 0, finish: bool = True,
+) -> None:  # fmt: skip
+    """z [n, V] with contiguous rows -> logprobs, lse, entropy [n] float32, written in place; nats.
+
+    z may be the columns from first_word on of a larger vocabulary, taken in order: `state` [n, 4] float32 then carries
+    what is known of a row from one call to the next, and only the last one (finish) writes the others.
+    """
     per_token = isinstance(inv_temperature, Tensor)
+    block = min(BLOCK_V, max(SLAB_WORDS, triton.next_power_of_2(z.shape[1])))
     row_forward_kernel[(len(z),)](
-        z, target, inv_temperature if per_token else None, logprobs, lse, entropy, z.stride(0), z.shape[1],
-        1.0 if per_token else inv_temperature, ENTROPY=entropy is not None, PER_TOKEN=per_token, BLOCK_V=BLOCK_V,
-        num_warps=NUM_WARPS, enable_fp_fusion=True,
+        z, target, inv_temperature if per_token else None, logprobs, lse, entropy, state, z.stride(0), z.shape[1],
+        first_word, 1.0 if per_token else inv_temperature, ENTROPY=entropy is not None, PER_TOKEN=per_token,
+        RESUME=first_word > 0, FINISH=finish, BLOCK_V=block, num_warps=max(1, block * NUM_WARPS // BLOCK_V),
+        enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def slab_forward(
+    hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float | Tensor, logprobs: Tensor, lse: Tensor,
+    entropy: Tensor | None, workspace: Tensor | None,
+) -> None:  # fmt: skip
+    """hidden [n, H], weight [V, H] -> logprobs, lse, entropy [n] float32 in place, 64 MiB of logits alive at a time.
+
+    Rows stay and columns move: each slab of weight is read once, and hidden, which is small, once per slab.
+    """
+    for start in range(0, len(hidden), SLAB_ROWS):
+        rows = slice(start, min(start + SLAB_ROWS, len(hidden)))
+        n = rows.stop - rows.start
+        width = min(aligned(len(weight)), max(SLAB_WORDS, SLAB_ELEMENTS // n // SLAB_WORDS * SLAB_WORDS))
+        if workspace is not None and workspace.numel() >= n * width:
+            z = workspace.view(-1)[: n * width].view(n, width)
+        else:
+            z = torch.empty(n, width, dtype=torch.float32, device=hidden.device)
+        state = torch.empty(n, 4, dtype=torch.float32, device=hidden.device) if width < len(weight) else None
+        scale = inv_temperature[rows] if isinstance(inv_temperature, Tensor) else inv_temperature
+        own = None if entropy is None else entropy[rows]
+        for word in range(0, len(weight), width):
+            row_forward(
+                logits_into(z, hidden[rows], weight[word : word + width]), target[rows], scale, logprobs[rows],
+                lse[rows], own, state=state, first_word=word, finish=word + width >= len(weight),
+            )  # fmt: skip
 
 
 def row_gradient(

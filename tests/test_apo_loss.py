@@ -1,13 +1,17 @@
 """Squared regression of whole completions: the kernel against its definition in float64, by hand, and at the edges."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from fastrl.kernels.apo_loss import BLOCK_N, apo_loss, apo_loss_ref
+from fastrl.kernels.apo_loss import apo_loss, apo_loss_ref
+from fastrl.kernels.vectors import BLOCK_N
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernel = partial(apo_loss, triton=True)
+PATHS = pytest.mark.parametrize("function", [kernel, apo_loss_ref], ids=["triton", "torch"])
 
 
 def completions(lengths, seed=0):
@@ -29,11 +33,11 @@ def double(inputs):
 @pytest.mark.parametrize("beta2", [1e-3, 0.5])
 def test_kernel_is_its_definition(lengths, beta2):
     inputs = completions(lengths, seed=len(lengths))
-    for ours, truth in zip(apo_loss(*inputs, beta2), apo_loss_ref(*double(inputs), beta2), strict=True):
+    for ours, truth in zip(kernel(*inputs, beta2), apo_loss_ref(*double(inputs), beta2), strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", [apo_loss, apo_loss_ref])
+@PATHS
 def test_by_hand(function):
     # u = (-1 + 1.5) + (-2 + 1) = -0.5; residual = 2 * -0.5 + 0.25 - 1 = -1.75; loss = 0.5 * 3.0625
     inputs = [torch.tensor(x, device=DEVICE) for x in ([-1.0, -2.0], [-1.5, -1.0])]
@@ -44,22 +48,24 @@ def test_by_hand(function):
     assert coef.tolist() == [2 * 2 * 0.5 * -1.75] * 2
 
 
-def test_a_long_completion_does_not_drift():
+@PATHS
+def test_a_long_completion_does_not_drift(function):
     # 0.1 is no binary fraction: a running float32 sum of 200 000 is off by 0.1 %, 1024 lanes by 1e-6
     N = 200_000
     logp, ref = torch.full((N,), 0.1, device=DEVICE), torch.zeros(N, device=DEVICE)
     cu = torch.tensor([0, N], dtype=torch.int32, device=DEVICE)
     one = torch.ones(1, device=DEVICE)
-    u = apo_loss(logp, ref, cu, one, one, one, 1.0).u.item()
+    u = function(logp, ref, cu, one, one, one, 1.0).u.item()
     assert u == pytest.approx(N * float(torch.tensor(0.1)), rel=2e-6)
 
 
-def test_a_completion_of_weight_zero_may_hold_anything():
+@PATHS
+def test_a_completion_of_weight_zero_may_hold_anything(function):
     logp, ref, cu, value, reward, w = completions([3, 4, 5])
     w[1] = 0.0
-    clean = apo_loss(logp, ref, cu, value, reward, w, 0.1)
+    clean = function(logp, ref, cu, value, reward, w, 0.1)
     logp[3:7], value[1] = math.nan, math.inf
-    dirty = apo_loss(logp, ref, cu, value, reward, w, 0.1)
+    dirty = function(logp, ref, cu, value, reward, w, 0.1)
     assert torch.equal(dirty.coef, clean.coef) and torch.equal(dirty.loss, clean.loss)
     assert not dirty.coef[3:7].any()
 

@@ -11,11 +11,33 @@ from fastrl.model import load_model
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def small(monkeypatch):
+    """Few rows in the interpreter, with the same number of blocks and slabs."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(parity, "NUM_ROWS", 48)
+        for name, value in (("BLOCK_V", 256), ("SLAB_WORDS", 512), ("SLAB_ELEMENTS", 48 * 512)):
+            monkeypatch.setattr(rows, name, value)
+
+
 @pytest.fixture
 def weight(monkeypatch):
-    if DEVICE == "cpu":
-        monkeypatch.setattr(rows, "BLOCK_V", 256)
+    small(monkeypatch)
     return torch.randn(700, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def test_what_is_carried_between_slabs_is_checked(weight, monkeypatch):
+    forward = rows.row_forward
+
+    def forgetful(*given, first_word, **options):
+        forward(*given, first_word=0, **options)
+
+    monkeypatch.setattr(rows, "row_forward", forgetful)
+    assert parity.head_fault(weight).startswith("logprobs off by")
+    assert parity.NUM_ROWS * min(len(weight), parity.NUM_WORDS) > rows.SLAB_ELEMENTS
+
+
+def test_on_a_gpu_the_check_takes_more_than_one_slab():
+    assert parity.NUM_ROWS * parity.NUM_WORDS > rows.SLAB_ELEMENTS and parity.NUM_ROWS <= rows.SLAB_ROWS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,9 +48,10 @@ def test_nothing_is_said_where_it_works(weight, dtype):
 def test_a_wrong_number_is_found(weight, monkeypatch):
     forward, gradient, add = rows.row_forward, rows.row_gradient, rows.add_weight_gradient
 
-    def off(z, target, scale, logprobs, lse, entropy):
-        forward(z, target, scale, logprobs, lse, entropy)
-        logprobs += 0.01
+    def off(z, target, scale, logprobs, *given, finish, **state):
+        forward(z, target, scale, logprobs, *given, finish=finish, **state)
+        if finish:
+            logprobs += 0.01
 
     monkeypatch.setattr(rows, "row_forward", off)
     assert parity.head_fault(weight) == "logprobs off by 0.01 nats"
@@ -44,9 +67,9 @@ def test_a_wrong_number_is_found(weight, monkeypatch):
 
 def test_a_run_on_a_gpu_says_which_head_it_has(monkeypatch, capsys, tmp_path):
     """As on a GPU: only the name of the device is one."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(rows, "BLOCK_V", 256)
+    small(monkeypatch)
     loaded, log = load_model("embedded", dtype=torch.float32, device=DEVICE), RunLog(tmp_path, total_steps=1)
+    loaded.model.lm_head.weight.data = loaded.model.lm_head.weight.data.clone()  # mapped files start anywhere
     assert head_kernels(loaded, "cuda:0", log)
     assert "kernels: the head runs on Triton" in capsys.readouterr().out
     monkeypatch.setattr(rows, "row_gradient", lambda *given, dtype: given[0].zero_())
@@ -57,7 +80,7 @@ def test_a_run_on_a_gpu_says_which_head_it_has(monkeypatch, capsys, tmp_path):
 
 
 def test_a_kernel_that_does_not_compile_is_no_crash(weight, monkeypatch):
-    def broken(*args):
+    def broken(*args, **options):
         raise RuntimeError("no such instruction\nand more lines")
 
     monkeypatch.setattr(rows, "row_forward", broken)

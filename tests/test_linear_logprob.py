@@ -152,7 +152,7 @@ def test_chunks_change_nothing(monkeypatch, rows, dtype):
     whole = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * 7 + 6)  # 6 spare elements are no row
     bounds = {1: [0, 1, 2, 3, 4], 2: [0, 2, 4], 3: [0, 3]}[rows]
-    assert [(s.start, s.stop) for s in module.TorchChunks(hidden, weight)] == [(b, b + rows) for b in bounds]
+    assert [(s.start, s.stop) for s in module.TorchChunks(hidden, weight)] == [(b, min(b + rows, 5)) for b in bounds]
     cut = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
     for name, value in whole.items():
         close = 1e-6 if value.dtype == torch.float32 else 2**-7  # one rounding to bfloat16
@@ -172,7 +172,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for value in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():  # the interpreter copies bytes
                 self.numel = max(self.numel, value.numel())
         return out
 
@@ -253,20 +253,17 @@ def test_a_broken_row_stays_alone(triton):
         assert bad[name][2].isnan().all()
 
 
-def test_strided_and_permuted_rows():
-    hidden, weight, target, upstream = inputs(10, 7, torch.float32)
-    some = {name: up[::2] for name, up in upstream.items()}
-    packed = run(linear_logprob, hidden[::2].contiguous(), weight, target[::2].contiguous(), some, need_entropy=True)
-    logprobs, entropy, lse = linear_logprob(hidden[::2], weight, target[::2], need_entropy=True)
-    assert torch.equal(torch.stack([logprobs, entropy, lse]), torch.stack([packed[name] for name in NAMES]))
+def test_order_of_rows_changes_nothing():
+    hidden, weight, target, upstream = inputs(5, 7, torch.float32)
     order = torch.tensor([3, 0, 4, 2, 1])
+    given = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
     moved = run(
-        linear_logprob, hidden[::2][order], weight, target[::2][order],
-        {name: up[order] for name, up in some.items()}, need_entropy=True,
+        linear_logprob, hidden[order], weight, target[order], {name: up[order] for name, up in upstream.items()},
+        need_entropy=True,
     )  # fmt: skip
     for name in (*NAMES, "dhidden"):
-        torch.testing.assert_close(moved[name], packed[name][order], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(moved["dweight"], packed["dweight"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moved[name], given[name][order], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moved["dweight"], given["dweight"], rtol=1e-5, atol=1e-6)
 
 
 @PATHS
@@ -305,7 +302,25 @@ def test_target_outside_the_vocabulary_is_never_a_number(bad):
         ({"target": torch.tensor([1])}, r"got \(2, 4\), \(7, 4\) and \(1,\)"),
         ({"target": torch.tensor([[1], [2]])}, r"and \(2, 1\)"),
         ({"weight": torch.ones(7, 4).bfloat16()}, r"one dtype, got hidden torch.float32 and weight torch.bfloat16"),
-        ({"weight_grad": torch.ones(6, 4)}, r"weight_grad is \(6, 4\) but weight is \(7, 4\)"),
+        ({"weight_grad": torch.ones(6, 4)}, r"weight_grad is \(6, 4\) on \w+ but weight is \(7, 4\)"),
+        ({"target": torch.ones(2)}, "target must be int32 or int64, got torch.float32"),
+        ({"hidden": torch.ones(4, 4)[::2]}, r"hidden must be contiguous, got strides \(8, 1\) of \(2, 4\)"),
+        ({"weight": torch.ones(4, 7).T}, r"weight must be contiguous, got strides \(1, 7\) of \(7, 4\)"),
+        ({"weight_grad": torch.ones(4, 7).T}, r"weight_grad must be contiguous, got strides \(1, 7\)"),
+        ({"inv_temperature": torch.ones(3)}, r"inv_temperature must be a number or \[2\] on \w+, got \(3,\)"),
+        (
+            {"weight": torch.ones(29)[1:].view(7, 4), "triton": True},
+            "weight must start at a multiple of 16 bytes, got 4",
+        ),
+        (
+            {"hidden": torch.ones(9)[1:].view(2, 4), "triton": True},
+            "hidden must start at a multiple of 16 bytes, got 4",
+        ),
+        (
+            {"workspace": torch.ones(2, 6), "triton": True},
+            r"workspace must be torch.float32 \[rows, at least 7\] on \w+, got torch.float32 \(2, 6\)",
+        ),
+        ({"workspace": torch.ones(2, 8).double(), "triton": True}, r"got torch.float64 \(2, 8\)"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
@@ -349,3 +364,68 @@ def test_a_workspace_is_as_many_rows_as_a_chunk_and_changes_nothing():
             torch.testing.assert_close(cut[name], whole[name], rtol=0, atol=1e-6)
         torch.testing.assert_close(cut["dhidden"], whole["dhidden"], rtol=2**-7, atol=2**-7)
         assert not workspace[: min(rows, 5), :150].isnan().any()  # it was used
+
+
+@pytest.fixture
+def slabs(monkeypatch):
+    """Slabs of 64 words, for three rows at a time."""
+    for name, value in (("SLAB_ROWS", 3), ("SLAB_WORDS", 64), ("SLAB_ELEMENTS", 3 * 64)):
+        monkeypatch.setattr(kernels, name, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N, V", [(1, 64), (3, 65), (7, 1003), (8, 1024)])
+def test_a_vocabulary_in_slabs_is_one(slabs, N, V, dtype):
+    hidden, weight, target, _ = inputs(N, V, dtype, seed=V)
+    inv_temperature = torch.linspace(0.5, 3.0, N)
+    truth = linear_logprob_ref(
+        hidden.double(), weight.double(), target, inv_temperature=inv_temperature.double(), need_entropy=True
+    )
+    some = dict(inv_temperature=inv_temperature, triton=True)
+    ours = linear_logprob(hidden, weight, target, need_entropy=True, **some)
+    for found, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=2e-5)
+    plain = linear_logprob(hidden, weight, target.int(), **some)
+    assert torch.equal(plain[0], ours[0]) and torch.equal(plain[2], ours[2]) and plain[1] is None
+
+
+def test_slabs_of_nothing_but_minus_infinity(slabs):
+    """Words that cannot be, in the first slab, in the last, and in all but one."""
+    hidden, weight, target, _ = inputs(3, 200, torch.float32)
+    hidden, target = hidden.abs() + 0.1, target.clamp(max=63)
+    for dead in (slice(64, 128), slice(128, 200), slice(64, 200), slice(0, 64)):
+        some = weight.clone()
+        some[dead] = -math.inf
+        want = linear_logprob_ref(hidden.double(), some.double(), target)[2]
+        logprobs, entropy, lse = linear_logprob(hidden, some, target, need_entropy=True, triton=True)
+        torch.testing.assert_close(lse.double(), want, rtol=1e-6, atol=2e-5)
+        assert entropy.isfinite().all() and (entropy > 0).all()
+        assert (logprobs == -math.inf).all() if dead.start == 0 else logprobs.isfinite().all()
+    hidden[1, 0] = math.nan
+    found = linear_logprob(hidden, weight, target, need_entropy=True, triton=True)
+    assert all(x.isnan().tolist() == [False, True, False] for x in found)
+    bad = torch.tensor([200, -1, 1 << 20])
+    assert linear_logprob(hidden, weight, bad, triton=True)[0].isnan().all()
+
+
+def test_slabs_take_little_memory_and_a_workspace_that_is_there(slabs):
+    hidden, weight, target, _ = inputs(7, 1000, torch.float32)
+    with Largest() as made:
+        alone = linear_logprob(hidden, weight, target, triton=True)
+    assert made.numel <= 192 * H  # a view of the weight: the last row alone takes 192 words; of logits there are 192
+    workspace = torch.full((1, 1008), math.nan)
+    lent = linear_logprob(hidden, weight, target, triton=True, workspace=workspace)
+    assert torch.equal(alone[0], lent[0]) and workspace[0, :192].isfinite().all() and workspace[0, 192:].isnan().all()
+
+
+def test_few_rows_take_wide_slabs(monkeypatch):
+    hidden, weight, target, _ = inputs(2, 1000, torch.float32)
+    widths = []
+    forward = kernels.row_forward
+    monkeypatch.setattr(kernels, "row_forward", lambda z, *a, **k: widths.append(z.shape[1]) or forward(z, *a, **k))
+    monkeypatch.setattr(kernels, "SLAB_WORDS", 64)
+    for elements, wanted in ((10**9, [1000]), (2 * 650, [640, 360]), (1, [64] * 15 + [40])):
+        widths.clear()
+        monkeypatch.setattr(kernels, "SLAB_ELEMENTS", elements)
+        linear_logprob(hidden, weight, target, triton=True)
+        assert widths == wanted

@@ -305,10 +305,14 @@ def test_a_scaled_loss_is_refused():
         (dict(coef=torch.ones(3)), "mode clip takes advantage and no coef"),
         (
             dict(weight_grad=torch.zeros(50, H).bfloat16()),
-            r"weight_grad must be float32 \(50, 16\), got torch.bfloat16",
+            "weight_grad must be torch.float32, got torch.bfloat16",
         ),
         (dict(weight=torch.ones(50, H).bfloat16()), "expects one dtype, got hidden torch.float32 and weight torch.bfl"),
         (dict(inv_temperature=torch.ones(2)), r"inv_temperature must be a number or \[3\] on cpu, got \(2,\) on cpu"),
+        (dict(chunk=0), "chunk must be at least 1 row, got 0"),
+        (dict(rows_with_gradient=4), "rows_with_gradient must be 0 to 3, got 4"),
+        (dict(logits_dtype=torch.bfloat16), "logits_dtype must be torch.float32 or that of hidden, torch.float32, got"),
+        (dict(hidden=torch.ones(6, H)[::2]), r"hidden must be contiguous, got strides \(32, 1\)"),
         (dict(workspace=torch.ones(3, 40), triton=True), r"workspace must be .* at least 50\] .*, got .* \(3, 40\)"),
     ],
 )
@@ -330,3 +334,60 @@ def test_entropy_is_of_the_scaled_logits():
         assert out.entropy.item() == pytest.approx(-(0.2 * math.log(0.2) + 0.8 * math.log(0.8)), abs=1e-6)
         # d(-logp)/dz = p - onehot, times the inverse temperature: 2 (0.2, -0.2)
         assert out.weight_grad[:, 0].tolist() == pytest.approx([0.4, -0.4], abs=1e-6)
+
+
+@PATHS
+def test_a_chunk_has_as_many_rows_as_it_says(triton):
+    inputs, vectors = problem(9, 300, torch.float32)
+    whole = run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton)
+    for chunk, products in ((1, 27), (4, 9), (100, 3)):
+        with Work() as work:
+            cut = run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton, chunk=chunk)
+        # torch spends its logits and makes them twice
+        assert len(work.products) == products * (3 if triton else 4) // 3
+        torch.testing.assert_close(cut.logprobs, whole.logprobs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(cut.hidden_grad, whole.hidden_grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cut.weight_grad, whole.weight_grad, rtol=1e-5, atol=1e-6)
+
+
+@PATHS
+@pytest.mark.parametrize("mode", ["clip", "given"])
+def test_rows_known_to_have_no_gradient_cost_a_forward_and_nothing_else(triton, mode):
+    inputs, vectors = problem(10, 300, torch.float32)
+    vectors["w"] = torch.full((10,), 0.1, device=DEVICE)
+    silent = torch.arange(10, device=DEVICE) >= 6  # a group of equal rewards
+    vectors["advantage"][silent] = vectors["coef"][silent] = 0.0
+    settings = settled(vectors, dict(mode=mode))
+    whole = run(linear_policy_loss, inputs, settings, triton=triton, chunk=4)
+    with Work() as work:
+        some = run(linear_policy_loss, inputs, settings, triton=triton, chunk=4, rows_with_gradient=6)
+    assert len(work.products) == 2 * (3 if triton else 4) + 1  # two chunks, and one forward of the rest
+    for name in ("loss", "logprobs", "entropy", "hidden_grad", "weight_grad"):
+        torch.testing.assert_close(getattr(some, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some.stats, whole.stats, rtol=1e-5, atol=1e-6)
+    assert not some.hidden_grad[6:].any() and some.hidden_grad[:6].any()
+    none = run(linear_policy_loss, inputs, settings | dict(w=torch.zeros(10, device=DEVICE)), triton=triton,
+               rows_with_gradient=0)  # fmt: skip
+    assert not none.hidden_grad.any() and not none.weight_grad.any()
+    if DEVICE == "cpu":  # on CUDA the assertion ends the process
+        for wrong in (dict(rows_with_gradient=3), dict(rows_with_gradient=6, entropy_coef=0.1)):
+            with pytest.raises(RuntimeError, match="a row beyond rows_with_gradient has a gradient"):
+                run(linear_policy_loss, inputs, settings, triton=triton, **wrong)
+
+
+@PATHS
+def test_bfloat16_logits_are_as_wrong_as_they_must_be(triton):
+    """Off by the rounding of a logit and no more, and by much more than float32 logits are."""
+    inputs, vectors = problem(7, 1003, torch.bfloat16)
+    settings = settled(vectors, dict(mode="pg"))
+    largest = (inputs[0].double() @ inputs[1].double().T).abs().max().item()
+    truth = run(linear_policy_loss_ref, [x.double() if x.is_floating_point() else x for x in inputs],
+                settled(vectors, dict(mode="pg"), torch.float64))  # fmt: skip
+    half = run(linear_policy_loss, inputs, settings, triton=triton, logits_dtype=torch.bfloat16, chunk=3)
+    error = (half.logprobs.double() - truth.logprobs).abs().max().item()
+    assert 1e-3 < error < 2**-8 * largest
+    assert distance(half.hidden_grad, truth.hidden_grad) < 0.05
+    if triton:
+        workspace = torch.empty(3, 1008, dtype=torch.bfloat16, device=DEVICE)
+        lent = run(linear_policy_loss, inputs, settings, triton=True, logits_dtype=torch.bfloat16, workspace=workspace)
+        assert torch.equal(lent.hidden_grad, half.hidden_grad)

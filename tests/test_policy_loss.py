@@ -1,13 +1,17 @@
 """Loss of single tokens: the kernel against its definition in float64, both by hand, and what must not break."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from fastrl.kernels.policy_loss import BLOCK_N, STATS, policy_loss, policy_loss_ref
+from fastrl.kernels.policy_loss import STATS, policy_loss, policy_loss_ref
+from fastrl.kernels.vectors import BLOCK_N
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernel = partial(policy_loss, triton=True)
+PATHS = pytest.mark.parametrize("function", [kernel, policy_loss_ref], ids=["triton", "torch"])
 REF = dict(ref_logprobs=True, kl_coef=0.1)
 SETTINGS = {
     "clip": {}, "asymmetric": dict(epsilon=(0.1, 0.28)), "no dual clip": dict(dual_clip=None),
@@ -40,7 +44,7 @@ def call(function, vectors, **settings):
 def test_kernel_is_its_definition(settings, N):
     vectors = tokens(N, seed=N)
     ours, truth = (
-        call(policy_loss, vectors, **settings),
+        call(kernel, vectors, **settings),
         call(policy_loss_ref, [v.double() for v in vectors], **settings),
     )
     assert ours.coef.dtype == torch.float32 and ours.coef.shape == (N,)
@@ -66,7 +70,7 @@ CLIP = [
 CISPO = [(2.0, 1.5, -2.4 * math.log(0.3), -2.4), (-2.0, 0.5, 1.6 * math.log(0.3), 1.6)]  # probability 0.3
 
 
-@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+@PATHS
 @pytest.mark.parametrize("mode, cases", [("clip", CLIP), ("cispo", CISPO)])
 def test_by_hand(function, mode, cases):
     for advantage, ratio, loss, slope in cases:
@@ -79,7 +83,7 @@ def test_by_hand(function, mode, cases):
         assert out.coef.item() == pytest.approx(0.5 * slope, abs=1e-6), (advantage, ratio)
 
 
-@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+@PATHS
 def test_at_the_edge_of_the_clip_the_gradient_is_whole(function):
     # 1.25 and 0.75 are exact in binary; log_ratio 0 with edges at 1 is too
     zero, w = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
@@ -88,7 +92,7 @@ def test_at_the_edge_of_the_clip_the_gradient_is_whole(function):
         assert out.coef.item() == -advantage
 
 
-@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+@PATHS
 @pytest.mark.parametrize("mode", ["clip", "cispo"])
 @pytest.mark.parametrize("log_ratio", [200.0, -200.0, math.inf])
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
@@ -102,7 +106,7 @@ def test_a_ratio_that_overflows_has_no_gradient_through_it(function, mode, log_r
     assert out.stats[STATS.index("capped")] == 1
 
 
-@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+@PATHS
 def test_tokens_of_weight_zero_may_hold_anything(function):
     logp, old, advantage, w, ref = tokens(64)
     clean = function(logp, old, advantage, w, ref_logprobs=ref, kl_coef=0.1)
@@ -114,7 +118,7 @@ def test_tokens_of_weight_zero_may_hold_anything(function):
     assert not nothing.coef.any() and not nothing.stats.any()
 
 
-@pytest.mark.parametrize("function", [policy_loss, policy_loss_ref])
+@PATHS
 @pytest.mark.parametrize("which", ["logprob nan", "logprob -inf", "advantage nan", "ref -inf", "old nan"])
 def test_a_broken_token_gives_nothing_and_is_counted(function, which):
     vectors = dict(zip(("logprob", "old", "advantage", "w", "ref"), tokens(8), strict=True))
@@ -135,7 +139,7 @@ def test_kl_of_nearly_equal_policies_is_never_negative():
     zero, w = torch.zeros(201, device=DEVICE), torch.ones(201, device=DEVICE)
     kl = []
     for x in d.float().to(DEVICE):
-        out = policy_loss(zero[:1], None, zero[:1], w[:1], ref_logprobs=-x[None], kl_coef=1.0)
+        out = kernel(zero[:1], None, zero[:1], w[:1], ref_logprobs=-x[None], kl_coef=1.0)
         kl.append(out.stats[0].item())
     truth = torch.expm1(-d.float().double()) + d.float().double()
     assert min(kl) >= 0
@@ -147,7 +151,7 @@ def test_kl_of_nearly_equal_policies_is_never_negative():
 def test_kl_and_its_slope_on_both_sides_of_every_branch(estimator, d):
     logp, w, zero = (torch.tensor([x], device=DEVICE) for x in (-1.0, 1.0, 0.0))
     ref = torch.tensor([-1.0 - d], device=DEVICE)
-    ours = policy_loss(logp, None, zero, w, ref_logprobs=ref, kl_coef=1.0, kl_estimator=estimator)
+    ours = kernel(logp, None, zero, w, ref_logprobs=ref, kl_coef=1.0, kl_estimator=estimator)
     truth = policy_loss_ref(
         logp.double(), None, zero.double(), w.double(), ref_logprobs=ref.double(), kl_coef=1.0, kl_estimator=estimator
     )
@@ -158,8 +162,8 @@ def test_kl_and_its_slope_on_both_sides_of_every_branch(estimator, d):
 def test_out_receives_coef_and_two_runs_are_equal():
     logp, old, advantage, w, _ = tokens(2000)
     out = torch.full_like(logp, math.nan)
-    first = policy_loss(logp, old, advantage, w, out=out)
-    again = policy_loss(logp, old, advantage, w)
+    first = kernel(logp, old, advantage, w, out=out)
+    again = kernel(logp, old, advantage, w)
     assert first.coef is out and torch.equal(out, again.coef) and torch.equal(first.stats, again.stats)
 
 

@@ -1,6 +1,7 @@
 """Log-probabilities of logits that exist: against float64, in every dtype, and at the edges."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fastrl.kernels import rows
 from fastrl.kernels.selective_logprob import selective_logprob, selective_logprob_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernel = partial(selective_logprob, triton=True)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def test_is_its_definition(dtype, N, V, inv_temperature):
     target = torch.randint(0, V, (N,), generator=g).to(DEVICE)
     upstream = torch.randn(3, N, generator=g).to(DEVICE)
     truth, dtruth = run(selective_logprob_ref, logits.double(), target, upstream, inv_temperature)
-    ours, dours = run(selective_logprob, logits, target, upstream, inv_temperature)
+    ours, dours = run(kernel, logits, target, upstream, inv_temperature)
     for x, y in zip(ours, truth, strict=True):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=2e-5)
@@ -45,12 +47,12 @@ def test_infinite_logits():
     """-inf is a word that cannot be; as the target it has no probability, and nothing else breaks."""
     logits = torch.tensor([[0.0, -math.inf, math.log(3)], [-math.inf, 1.0, 1.0], [math.nan, 0.0, 0.0]], device=DEVICE)
     target = torch.tensor([2, 0, 1], device=DEVICE)
-    logprobs, lse, entropy = selective_logprob(logits, target)
+    logprobs, lse, entropy = kernel(logits, target)
     assert logprobs[0].item() == pytest.approx(math.log(0.75), abs=1e-6) and logprobs[1] == -math.inf
     assert entropy[0].item() == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)), abs=1e-6)
     assert entropy[1].item() == pytest.approx(math.log(2), abs=1e-6)
     assert torch.stack([logprobs[2], lse[2], entropy[2]]).isnan().all()
-    _, grad = run(selective_logprob, logits[:1], target[:1], torch.ones(3, 1, device=DEVICE), 1.0)
+    _, grad = run(kernel, logits[:1], target[:1], torch.ones(3, 1, device=DEVICE), 1.0)
     assert grad.isfinite().all() and grad[0, 1] == 0
 
 
@@ -58,23 +60,23 @@ def test_infinite_logits():
 def test_equal_logits_and_a_certain_word(value):
     logits = torch.full((2, 300), value, device=DEVICE)
     logits[1, 7] += 1e4
-    logprobs, _, entropy = selective_logprob(logits.clone(), torch.tensor([3, 7], device=DEVICE))
+    logprobs, _, entropy = kernel(logits.clone(), torch.tensor([3, 7], device=DEVICE))
     assert logprobs[0].item() == pytest.approx(-math.log(300), abs=2e-5) and logprobs[1] == 0
     assert entropy[0].item() == pytest.approx(math.log(300), abs=2e-5) and entropy[1] == 0
-    _, grad = run(selective_logprob, logits[1:], torch.tensor([7], device=DEVICE), torch.ones(3, 1)[:, :], 1.0)
+    _, grad = run(kernel, logits[1:], torch.tensor([7], device=DEVICE), torch.ones(3, 1)[:, :], 1.0)
     assert grad[0, 7] == 1 and grad.abs().sum() == 1  # of lse alone
 
 
 @pytest.mark.parametrize("bad", [-1, 8, 9])
 def test_an_id_that_is_no_word_is_never_a_number(bad):
     logits = torch.randn(3, 8, device=DEVICE)
-    logprobs, lse, _ = selective_logprob(logits, torch.tensor([1, bad, 2], device=DEVICE))
+    logprobs, lse, _ = kernel(logits, torch.tensor([1, bad, 2], device=DEVICE))
     assert logprobs.isnan().tolist() == [False, True, False] and lse.isfinite().all()
 
 
 def test_what_does_not_fit_is_refused():
     logits = torch.ones(4, 8)
-    with pytest.raises(ValueError, match=r"logits \[N, V\] and target \[N\], got \(4, 8\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"logits \[N, V\] and ids \[N\], got \(4, 8\) and \(3,\)"):
         selective_logprob(logits, torch.zeros(3).long())
     with pytest.raises(ValueError, match="contiguous bfloat16, float16 or float32 logits, got torch.float64"):
         selective_logprob(logits.double(), torch.zeros(4).long())
