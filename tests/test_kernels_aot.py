@@ -1,4 +1,7 @@
-"""Every Triton kernel compiles for sm_90 without a GPU, and stays within its registers: no spills, no float64."""
+"""Every kernel compiles for sm_90 without a GPU, and into what tests/kernels_sm90.json says or better.
+
+A change that moves the table on purpose: TRITON_INTERPRET=0 python tests/aot.py --golden
+"""
 
 import json
 import os
@@ -8,26 +11,15 @@ from pathlib import Path
 
 import pytest
 
-# registers: the highest that leaves two programs per multiprocessor (64 for 512 threads), or as found, rounded up.
-# loads, stores: 16-byte accesses that must be there
-BUDGET = {
-    "policy_loss-clip-old": (80, 2, 2), "policy_loss-clip-old-ref": (96, 2, 2), "policy_loss-clip": (80, 2, 2),
-    "policy_loss-cispo-old": (80, 2, 2), "policy_loss-cispo-old-ref": (96, 2, 2), "policy_loss-cispo": (80, 2, 2),
-    "policy_loss-pg-old": (80, 2, 2), "policy_loss-pg-old-ref": (96, 2, 2), "policy_loss-pg": (80, 2, 2),
-    "apo_loss": (64, 0, 0),  # completions start anywhere
-    "row_forward-fp32": (64, 4, 0), "row_forward-fp32-entropy": (64, 4, 0), "row_forward-bf16": (64, 2, 0),
-    "row_forward-bf16-entropy": (64, 2, 0), "row_gradient-fp32": (64, 4, 4), "row_gradient-fp32-entropy": (64, 4, 4),
-    "row_gradient-bf16": (64, 4, 2), "row_gradient-bf16-entropy": (64, 4, 2), "flat_update-interpolate": (64, 4, 3),
-    "flat_update-gradients": (96, 8, 3), "flat_update-displacements": (96, 6, 3),
-}  # fmt: skip
+HERE = Path(__file__).parent
+GOLDEN = json.loads((HERE / "kernels_sm90.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, int]]:
-    script = Path(__file__).with_name("aot.py")
+def compiled() -> dict:
     # the interpreter takes the place of the compiler in a whole process
     ran = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
+        [sys.executable, HERE / "aot.py"], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout)
@@ -35,15 +27,26 @@ def compiled() -> dict[str, dict[str, int]]:
 
 @pytest.mark.slow
 def test_no_kernel_is_left_out(compiled):
-    assert compiled.keys() == BUDGET.keys()
+    by_nvcc = {name for name in GOLDEN["kernels"] if name.startswith("fastrl_")}
+    missing = GOLDEN["kernels"].keys() - compiled["kernels"].keys()
+    assert missing in (set(), by_nvcc), "a machine without nvcc compiles Triton's only"
+    assert compiled["kernels"].keys() <= GOLDEN["kernels"].keys()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUDGET)
-def test_no_spills_no_float64_and_wide_accesses(compiled, name):
-    registers, loads, stores = BUDGET[name]
-    found = compiled[name]
-    assert found["spilled_bytes"] == 0 and found["f64"] == 0
-    assert found["registers"] <= registers
-    assert (found["loads_128"], found["stores_128"]) == (loads, stores)
-    assert found["barrier"] or not name.startswith("row_gradient"), "a row is written over itself"
+@pytest.mark.parametrize("name", GOLDEN["kernels"])
+def test_a_kernel_compiles_into_what_it_was(compiled, name):
+    if name not in compiled["kernels"]:
+        # fastrl needs no CUDA toolkit: without one Triton takes the place of csrc/
+        pytest.skip("no nvcc on PATH, so csrc/flat_update.cu cannot be compiled")
+    found, golden = compiled["kernels"][name], GOLDEN["kernels"][name]
+    assert found["spilled_bytes"] == 0 and found.get("f64", 0) == 0
+    assert found["programs"] >= golden["programs"], "fewer programs fit on a multiprocessor"
+    if name.startswith("fastrl_") or compiled["triton"] == GOLDEN["triton"]:
+        assert found["registers"] <= golden["registers"] and found["shared_bytes"] <= golden["shared_bytes"]
+    for accesses in ("loads_128", "stores_128"):
+        assert found[accesses] == golden[accesses]
+    if name.startswith("row_gradient"):
+        assert found["barrier"], "a row is written over itself"
+    if not name.startswith(("apo_loss", "policy_loss", "row_forward")):
+        assert found["loads_128"] and found["stores_128"], "a kernel of the bandwidth's speed moves 16 bytes at a time"
