@@ -218,6 +218,7 @@ def in_chunks(
     totals = add_up(stats)
     if entropy is not None:
         entropy = torch.where(ignored, 0.0, entropy)
-        totals[0] -= entropy_coef * torch.where(w != 0, w * entropy, 0.0).sum()
+    if entropy_coef:
+        totals[0] -= entropy_coef * torch.where((w != 0) & entropy.isfinite(), w * entropy, 0.0).sum()
     logprobs = torch.where(ignored, 0.0, logprobs)
     return LinearLoss(totals[0], logprobs, entropy, hidden_grad, into if need_weight_grad else None, totals)

@@ -120,9 +120,9 @@ def logits_into(workspace: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     z = workspace[: len(hidden), : len(weight)]
     if hidden.dtype == z.dtype:
         return torch.mm(hidden, weight.T, out=z)
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=z)
-    return torch.mm(hidden.float(), weight.float().T, out=z)  # the CPU has no bfloat16 product with a float32 result
+    if hidden.device.type == "cpu":  # which has no bfloat16 product with a float32 result
+        return torch.mm(hidden.float(), weight.float().T, out=z)
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=z)
 
 
 def row_forward(
@@ -191,7 +191,7 @@ def row_gradient(
 
 def add_weight_gradient(into: Tensor, dz: Tensor, hidden: Tensor) -> None:
     """into [V, H] float32 += dz.T [V, n] @ hidden [n, H], summed in float32, without another [V, H] tensor."""
-    if hidden.dtype == torch.float32 or not hidden.is_cuda:
+    if hidden.dtype == torch.float32 or hidden.device.type == "cpu":
         into.addmm_(dz.float().T, hidden.float())
     else:
         torch.addmm(into, dz.T, hidden, out_dtype=torch.float32, out=into)

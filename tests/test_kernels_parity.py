@@ -1,5 +1,9 @@
 """The check of the Triton head before a run: silent where it works, and in words where it does not."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -85,3 +89,32 @@ def test_a_kernel_that_does_not_compile_is_no_crash(weight, monkeypatch):
 
     monkeypatch.setattr(rows, "row_forward", broken)
     assert parity.head_fault(weight) == "RuntimeError: no such instruction"
+
+
+def test_where_there_is_no_triton_every_operation_runs_in_torch():
+    program = """
+import json, sys
+sys.modules["triton"] = None
+import torch
+from fastrl.kernels.apo_loss import apo_loss
+from fastrl.kernels.linear_logprob import linear_logprob
+from fastrl.kernels.linear_policy_loss import linear_policy_loss
+from fastrl.kernels.policy_loss import policy_loss
+from fastrl.kernels.selective_logprob import selective_logprob
+from fastrl.ops import extrapolate_, interpolate_
+
+hidden, weight, target, one = torch.ones(2, 4), torch.eye(4), torch.tensor([1, 3]), torch.ones(2)
+ends = torch.tensor([0, 2], dtype=torch.int32)
+print(json.dumps([
+    linear_logprob(hidden, weight, target)[0].sum().item(), selective_logprob(hidden, target)[0].sum().item(),
+    linear_policy_loss(hidden, weight, target, advantage=one, w=one, mode="pg").loss.item(),
+    policy_loss(one, one, one, one).loss.item(), apo_loss(one, 0 * one, ends, *[one[:1]] * 3, 1.0).u.item(),
+    interpolate_(one.clone(), 0 * one, 0.5).named()["after_sq"],
+    extrapolate_(one.clone(), 0 * one, 4, 1.0, grads=(one, one)).named()["scale"],
+]))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    # four equal logits: twice log 1/4; on-policy with A = 1: -1 a token; u = 2; two halves; S_4(1) / S_2(1) = 2 each
+    log16 = 2.772589
+    assert json.loads(ran.stdout) == pytest.approx([-log16, -log16, log16, -2.0, 2.0, 0.5, 4.0])

@@ -70,7 +70,7 @@ def run(function, inputs, settings, **more):
     out = function(hidden, weight, target, **settings, **more)
     if out.loss.requires_grad:
         out.loss.backward()
-        assert torch.equal(hidden.grad, out.hidden_grad)
+        torch.testing.assert_close(hidden.grad, out.hidden_grad, rtol=0, atol=0, equal_nan=True)
     return out
 
 
@@ -391,3 +391,51 @@ def test_bfloat16_logits_are_as_wrong_as_they_must_be(triton):
         workspace = torch.empty(3, 1008, dtype=torch.bfloat16, device=DEVICE)
         lent = run(linear_policy_loss, inputs, settings, triton=True, logits_dtype=torch.bfloat16, workspace=workspace)
         assert torch.equal(lent.hidden_grad, half.hidden_grad)
+
+
+@pytest.mark.parametrize("V", [1000, 151_936, 152_064, 262_144])
+def test_vocabularies_of_real_models(monkeypatch, V):
+    """With the block of a GPU: 151936 is no multiple of 8192, and 262144 is one."""
+    monkeypatch.setattr(rows, "BLOCK_V", 8192)
+    inputs, vectors = problem(2, V, torch.float32, seed=1)
+    vectors["w"] = torch.ones(2, device=DEVICE)
+    truth = run(linear_policy_loss_ref, [x.double() if x.is_floating_point() else x for x in inputs],
+                settled(vectors, SETTINGS["entropy"], torch.float64))  # fmt: skip
+    ours = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=True)
+    torch.testing.assert_close(ours.logprobs.double(), truth.logprobs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.entropy.double(), truth.entropy, rtol=0, atol=2e-5)
+    assert distance(ours.hidden_grad, truth.hidden_grad) < 6e-5  # a float32 sum of up to 262144 products that cancel
+    assert distance(ours.weight_grad, truth.weight_grad) < 1e-5
+
+
+@PATHS
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
+def test_a_row_that_is_not_a_number_stays_alone_and_is_counted(triton, entropy_coef):
+    inputs, vectors = problem(5, 300, torch.float32)
+    vectors["w"] = torch.ones(5, device=DEVICE)
+    settings = settled(vectors, dict(entropy_coef=entropy_coef))
+    good = run(linear_policy_loss, inputs, settings, triton=triton)
+    inputs[0][2, 3] = math.nan
+    bad = run(linear_policy_loss, inputs, settings, triton=triton)
+    others = torch.tensor([0, 1, 3, 4], device=DEVICE)
+    for name in ("logprobs", "entropy", "hidden_grad"):
+        assert torch.equal(getattr(bad, name)[others], getattr(good, name)[others])
+    assert bad.logprobs[2].isnan() and bad.loss.isfinite() and bad.stats[STATS.index("nonfinite")] == 1
+
+
+@PATHS
+def test_tied_embeddings_get_the_gradients_of_both_ends(triton):
+    """The head adds to the buffer in the forward, the embedding in the backward: one buffer, one sum."""
+    (_, weight, target), vectors = problem(6, 300, torch.float32)
+    words = torch.arange(6, device=DEVICE) * 7
+    embedding = weight.clone().requires_grad_()
+    embedding.grad = torch.zeros_like(weight)
+    hidden = torch.nn.functional.embedding(words, embedding).tanh()
+    linear_policy_loss(
+        hidden, embedding.detach(), target, **settled(vectors, dict(mode="pg")), weight_grad=embedding.grad,
+        triton=triton,
+    ).loss.backward()  # fmt: skip
+    truth = weight.double().requires_grad_()
+    logp = (truth[words].tanh() @ truth.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    (-vectors["advantage"] * vectors["w"] * logp).sum().backward()
+    assert distance(embedding.grad, truth.grad) < 2e-6

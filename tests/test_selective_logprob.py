@@ -54,6 +54,8 @@ def test_infinite_logits():
     assert torch.stack([logprobs[2], lse[2], entropy[2]]).isnan().all()
     _, grad = run(kernel, logits[:1], target[:1], torch.ones(3, 1, device=DEVICE), 1.0)
     assert grad.isfinite().all() and grad[0, 1] == 0
+    _, grad = run(kernel, logits[1:2], target[1:2], torch.tensor([[1.0], [0.0], [0.0]], device=DEVICE), 1.0)
+    assert grad.tolist() == [pytest.approx([1.0, -0.5, -0.5], abs=1e-6)]  # d logprob / dz of a target that cannot be
 
 
 @pytest.mark.parametrize("value", [0.0, 1e4, -1e4])
@@ -82,3 +84,9 @@ def test_what_does_not_fit_is_refused():
         selective_logprob(logits.double(), torch.zeros(4).long())
     with pytest.raises(ValueError, match=r"with strides \(1, 4\)"):
         selective_logprob(torch.ones(8, 4).T, torch.zeros(4).long())
+
+
+def test_without_triton_it_is_the_definition():
+    logits, ids = torch.randn(3, 8, device="cpu"), torch.tensor([1, 7, 2])
+    ours, truth = selective_logprob(logits, ids, 0.5), selective_logprob_ref(logits, ids, 0.5)
+    assert all(torch.equal(x, y) for x, y in zip(ours, truth, strict=True))
