@@ -1,25 +1,46 @@
-"""csrc/flat_update.cu from Python: the library that was built with the package, by ctypes, on the current stream."""
+"""csrc/flat_update.cu from Python: the library that was built with the package, by ctypes."""
 
 import ctypes
 from functools import cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import fastrl
 
 NAME = "libflat_update.so"
-NUM_STATS = 9  # FASTRL_FLAT_STATS
-PROGRAMS_PER_MULTIPROCESSOR = 2
-
+ABI = 2  # FASTRL_FLAT_ABI
 POINTER, FLOAT = ctypes.c_void_p, ctypes.c_float
-SIGNATURES = {
-    "fastrl_interpolate": [POINTER] * 3 + [ctypes.c_int64, FLOAT, POINTER, ctypes.c_int, POINTER],
-    "fastrl_extrapolate": [POINTER] * 7
-    + [ctypes.c_int64, ctypes.c_int]
-    + [FLOAT] * 6
-    + [POINTER, ctypes.c_int, POINTER],
+
+
+class Arguments(ctypes.Structure):
+    """`struct Arguments` of csrc/flat_update.cu: what a kernel is given, pointers as addresses or None."""
+
+    _fields_ = [
+        ("theta", POINTER),  # float32 [n], or with low bfloat16 [n]
+        ("low", POINTER),  # int16 [n]
+        ("anchor", POINTER),  # float32 [n], like x0 and x1
+        ("x0", POINTER),  # None: interpolation
+        ("x1", POINTER),  # None: x0 is a displacement
+        ("out_bf16", POINTER),
+        ("threshold", POINTER),  # float32 [tensors]
+        ("segment", POINTER),  # int32 [n / 1024, rounded up]
+        ("n", ctypes.c_int64),
+        ("lookahead", ctypes.c_int),
+        ("alpha", FLOAT),
+        ("lr", FLOAT),
+        ("weight_decay", FLOAT),
+        ("ratio_min", FLOAT),
+        ("ratio_max", FLOAT),
+        ("scale_max", FLOAT),
+        ("partials", POINTER),  # float64 [grid, 9]
+    ]
+
+
+TYPES = dict(Arguments._fields_)
+LAUNCH = [ctypes.c_int, POINTER]  # grid, stream
+# the arguments of each entry point, in order; those of extrapolation are all of the kernel's
+ENTRIES = {
+    "fastrl_interpolate": ["theta", "low", "anchor", "out_bf16", "n", "alpha", "partials"],
+    "fastrl_extrapolate": list(TYPES),
 }
 
 
@@ -30,26 +51,24 @@ def find() -> Path | None:
 
 @cache
 def load(path: Path) -> ctypes.CDLL:
+    """Raises OSError where it cannot be loaded, RuntimeError where it was built from other sources than these."""
     library = ctypes.CDLL(str(path))
-    for name, types in SIGNATURES.items():
+    if not hasattr(library, "fastrl_flat_abi") or library.fastrl_flat_abi() != ABI:
+        raise RuntimeError(f"{path} was built from another version of csrc/flat_update.h: install fastrl again")
+    for name, order in ENTRIES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = types, ctypes.c_int
+        function.argtypes, function.restype = [*(TYPES[argument] for argument in order), *LAUNCH], ctypes.c_int
     return library
 
 
-def run(name: str, theta: Tensor, *arguments: object) -> Tensor:
-    """Run one entry point on a shard; `arguments` are those between theta and partials. -> the sums, float64 [9].
+def launch(arguments: Arguments, grid: int, stream: int) -> None:
+    """Queue the kernel that the arguments ask for on a stream of the current device.
 
     Raises RuntimeError with the CUDA error.
     """
     path = find()
     assert path is not None, f"{NAME} was not built"
-    grid = PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(theta.device).multi_processor_count
-    partials = torch.zeros(grid, NUM_STATS, dtype=torch.float64, device=theta.device)
-    stream = torch.cuda.current_stream(theta.device).cuda_stream
-    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in (theta, *arguments)]
-    with torch.cuda.device(theta.device):
-        code = getattr(load(path), name)(*raw, partials.data_ptr(), grid, stream)
+    name = "fastrl_interpolate" if arguments.x0 is None else "fastrl_extrapolate"
+    code = getattr(load(path), name)(*(getattr(arguments, field) for field in ENTRIES[name]), grid, stream)
     if code:
-        raise RuntimeError(f"{name} on {len(theta)} elements failed with CUDA error {code}")
-    return partials.sum(dim=0)
+        raise RuntimeError(f"{name} on {arguments.n} elements failed with CUDA error {code}")

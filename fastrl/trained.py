@@ -32,7 +32,8 @@ class TrainedModel:
     """Update rules see `master` (this rank's flat shard), the steps of an optimizer step, and `publish()`.
 
     With float32 weights on one rank, `master` is the weight buffer itself; otherwise it is a float32 copy of the shard
-    and `publish` writes it back and gathers the other ranks' shards.
+    and `publish` writes it back and gathers the other ranks' shards. An update rule that moves `master` with the
+    operations of fastrl.ops gives them `weights_bf16` to write in the same pass.
     """
 
     def __init__(self, model: nn.Module, optim: OptimConfig, guard: Guard, grad_dtype: torch.dtype = torch.float32):
@@ -79,10 +80,18 @@ class TrainedModel:
         """Reduce the accumulated gradient and apply it."""
         return self.apply(self.gradient())
 
+    @property
+    def weights_bf16(self) -> Tensor | None:
+        """This rank's shard of the model's weights, where they are bfloat16: `master` rounded, once published."""
+        return self.own_weights if self.own_weights.dtype == torch.bfloat16 else None
+
     @torch.no_grad()
-    def publish(self) -> None:
-        """Make the shards' new values the weights of the model and of the engine, on every rank."""
-        if self.master is not self.own_weights:
+    def publish(self, written: bool = False) -> None:
+        """Make the shards' new values the weights of the model and of the engine, on every rank.
+
+        written: `weights_bf16` holds this rank's already.
+        """
+        if self.master is not self.own_weights and not written:
             self.own_weights.copy_(self.master)
         ranks.gather_shards(self.flat.weights)
         self.policy_version += 1

@@ -4,19 +4,25 @@ import math
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastrl import flat_library
+from fastrl import flat_backends, flat_library
 from fastrl.ops import FlatStats, extrapolate_, interpolate_
+from fastrl.split_master import join, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BUILT = DEVICE == "cuda" and flat_library.find() is not None
-FAST = pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("cuda", marks=pytest.mark.skipif(not BUILT, reason="needs a GPU and nvcc"))]
-)
+BACKENDS = [
+    "triton",
+    pytest.param("cuda", marks=pytest.mark.skipif(not BUILT, reason="needs a GPU and nvcc")),
+    pytest.param("nvrtc", marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")),
+]
+FAST = pytest.mark.parametrize("backend", BACKENDS)
+ALL = pytest.mark.parametrize("backend", ["torch", *BACKENDS])
 SOURCE = Path(__file__).parent.parent / "csrc" / "flat_update.cu"
 SIZES = [0, 1, 7, 8, 1023, 1024, 1025, 4096 + 5]
 NAN, INF = math.nan, math.inf
@@ -136,10 +142,129 @@ def test_eight_shards_are_the_whole_bit_for_bit(backend):
 
 
 @FAST
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, of inf - inf
 def test_values_that_are_not_finite_stay_where_they_are(backend):
     theta, anchor = torch.tensor([INF, 1.0, NAN, 2.0], device=DEVICE), torch.zeros(4, device=DEVICE)
     interpolate_(theta, anchor, 0.5, backend=backend)
     assert theta.isfinite().tolist() == [False, True, False, True] and theta[[1, 3]].tolist() == [0.5, 1.0]
+
+
+def bits(x):
+    return x.view(torch.int32)
+
+
+def update(mode, theta, anchor, x0, x1, alpha, **options):
+    if mode == "interpolate":
+        return interpolate_(theta, anchor, alpha, **options)
+    if mode == "gradients":
+        return extrapolate_(theta, anchor, 10, alpha, grads=(x0, x1), **options)
+    return extrapolate_(theta, anchor, 10, alpha, u0=x0, lr=0.5, weight_decay=0.01, **options)
+
+
+@ALL
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("mode", ["interpolate", "gradients", "displacements"])
+def test_halves_move_as_the_float32_they_are(mode, n, backend):
+    """Bit for bit, wherever the lower half matters: it is all that the move changes in most coordinates here."""
+    anchor, x0, x1, step = vectors(n, 4, seed=n)
+    whole = anchor * (1 + 1e-4 * step)
+    high, low = split(whole)
+    stats = update(mode, whole, anchor, x0, x1, 0.3, backend=backend)
+    ours = update(mode, high, anchor, x0, x1, 0.3, low=low, backend=backend)
+    assert torch.equal(bits(join(high, low)), bits(whole))
+    nearest, lower = split(whole)
+    assert torch.equal(high, nearest) and torch.equal(low, lower)
+    assert_stats(ours, stats)
+
+
+@ALL
+def test_halves_by_hand(backend):
+    # theta is 1 + 3 2^-8, a tie of bfloat16, anchor 1 - 2^-9; three quarters of the way: 1 + (-1 + 0.75 * 7) 2^-9
+    theta, anchor = (torch.tensor([x], device=DEVICE) for x in (1 + 3 * 2**-8, 1 - 2**-9))
+    high, low = split(theta)
+    assert (high.item(), low.item()) == (1 + 2**-6, -0x8000)
+    interpolate_(high, anchor, 0.75, low=low, backend=backend)
+    # 4.25 2^-9 is 0x11000 in units of 2^-23, that of bfloat16 0x10000: 0x1000 is left
+    assert (high.item(), low.item()) == (1 + 2**-7, 0x1000)
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.00390625, -1.01171875, 3.4028234663852886e38, -3.4028234663852886e38]
+
+
+@ALL
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, where numbers overflow
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("mode", ["interpolate", "displacements"])
+def test_both_ends_are_exact_to_the_bit_from_anywhere(mode, halves, backend):
+    """Minus zero, denormals, ties of bfloat16, the largest floats and infinities, each to each."""
+    values = torch.tensor([*SPECIAL, INF, -INF, NAN], device=DEVICE)
+    theta, anchor = torch.cartesian_prod(values, values[:-1]).unbind(1)
+    anchor = anchor.contiguous()
+    for alpha, end in ((0.0, anchor), (1.0, theta)):
+        whole, low = (theta.clone(), None) if not halves else split(theta.contiguous())
+        # lr 0: every scale is 1
+        step = torch.zeros_like(anchor)
+        if mode == "interpolate":
+            interpolate_(whole, anchor, alpha, low=low, backend=backend)
+        else:
+            extrapolate_(whole, anchor, 3, alpha, u0=step, low=low, backend=backend)
+        moved = join(whole, low) if halves else whole
+        number = ~end.isnan()
+        assert torch.equal(bits(moved)[number], bits(end.contiguous())[number]) and moved[~number].isnan().all()
+
+
+@FAST
+def test_shards_that_start_between_vectors_are_refused(backend):
+    """The kernels read 16 bytes at a time; nothing is written before the refusal."""
+    whole, even, low = torch.zeros(2049, device=DEVICE), torch.ones(2048, device=DEVICE), torch.zeros(2049).short()
+    low, odd, ok = low.to(DEVICE), whole[1:], even.clone()
+    halves, shorts = split(whole)[0], low[:-1]
+    calls = {
+        "theta_k": lambda b: interpolate_(odd, even, 0.5, backend=b),
+        "theta_2": lambda b: extrapolate_(odd, even, 3, 0.5, u0=even, backend=b),
+        "anchor": lambda b: interpolate_(ok, odd, 0.5, backend=b),
+        "out_bf16": lambda b: interpolate_(ok, even, 0.5, out_bf16=halves[1:], backend=b),
+        "low": lambda b: interpolate_(halves[:-1], even, 0.5, low=low[1:], backend=b),
+        "g0": lambda b: extrapolate_(ok, even, 3, 0.5, grads=(odd, even), backend=b),
+        "g1": lambda b: extrapolate_(ok, even, 3, 0.5, grads=(even, odd), backend=b),
+        "u0": lambda b: extrapolate_(ok, even, 3, 0.5, u0=odd, backend=b),
+    }
+    for name, call in calls.items():
+        by = 2 if name in ("out_bf16", "low") else 4
+        with pytest.raises(
+            ValueError, match=f"^{name} must start at a multiple of 16 bytes on backend {backend}.* {by}"
+        ):
+            call(backend)
+    assert not whole.any() and torch.equal(ok, even) and not halves.any() and not low.any()
+    for call in calls.values():  # torch does not care
+        call("torch")
+    assert shorts.shape == even.shape and whole.any()
+
+
+@ALL
+def test_autograd_is_told_that_a_shard_has_changed(backend):
+    theta, anchor, x = vectors(64, 3)
+    product = (x.requires_grad_() * theta).sum()  # keeps theta for its backward
+    interpolate_(theta, anchor, 0.5, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_what_runs_is_tried_out_first():
+    """A launch that fails, or numbers that are wrong, are a reason to take the next one."""
+    flat_backends.try_out("triton", torch.device(DEVICE))
+    if DEVICE == "cuda":
+        assert flat_backends.backend_on(torch.device("cuda", 0)) == ("cuda" if BUILT else "nvrtc")
+        return
+    assert flat_backends.backend_on(torch.device("cpu")) == "torch"
+    with pytest.warns(UserWarning) as seen:
+        assert flat_backends.backend_on(torch.device("cuda", 0)) == "torch"
+    built = ["cuda"] if flat_library.find() else []
+    for backend, warning in zip([*built, "nvrtc", "triton"], seen, strict=True):
+        assert re.match(rf"flat updates do not run on {backend} \(cuda:0\): .*CUDA", str(warning.message))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert flat_backends.backend_on(torch.device("cuda", 0)) == "torch"
 
 
 def test_thresholds_and_segments_that_do_not_fit_are_refused():
@@ -171,7 +296,11 @@ def compiled(tmp_path_factory):
     return path, said.stderr
 
 
-KERNELS = {"fastrl_interpolate_kernel": 64, "fastrl_gradients_kernel": 64, "fastrl_displacements_kernel": 64}
+# vectors that each reads
+KERNELS = {
+    "fastrl_interpolate_kernel": 2, "fastrl_gradients_kernel": 4, "fastrl_displacements_kernel": 3,
+    "fastrl_interpolate_split_kernel": 3, "fastrl_gradients_split_kernel": 5, "fastrl_displacements_split_kernel": 4,
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -185,7 +314,7 @@ def test_the_cuda_source_compiles_without_spills(compiled):
     for name, text in entries.items():
         assert "0 bytes spill stores, 0 bytes spill loads" in text, (name, text)
         registers = int(re.search(r"Used (\d+) registers", text)[1])
-        assert registers <= KERNELS[name], f"{name}: two blocks of 512 threads fit with at most 64 registers"
+        assert registers <= 64, f"{name}: two blocks of 512 threads fit with at most 64 registers"
 
 
 @pytest.mark.slow
@@ -193,12 +322,14 @@ def test_every_access_of_the_cuda_source_is_of_16_bytes(compiled):
     path, _ = compiled
     (ptx,) = path.parent.glob("*.ptx")
     bodies = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
-    inputs = {"fastrl_interpolate_kernel": 2, "fastrl_gradients_kernel": 4, "fastrl_displacements_kernel": 3}
     for body in bodies:
         name = body.partition("(")[0]
         wide = 1 if name == "fastrl_gradients_kernel" else 2  # 16-byte accesses to each vector of an iteration
-        assert len(re.findall(r"ld\.global\.cs\.v4\.f32", body)) == inputs[name] * wide, name
-        assert len(re.findall(r"st\.global\.cs\.v4\.f32", body)) == wide, name
+        halves = 2 if "split" in name else 0  # of 8 elements each in 16 bytes
+        assert len(re.findall(r"ld\.global\.cs\.v4\.f32", body)) == (KERNELS[name] - halves) * wide, name
+        assert len(re.findall(r"ld\.global\.cs\.v4\.u32", body)) == halves, name
+        assert len(re.findall(r"st\.global\.cs\.v4\.f32", body)) == (0 if halves else wide), name
+        assert len(re.findall(r"st\.global\.cs\.v4\.u32", body)) == (halves or wide - 1), name
         # double only where sums are added up, never in what moves a coordinate
         assert not re.findall(r"(mul|fma|div|sub|neg|abs|cvt\.rn)\.\w*\.?f64(?!\.f32)", body), name
 
@@ -207,10 +338,37 @@ def test_every_access_of_the_cuda_source_is_of_16_bytes(compiled):
 def test_the_library_loads_and_refuses_without_a_gpu(compiled):
     """Plain C: it needs neither torch nor a driver to be loaded, and looks at its arguments before the device."""
     library = flat_library.load(compiled[0])
-    assert library.fastrl_interpolate(None, None, None, 0, 0.5, None, 1, None) == 0  # nothing to do is no error
-    assert library.fastrl_interpolate(8, 16, None, 4, 0.5, 16, 1, None) == 716  # cudaErrorMisalignedAddress
-    assert library.fastrl_interpolate(16, 16, None, 4, 0.5, None, 1, None) == 1  # cudaErrorInvalidValue: no partials
-    few = library.fastrl_extrapolate(16, 16, 16, None, None, None, None, 4, 1, *[0.5] * 6, 16, 1, None)
-    assert few == 1  # looks ahead fewer than two steps
-    one = library.fastrl_extrapolate(16, 16, 16, None, None, 16, None, 4, 3, *[0.5] * 6, 16, 1, None)
-    assert one == 1  # a threshold without segments
+
+    def interpolate(theta=16, low=None, anchor=16, out_bf16=None, n=4, alpha=0.5, partials=16, grid=1):
+        return library.fastrl_interpolate(theta, low, anchor, out_bf16, n, alpha, partials, grid, None)
+
+    def extrapolate(x0=16, x1=None, threshold=None, segment=None, lookahead=3):
+        vectors = (16, None, 16, x0, x1, None, threshold, segment)
+        return library.fastrl_extrapolate(*vectors, 4, lookahead, *[0.5] * 6, 16, 1, None)
+
+    assert interpolate(None, None, None, n=0, partials=None) == 0  # nothing to do is no error
+    for odd in (dict(theta=8), dict(low=34), dict(anchor=20), dict(out_bf16=18)):
+        assert interpolate(**odd) == 716  # cudaErrorMisalignedAddress
+    assert extrapolate(x0=24) == extrapolate(x1=20) == 716
+    for bad in (dict(partials=None), dict(grid=0), dict(n=-1), dict(low=32, out_bf16=64)):
+        assert interpolate(**bad) == 1  # cudaErrorInvalidValue
+    # looks ahead fewer than two steps, a threshold without segments, no first step
+    assert extrapolate(lookahead=1) == extrapolate(threshold=16) == extrapolate(x0=None) == 1
+    if DEVICE == "cpu":  # then the driver is missed
+        assert interpolate() == interpolate(low=32) == extrapolate() == extrapolate(x1=16) == 35
+
+
+@pytest.mark.slow
+def test_a_library_of_another_version_is_refused(tmp_path):
+    """A package is updated and its library is not: the arguments would be taken for others."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to make an old library with")
+    for name, text in (
+        ("none", "int fastrl_interpolate(void) { return 0; }"),
+        ("old", "int fastrl_flat_abi(void) { return 1; }"),
+    ):
+        path = tmp_path / f"{name}.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-xc", "-", "-o", path], input=text, text=True, check=True)
+        with pytest.raises(RuntimeError, match="another version of csrc/flat_update.h: install fastrl again"):
+            flat_library.load(path)

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["types", "config", "log", "perf", "ranks", "kernels"],
-    ["packing", "flat_library"],
+    ["types", "config", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
+    ["packing", "flat_definition", "flat_backends"],
     ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "engine", "assets"],
     ["objectives", "updates", "allocation", "trained"],
     ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task", "profile_data"],

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fastrl.ops import CHUNK, extrapolate_, interpolate_, series
+from fastrl.flat_definition import CHUNK, series
+from fastrl.ops import extrapolate_, interpolate_
+from fastrl.split_master import split
 
 F64 = torch.float64
 
@@ -89,7 +91,7 @@ def test_each_tensor_has_its_own_threshold():
 @pytest.mark.parametrize("lr, bound", [(1e-4, 5e-5), (1e-6, 6e-4), (1e-7, 6e-3)])
 def test_directions_are_those_of_adamw(lr, bound):
     """theta' = (1 - lr wd) theta - lr d, read off the displacement, against m^ / (sqrt(v^) + eps)."""
-    from fastrl.ops import direction
+    from fastrl.flat_definition import direction
 
     parameter = torch.nn.Parameter(vectors(50_000, 5)[0] * 1e-2)
     optimizer = torch.optim.AdamW([parameter], lr=lr, weight_decay=0.01)
@@ -154,5 +156,60 @@ def test_what_does_not_match_is_refused():
         extrapolate_(a, a, 3, 0.5, grads=(a, a), u0=a)
     with pytest.raises(ValueError, match="at least 2 steps, got lookahead=1"):
         extrapolate_(a, a, 1, 0.5, grads=(a, a))
+    with pytest.raises(ValueError, match=r"anchor must be .* got .*, not contiguous: strides \(2,\)"):
+        interpolate_(a, torch.zeros(8)[::2], 0.5)
+    high, low = split(a)
+    with pytest.raises(ValueError, match="go together, got a shard of torch.bfloat16 without low"):
+        interpolate_(high, a, 0.5)
+    with pytest.raises(ValueError, match="go together, got a shard of torch.float32 with low"):
+        interpolate_(a, a, 0.5, low=low)
+    with pytest.raises(ValueError, match=r"low must be torch.int16 \(4,\) on cpu, got torch.int32 \(4,\) on cpu"):
+        extrapolate_(high, a, 3, 0.5, u0=a, low=low.int())
+    with pytest.raises(ValueError, match="anchor must be torch.float32"):
+        interpolate_(high, high, 0.5, low=low)
+    with pytest.raises(ValueError, match="out_bf16 must be None with low"):
+        interpolate_(high, a, 0.5, low=low, out_bf16=high.clone())
     with pytest.raises(ValueError, match="contiguous vector"):
         interpolate_(torch.zeros(4, 2), torch.zeros(4, 2), 0.5)
+
+
+def operators(n=1500):
+    """Both as the dispatcher has them, with every optional argument and with none."""
+    theta, anchor, x0, x1 = vectors(n, 1, 2, 3, 4)
+    high, low = split(theta)
+    half = torch.zeros(n, dtype=torch.bfloat16)
+    numbers = (5, 0.5, 1e-3, 0.01, -2.0, 3.0, 3.5)
+    limits = (torch.tensor([0.1, 0.5]), torch.tensor([0, 1], dtype=torch.int32))
+    interpolate, extrapolate = torch.ops.fastrl.interpolate_.default, torch.ops.fastrl.extrapolate_.default
+    yield interpolate, (theta, anchor, 0.3, None, half, None)
+    yield interpolate, (high, anchor, 0.3, low, None, None)
+    yield extrapolate, (theta.clone(), anchor, x0, x1, *numbers, *limits, None, half.clone(), "torch")
+    yield extrapolate, (high.clone(), anchor, x0, None, *numbers, None, None, low.clone(), None, None)
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_operators_say_what_they_change_and_return(at):
+    """Schema, mutated arguments, fake tensors and tracing with dynamic shapes, by PyTorch's own checker."""
+    operator, arguments = list(operators())[at]
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_compiled_code_moves_shards_like_eager_code(halves):
+    def move(theta, anchor, x0, x1, low, half):
+        one = interpolate_(theta, anchor, 0.5, low=low, out_bf16=half).sums
+        other = extrapolate_(theta, anchor * 2, 4, 0.5, grads=(x0, x1), low=low, out_bf16=half).sums
+        return one + other, theta.float() * 2
+
+    def arguments():
+        theta, anchor, x0, x1 = vectors(3000, 1, 2, 3, 4)
+        high, low = split(theta)
+        return [high, anchor, x0, x1, low, None] if halves else [theta, anchor, x0, x1, None, torch.zeros_like(high)]
+
+    eager, compiled = arguments(), arguments()
+    wanted = move(*eager)
+    got = torch.compile(move, fullgraph=True, backend="aot_eager")(*compiled)
+    pairs = zip((*wanted, *eager), (*got, *compiled), strict=True)
+    assert all(one is None or torch.equal(one, other) for one, other in pairs)
+    changed = [not torch.equal(a, b) for a, b in zip(arguments(), compiled, strict=True) if a is not None]
+    assert changed == [True, False, False, False, True]

@@ -142,7 +142,7 @@ def test_the_slow_pass_takes_its_gradient_where_the_pull_back_ends(tmp_path):
     trainer.accumulate = lambda part: seen.append(trainer.policy.flat.weights.clone()) or accumulate(part)
     masters = []
     publish = trainer.policy.publish
-    trainer.policy.publish = lambda: masters.append(trainer.policy.master.clone()) or publish()
+    trainer.policy.publish = lambda **how: masters.append(trainer.policy.master.clone()) or publish(**how)
     trainer.step()
     # anchor, 3 fast steps, pull back, slow step
     assert len(seen) == 4 and len(masters) == 5

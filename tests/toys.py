@@ -36,7 +36,9 @@ class Descent:
     def optimizer_step(self) -> dict[str, float]:
         return self.apply(self.gradient())
 
-    def publish(self) -> None:
+    weights_bf16 = None
+
+    def publish(self, written: bool = False) -> None:
         pass
 
     def optimizer_snapshot(self) -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ class UpdateRule(Protocol):
 
         An accumulate() zeroes the gradients, runs its minibatch at the current weights and returns its metrics. It may
         be called any number of times and never samples. The rule calls `policy.optimizer_step()` after each gradient it
-        uses and `policy.publish()` after it has moved `policy.master` itself.
+        uses and `policy.publish()` after it has moved `policy.master` itself: `policy.publish(written=True)` if it has
+        moved `policy.weights_bf16`, where that is not None, along with it.
         """
 
     def state_dict(self) -> dict: ...

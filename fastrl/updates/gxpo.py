@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastrl.ops import BLOCK, FlatStats, direction, extrapolate_, interpolate_, series
+from fastrl.flat_definition import BLOCK, direction, series
+from fastrl.ops import FlatStats, extrapolate_, interpolate_
 from fastrl.updates.base import Accumulate
 from fastrl.updates.gate import Gate
 
@@ -130,7 +131,7 @@ class GXPO:
             return take_back(2)
         policy.apply(second)
         report = self.reposition(policy, anchor, probe, second.shard)
-        policy.publish()
+        policy.publish(written=policy.weights_bf16 is not None)
         if state is not None:
             policy.optimizer_restore(state)
         metrics = accumulate()
@@ -143,8 +144,8 @@ class GXPO:
         return metrics | {"num_backward_passes": 3.0, "update/fallback": 0.0}
 
     def reposition(self, policy, anchor: Tensor, probe: Tensor, g1: Tensor) -> dict[str, float]:
-        """Move policy.master from theta_2 to theta~; metrics of the move, over all ranks."""
-        theta = policy.master
+        """Move policy.master, and bfloat16 weights, from theta_2 to theta~; metrics of the move, over all ranks."""
+        theta, weights = policy.master, policy.weights_bf16
         lr, decay = policy.lr, policy.optim.weight_decay
         if self.ratio == "tensor":
             sums = self.reposition_by_tensor(policy, anchor, probe, g1)
@@ -157,12 +158,13 @@ class GXPO:
                 theta, anchor, self.lookahead, self.alpha, grads=None if adamw else (probe, g1),
                 u0=probe if adamw else None, lr=lr, weight_decay=decay, ratio_min=self.ratio_min,
                 ratio_max=self.ratio_max, scale_max=self.scale_max, threshold=threshold, segment=segment,
+                out_bf16=weights,
             ).sums  # fmt: skip
         stats = FlatStats(policy.all_sum(sums)).named()
         multiplier = self.alpha * stats["scale"] / stats["elements"]
         refused = multiplier < self.min_effective_multiplier
         if refused:
-            theta.copy_(anchor)
+            interpolate_(theta, anchor, 0.0, out_bf16=weights)
         active = max(1.0, stats["active"])
         return {
             "update/multiplier": multiplier,
@@ -181,9 +183,11 @@ class GXPO:
         ratio = (inner / (square + 1e-300)).clamp(-1.0, 1.5)
         largest = self.lookahead / 2 + 1 if self.scale_max is None else self.scale_max
         scale = torch.where((ratio + 1).abs() > TINY, series(ratio, self.lookahead), 1.0).clamp(1.0, largest)
+        weights = policy.weights_bf16
         total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=g0.device)
         for part, own, r in zip(slices, scale.tolist(), ratio.tolist(), strict=True):
-            moved = interpolate_(policy.master[part], anchor[part], self.alpha * own).sums
+            half = None if weights is None else weights[part]
+            moved = interpolate_(policy.master[part], anchor[part], self.alpha * own, out_bf16=half).sums
             n = part.stop - part.start
             extra = {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}
             total += moved + moved.new_tensor([extra.get(name, 0.0) for name in FlatStats.NAMES])

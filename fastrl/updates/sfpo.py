@@ -76,8 +76,10 @@ class SFPO:
             anchor = policy.master.clone()
             state = policy.optimizer_snapshot() if self.opt_state == "restore" else None
             fast = [one_pass(policy, minibatches) for _ in range(self.lookahead)]
-            moved = FlatStats(policy.all_sum(interpolate_(policy.master, anchor, alpha).sums)).named()
-            policy.publish()
+            weights = policy.weights_bf16
+            sums = interpolate_(policy.master, anchor, alpha, out_bf16=weights).sums
+            moved = FlatStats(policy.all_sum(sums)).named()
+            policy.publish(written=weights is not None)
             if state is not None:
                 policy.optimizer_restore(state)
             elif self.opt_state == "scale":
