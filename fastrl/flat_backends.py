@@ -67,24 +67,27 @@ def run(
     x0 None: interpolation. x0, x1: gradients of two steps; x0 alone: the first displacement. segment: int32.
     Raises RuntimeError with the error of CUDA.
     """
-    numbers = dict(
-        lookahead=lookahead, lr=lr, weight_decay=weight_decay, ratio_min=ratio_min, ratio_max=ratio_max,
-        scale_max=scale_max,
+    given = dict(
+        x0=x0, x1=x1, lookahead=lookahead, lr=lr, weight_decay=weight_decay, ratio_min=ratio_min, ratio_max=ratio_max,
+        scale_max=scale_max, threshold=threshold, segment=segment, low=low, out_bf16=out_bf16,
     )  # fmt: skip
-    vectors = dict(x0=x0, x1=x1, threshold=threshold, segment=segment, low=low, out_bf16=out_bf16)
     # autograd does not see a kernel write
     torch.autograd.graph.increment_version([v for v in (theta, low, out_bf16) if v is not None])
     if backend == "triton":
         from fastrl.kernels.flat_update import flat_update
 
-        return flat_update(theta, anchor, alpha, **numbers, **vectors)
+        return flat_update(theta, anchor, alpha, **given)
     launch = {"cuda": flat_library.launch, "nvrtc": flat_nvrtc.launch}[backend]
     with torch.cuda.device(theta.device):
         grid = PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(theta.device).multi_processor_count
         partials = torch.zeros(grid, NUM_STATS, dtype=torch.float64, device=theta.device)
         if len(theta):
-            vectors |= dict(theta=theta, anchor=anchor, partials=partials)
-            pointers = {name: None if vector is None else vector.data_ptr() for name, vector in vectors.items()}
-            arguments = flat_library.Arguments(**pointers, **numbers, n=len(theta), alpha=alpha)
+            arguments = kernel_arguments(theta=theta, anchor=anchor, alpha=alpha, partials=partials, **given)
             launch(arguments, grid, torch.cuda.current_stream().cuda_stream)
     return partials.sum(dim=0)
+
+
+def kernel_arguments(theta: Tensor, **others: Tensor | float | None) -> flat_library.Arguments:
+    """Vectors become addresses: they must outlive the launch."""
+    values = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in others.items()}
+    return flat_library.Arguments(theta=theta.data_ptr(), n=len(theta), **values)
