@@ -31,21 +31,28 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.cu csrc/*.h
 
+OPERATIONS = linear_policy_loss linear_logprob policy_loss apo_loss selective_logprob flat_update
+
 bench: $(VENV)/.test
 	$(BIN)/python bench/bench_step.py
 	$(BIN)/python bench/bench_grading.py
-	$(BIN)/python bench/bench_linear_policy_loss.py
-	$(BIN)/python bench/bench_flat_update.py
+	set -e; for name in $(OPERATIONS); do $(BIN)/python bench/bench_$$name.py; done
 
 # PYTHON_GPU: an environment that has torch for CUDA, Triton, pytest and this package
 PYTHON_GPU ?= $(BIN)/python
-KERNEL_TESTS = linear_logprob linear_policy_loss policy_loss apo_loss selective_logprob flat_update kernels_parity ops
-RESULT = bench/results/$(1)_$$(date +%F)_gpu_$$(git rev-parse --short HEAD 2>/dev/null || echo unknown).json
+KERNEL_TESTS = linear_logprob linear_policy_loss policy_loss apo_loss selective_logprob flat_update flat_nvrtc \
+	kernels_parity kernels_gpu ops
+RESULT = bench/results/$${name}_$$(date +%F)_gpu_$$(git rev-parse --short HEAD 2>/dev/null || echo unknown).json
 
+# all of it runs, whatever fails on the way, and what did is named at the end
 gpu:
-	$(PYTHON_GPU) -m pytest -q $(KERNEL_TESTS:%=tests/test_%.py)
-	$(PYTHON_GPU) bench/bench_linear_policy_loss.py --out $(call RESULT,linear_policy_loss)
-	$(PYTHON_GPU) bench/bench_flat_update.py --out $(call RESULT,flat_update)
+	mkdir -p bench/results
+	failed=; \
+	$(PYTHON_GPU) -m pytest -q $(KERNEL_TESTS:%=tests/test_%.py) || failed=tests; \
+	for name in $(OPERATIONS); do \
+		$(PYTHON_GPU) bench/bench_$$name.py --out $(RESULT) || failed="$$failed $$name"; \
+	done; \
+	test -z "$$failed" || { echo "failed: $$failed"; exit 1; }
 
 # torch first and by exact version: a range would let pip take another build of it
 $(VENV)/.train: pyproject.toml

@@ -1,45 +1,60 @@
 """In-place interpolation and extrapolation of a flat shard: bandwidth, beside torch's foreach operations.
 
-    python bench/bench_flat_update.py [--elements 100000000 --elements 1500000000] [--out FILE.json]
+    python bench/bench_flat_update.py [--shape 100000000 ...] [--out FILE.json]      elements
 
 Bytes are counted as read and written once: SFPO's interpolation 14 per parameter (two float32 in, one out, one bfloat16
-out), GXPO's extrapolation 18 from displacements and 22 from gradients. The headline is the share of a device copy's
-bandwidth, measured in the same run. Nothing wrong is timed: each result is first set against float64. Without a GPU it
-prints what a model of an H100 gives, and says so.
+out), 12 where the master is the bfloat16 weight and 16 more bits, GXPO's extrapolation 18 from displacements and 22
+from gradients. The headline, of_copy, is the bandwidth over that of a device copy in the same run. Statistics come with
+an update of ours and of the foreach recipe; what makes neither them nor the bfloat16 weights says so. The error against
+float64 is relative to the parameter's size. Without a GPU it prints what a model of an H100 gives, and says so.
 """
 
-import argparse
+import warnings
+from functools import partial
 
 import torch
-from timing import PEAK_BYTES_PER_S, REACHED_BYTES_PER_S, finish, quantiles, sample, show
+from timing import Provider, device_copy, measure, model, run
+from torch import Tensor
 
-from fastrl import flat_library
+from fastrl import flat_backends, flat_library
 from fastrl.ops import extrapolate_, interpolate_
+from fastrl.split_master import join, split
 
-BYTES = {"interpolate": 14, "displacements": 18, "gradients": 22}
+BENCH = "flat_update"
+COPY = "device copy"
+BYTES = {"interpolate": 14, "interpolate, split master": 12, "displacements": 18, "gradients": 22}
 LOOKAHEAD, ALPHA, LR = 10, 0.5, 1e-6
 GATE_ELEMENTS = 1 << 20
+ALLOWED = 5e-7  # a few roundings of a parameter; a move is twice as large
+WITHOUT_THRESHOLD = 2e-6  # a parameter that stood still in the first step is moved too far
 
 
-def shards(n: int, device: str) -> dict[str, torch.Tensor]:
-    """Weights, two AdamW steps of LR from them, and two gradients."""
+def shards(mode: str, n: int, device: str) -> dict[str, Tensor]:
+    """Weights two AdamW steps of LR from their anchor, and what the mode takes of the steps."""
     generator = torch.Generator(device).manual_seed(0)
     anchor, x0, x1 = (torch.randn(n, generator=generator, device=device) for _ in range(3))
-    x1 = x0 * (0.5 + 0.5 * x1)
-    u0 = -LR * x0
-    return dict(anchor=anchor, x0=x0, x1=x1, u0=u0, theta=anchor + u0 - LR * x1,
-                half=torch.empty(n, dtype=torch.bfloat16, device=device))  # fmt: skip
+    x1.mul_(0.5).add_(0.5).mul_(x0)
+    theta = anchor - LR * x0
+    u0 = theta - anchor  # as a trainer knows it: no more exact than weights are
+    theta.sub_(x1, alpha=LR)
+    if mode == "interpolate, split master":
+        high, low = split(theta)
+        return dict(anchor=anchor, theta=high, low=low)
+    steps = {"interpolate": {}, "displacements": dict(u0=u0), "gradients": dict(x0=x0, x1=x1)}[mode]
+    return dict(anchor=anchor, theta=theta, half=torch.empty(n, dtype=torch.bfloat16, device=device), **steps)
 
 
-def update(mode: str, s: dict[str, torch.Tensor], backend: str | None) -> None:
-    if mode == "interpolate":
-        interpolate_(s["theta"], s["anchor"], ALPHA, out_bf16=s["half"], backend=backend)
-        return
+def update(mode: str, s: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
+    if mode.startswith("interpolate"):
+        halves = dict(low=s["low"]) if "low" in s else dict(out_bf16=s["half"])
+        interpolate_(s["theta"], s["anchor"], ALPHA, **halves, backend=backend)
+        return s
     inputs = dict(grads=(s["x0"], s["x1"])) if mode == "gradients" else dict(u0=s["u0"])
     extrapolate_(s["theta"], s["anchor"], LOOKAHEAD, ALPHA, **inputs, lr=LR, out_bf16=s["half"], backend=backend)
+    return s
 
 
-def foreach(mode: str, s: dict[str, torch.Tensor]) -> None:
+def foreach(mode: str, s: dict[str, Tensor]) -> dict[str, Tensor]:
     """What one writes with torch alone: a pass for each of the move, the cast, the displacement and its norm."""
     theta, anchor, half = [s["theta"]], [s["anchor"]], [s["half"]]
     before = torch._foreach_sub(theta, anchor)
@@ -56,75 +71,73 @@ def foreach(mode: str, s: dict[str, torch.Tensor]) -> None:
         torch.addcmul(anchor[0], before[0], scale, value=ALPHA, out=theta[0])
     torch._foreach_copy_(half, theta)
     torch._foreach_norm(torch._foreach_sub(theta, anchor))
+    return s
 
 
-def gate(mode: str, backend: str | None, device: str, n: int = GATE_ELEMENTS) -> float:
-    """Largest error against float64, relative to the largest displacement. Raises where it is more than rounding."""
-    ours = shards(n, device)
-    truth = {name: x.double() for name, x in ours.items() if name != "half"} | {"half": None}
+def move_alone(s: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch._foreach_lerp_([s["theta"]], [s["anchor"]], 1 - ALPHA)
+    return s
+
+
+def off(mode: str, rounds: bool, found: dict[str, Tensor]) -> float:
+    """rounds: whether bfloat16 weights are there, which must then be the rounded ones; if not, all is wrong."""
+    n, device = len(found["theta"]), found["theta"].device.type
+    truth = shards(mode, n, device)
+    if "low" in truth:
+        truth["theta"] = join(truth["theta"], truth.pop("low"))
+    truth = {name: x.double() for name, x in truth.items() if name != "half"} | {"half": None}
     update(mode, truth, "torch")
-    update(mode, ours, backend)
-    # one rounding of theta and anchor, which displacements of LR are differences of
-    error = ((ours["theta"].double() - truth["theta"]).abs() / ours["anchor"].abs().clamp(min=1e-3)).max().item()
-    allowed = 5e-7 if mode != "displacements" else 5e-6  # a ratio of two roundings moves the scale
-    if not error <= allowed:
-        raise SystemExit(
-            f"bench_flat_update: {mode} on {backend} is off by {error:.2e}, allowed {allowed:.0e}: no times"
-        )
-    if device == "cuda" and not torch.equal(ours["half"], ours["theta"].bfloat16()):
-        raise SystemExit(f"bench_flat_update: {mode} on {backend}: bfloat16 weights are not the rounded ones: no times")
-    return error
+    theta = join(found["theta"], found["low"]) if "low" in found else found["theta"]
+    if rounds and "half" in found and not torch.equal(found["half"], theta.bfloat16()):
+        return float("inf")
+    return ((theta.double() - truth["theta"]).abs() / found["anchor"].abs().clamp(min=1e-3)).max().item()
 
 
-def measured(mode: str, n: int) -> list[dict]:
-    s = shards(n, "cuda")
-    backends = ["triton", *(["cuda"] if flat_library.find() else [])]
-    errors = {f"fastrl {b}": gate(mode, b, "cuda") for b in backends}
-    source, target = (torch.empty(n * BYTES[mode] // 8, dtype=torch.float32, device="cuda") for _ in range(2))
-    providers = {f"fastrl {b}": (lambda b=b: update(mode, s, b)) for b in backends}
-    providers |= {"foreach": lambda: foreach(mode, s), "device copy": lambda: target.copy_(source)}
-    times = {name: quantiles(ms) for name, ms in sample(providers).items()}
-    copy_ms = times["device copy"]["ms"]
-    return [
-        {"mode": mode, "elements": n, "provider": name, **q, "gb_per_s": n * BYTES[mode] / q["ms"] / 1e6,
-         "of_copy": copy_ms / q["ms"], "speedup_over_foreach": times["foreach"]["ms"] / q["ms"],
-         "error": errors.get(name)}
-        for name, q in times.items()
-    ]  # fmt: skip
+def backends(device: str) -> list[str]:
+    """Those of ours that run on this machine."""
+    if device != "cuda":
+        return ["torch", "triton"]
+    found = ["cuda"] if flat_library.find() else []
+    try:
+        flat_backends.try_out("nvrtc", torch.device("cuda"))
+        found.append("nvrtc")
+    except OSError as error:  # no compiler here; a wrong result is no such error
+        warnings.warn(f"no NVRTC: {error}", stacklevel=2)
+    return [*found, "triton"]
 
 
-def modelled(mode: str, n: int) -> dict:
-    moved = n * BYTES[mode]
-    ms = {"ms": moved / REACHED_BYTES_PER_S * 1e3, "ms_at_peak": moved / PEAK_BYTES_PER_S * 1e3}
-    return {"mode": mode, "elements": n, "provider": "model of an H100, not measured", **ms}
+def providers(mode: str, s: dict[str, Tensor]) -> dict[str, Provider]:
+    device, moved = s["theta"].device.type, BYTES[mode] * len(s["theta"])
+    made = {}
+    for backend in backends(device):
+        rounds = device == "cuda" or backend == "torch"  # the interpreter of Triton truncates
+        call = partial(update, mode, s, backend)
+        made[f"fastrl, {backend}"] = Provider(call, partial(off, mode, rounds), ALLOWED, moved=moved)
+    if mode != "interpolate, split master":
+        allowed = WITHOUT_THRESHOLD if mode == "displacements" else ALLOWED
+        made["foreach"] = Provider(partial(foreach, mode, s), partial(off, mode, True), allowed, moved=moved)
+    if mode == "interpolate":
+        call, moved_alone = partial(move_alone, s), 12 * len(s["theta"])
+        made["_foreach_lerp_ (the move only)"] = Provider(call, partial(off, mode, False), ALLOWED, moved=moved_alone)
+    return made | ({COPY: device_copy(moved)} if device == "cuda" else {})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, action="append", help="of a shard; may be given several times")
-    parser.add_argument("--out", default="")
-    args = parser.parse_args()
-    sizes = args.elements or [100_000_000, 875_000_000, 1_500_000_000]
-    gpu = torch.cuda.is_available()
+def fresh(mode: str, n: int, device: str = "cuda") -> dict[str, Provider]:
+    return providers(mode, shards(mode, n, device))
+
+
+def measured(n: int) -> list[dict]:
     rows = []
     for mode in BYTES:
-        for n in sizes:
-            rows += measured(mode, n) if gpu else [modelled(mode, n)]
-    columns = [
-        "mode",
-        "elements",
-        "provider",
-        "ms",
-        "ms_20",
-        "ms_80",
-        "gb_per_s",
-        "of_copy",
-        "speedup_over_foreach",
-        "error",
-    ]
-    show(rows, columns if gpu else ["mode", "elements", "provider", "ms", "ms_at_peak"])
-    finish("flat_update", rows, args.out, measured=gpu)
+        small, large = (partial(fresh, mode, size) for size in (GATE_ELEMENTS, n))
+        case = {"mode": mode, "elements": n}
+        rows += measure(BENCH, small, large, yardstick=COPY, warmup=5, seconds=3.0, case=case)
+    return rows
+
+
+def modelled(n: int) -> list[dict]:
+    return [model(moved=moved * n, mode=mode, elements=n) for mode, moved in BYTES.items()]
 
 
 if __name__ == "__main__":
-    main()
+    run(BENCH, __doc__, ["100000000", "1500000000"], measured, modelled)

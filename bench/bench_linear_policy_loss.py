@@ -2,165 +2,174 @@
 
     python bench/bench_linear_policy_loss.py [--shape 16384x1536x151936 ...] [--out FILE.json]      N x H x V
 
-Useful work is 6 N H V, three products, whatever a provider spends. The headline is the time over that of the three bare
-products of the vendor library in the same run. A provider that does not compute the loss is marked so. Nothing wrong is
-timed: the gradient in hidden of the first rows is set against float64. Without a GPU it prints what a model of an H100
-gives, and says so.
+Useful work is 6 N H V, three products, whatever a provider spends; 2 N H V of a row that is known to have no gradient.
+The headline, of_bare, is the time over that of the bare products of the vendor library in the same run. A provider that
+computes another loss is marked so, and set against that one. The error is the larger of those of the gradients in
+hidden and in weight against float64, relative to their norms. Without a GPU it prints what a model of an H100 gives,
+and says so.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from timing import PEAK_FLOPS, REACHED_BYTES_PER_S, REACHED_FLOPS, distance, finish, peak_mib, quantiles, sample, show
+from bench_policy_loss import DUAL_CLIP, EPSILON, torch_loss
+from heads import EXACT, GATE_ROWS, ROUNDED, SEQUENCES, LogprobFunction, bare_products, head_inputs, logprob_functions
+from timing import OURS, Provider, distance, measure, model, run
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastrl.kernels.linear_logprob import CHUNK_ROWS, linear_logprob
 from fastrl.kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_ref
 
-GATE_ROWS, GATE_WORDS = 256, 151_936
+BENCH = "linear_policy_loss"
+BARE = "bare products"
 ROW_BYTES = 10  # of each float32 logit: read twice, written once as bfloat16
-LOSS = dict(epsilon=(0.2, 0.28))
+WITHOUT_GRADIENT = 0.4  # of rows: groups whose rewards are all equal
+
+Gradients = tuple[Tensor, Tensor]  # in hidden and in weight
 
 
-def inputs(N: int, H: int, V: int, device: str, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
-    g = torch.Generator(device).manual_seed(0)
+def inputs(N: int, H: int, V: int, device: str) -> dict[str, Tensor]:
+    x = head_inputs(N, H, V, device)
+    g = torch.Generator(device).manual_seed(1)
     random = dict(generator=g, device=device)
-    hidden = torch.randn(N, H, **random).to(dtype)
-    weight = (torch.randn(V, H, **random) * 2 * H**-0.5).to(dtype)
-    target = torch.randint(0, V, (N,), **random)
-    logprobs = linear_logprob(hidden, weight, target)[0]
-    return dict(
-        hidden=hidden, weight=weight, target=target, advantage=torch.randn(N, **random),
-        w=torch.full((N,), 1 / N, device=device), old_logprobs=logprobs + 0.1 * torch.randn(N, **random),
-    )  # fmt: skip
+    logprobs = linear_logprob(x["hidden"], x["weight"], x["target"])[0]
+    advantage = torch.randn(min(SEQUENCES, N), **random).repeat_interleave(max(1, N // SEQUENCES))
+    return x | dict(advantage=advantage, w=torch.full((N,), 1 / N, device=device),
+                    old_logprobs=logprobs + 0.1 * torch.randn(N, **random))  # fmt: skip
 
 
-def loss_of(x: dict, logprobs: torch.Tensor) -> torch.Tensor:
-    """The clipped surrogate in torch."""
-    ratio = (logprobs - x["old_logprobs"]).clamp(-20, 20).exp()
-    low, high = LOSS["epsilon"]
-    loss = torch.maximum(-x["advantage"] * ratio, -x["advantage"] * ratio.clamp(1 - low, 1 + high))
-    loss = torch.where(x["advantage"] < 0, torch.minimum(loss, -3.0 * x["advantage"]), loss)
-    return (x["w"] * loss).sum()
-
-
-def providers(x: dict, gradient: torch.Tensor) -> dict[str, Callable[[], torch.Tensor | None]]:
-    """name -> a call that adds the weight's gradient somewhere and returns the hidden one; None: no loss computed."""
-    hidden, weight, target = x["hidden"], x["weight"], x["target"]
+def fused(x: dict[str, Tensor], triton: bool, **options) -> Gradients:
+    """Both gradients are there after the forward; that in weight is added to a float32 buffer."""
     vectors = {name: x[name] for name in ("advantage", "w", "old_logprobs")}
-
-    def fused(triton: bool) -> torch.Tensor:
-        return linear_policy_loss(hidden, weight, target, **vectors, **LOSS, weight_grad=gradient, need_entropy=False,
-                                  triton=triton).hidden_grad  # fmt: skip
-
-    def recomputed() -> torch.Tensor:
-        leaf = hidden.detach().requires_grad_()
-        loss_of(x, linear_logprob(leaf, weight, target, weight_grad=gradient)[0]).backward()
-        return leaf.grad
-
-    def naive(function: Callable) -> torch.Tensor:
-        leaf, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        loss_of(x, function(leaf, head, target)).backward()
-        return leaf.grad
-
-    def products() -> None:
-        z = torch.empty(min(CHUNK_ROWS, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
-        dz = z.view(torch.bfloat16)[:, : len(weight)]
-        for start in range(0, len(hidden), CHUNK_ROWS):
-            rows = hidden[start : start + CHUNK_ROWS]
-            torch.mm(rows, weight.T, out_dtype=torch.float32, out=z[: len(rows)])
-            torch.mm(dz[: len(rows)], weight)
-            torch.addmm(gradient, dz[: len(rows)].T, rows, out_dtype=torch.float32, out=gradient)
-
-    def cross_entropy() -> None:
-        leaf, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        F.linear_cross_entropy(leaf, head, target).backward()
-
-    def liger() -> None:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        leaf, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        LigerFusedLinearCrossEntropyLoss()(head, leaf, target).backward()
-
-    made = {"fastrl": lambda: fused(True), "fastrl, recomputing": recomputed, "fastrl, torch": lambda: fused(False)}
-    if hidden.is_cuda:
-        made |= {"bare products": products, "torch": lambda: naive(full_logits)}
-        compiled = torch.compile(full_logits)
-        made["torch.compile"] = lambda: naive(compiled)
-        if hasattr(F, "linear_cross_entropy"):
-            made["F.linear_cross_entropy (no RL loss)"] = cross_entropy
-        if importlib.util.find_spec("liger_kernel"):
-            made["Liger cross-entropy (no RL loss)"] = liger
-    return made
-
-
-def full_logits(hidden, weight, target):
-    logits = (hidden @ weight.T).float()
-    return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
-
-
-def gate(name: str, H: int, device: str, rows: int = GATE_ROWS, words: int = GATE_WORDS) -> float | None:
-    """Error of the gradient in hidden against float64. Raises where it is more than bfloat16 logits make of it."""
-    x = inputs(rows, H, words, device)
-    gradient = torch.zeros(words, H, device=device)
-    found = providers(x, gradient)[name]()
-    if found is None:
-        return None
-    exact = {key: value.double() if value.is_floating_point() else value for key, value in x.items()}
-    truth = linear_policy_loss_ref(
-        exact["hidden"], exact["weight"], exact["target"], advantage=exact["advantage"], w=exact["w"],
-        old_logprobs=exact["old_logprobs"], **LOSS,
+    made = linear_policy_loss(
+        x["hidden"], x["weight"], x["target"], **vectors, epsilon=EPSILON, dual_clip=DUAL_CLIP, need_entropy=False,
+        weight_grad=x["gradient"], triton=triton, **options,
     )  # fmt: skip
-    error = distance(found, truth.hidden_grad)
-    if not error <= 0.08:
-        raise SystemExit(f"bench_linear_policy_loss: {name} is off by {error:.2e} of the gradient's norm: no times")
-    return error
+    return made.hidden_grad, x["gradient"]
+
+
+def recomputed(x: dict[str, Tensor]) -> Gradients:
+    leaf = x["hidden"].detach().requires_grad_()
+    logprobs = linear_logprob(leaf, x["weight"], x["target"], weight_grad=x["gradient"], triton=True)[0]
+    torch_loss(logprobs, x).backward()
+    return leaf.grad, x["gradient"]
+
+
+def differentiated(x: dict[str, Tensor], loss: Callable[[Tensor, Tensor], Tensor]) -> Gradients:
+    """Of a loss of hidden and weight, by autograd."""
+    hidden, weight = x["hidden"].detach().requires_grad_(), x["weight"].detach().requires_grad_()
+    loss(hidden, weight).backward()
+    return hidden.grad, weight.grad
+
+
+def loss_after(function: LogprobFunction, x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+    return torch_loss(function(hidden, weight, x["target"], False)[0], x)
+
+
+def cross_entropy(x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+    return F.linear_cross_entropy(hidden, weight, x["target"], options=torch.nn.LinearCrossEntropyOptions())
+
+
+def liger_cross_entropy(x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, hidden, x["target"])
+
+
+def in_sequences(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[sequences, tokens] and one advantage each, as a trainer of padded batches has them."""
+    shape = (min(SEQUENCES, len(x["target"])), -1)
+    return {name: x[name].view(shape) for name in ("target", "old_logprobs")} | {
+        "advantage": x["advantage"].view(shape)[:, 0].contiguous()
+    }
+
+
+def liger_fused_linear(x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    s = in_sequences(x)
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=EPSILON[0], epsilon_high=EPSILON[1], delta=DUAL_CLIP,
+        compiled=hidden.is_cuda,
+    )  # fmt: skip
+    states = hidden.view(*s["target"].shape, -1)
+    return loss(states, weight, s["target"], torch.ones_like(s["target"]), s["advantage"],
+                old_per_token_logps=s["old_logprobs"])[0]  # fmt: skip
+
+
+def liger_full_logits(x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    s = in_sequences(x)
+    states = F.pad(hidden.view(*s["target"].shape, -1), (0, 0, 0, 1))  # a position more, which it leaves out
+    return triton_grpo_loss(
+        states @ weight.T, s["old_logprobs"], None, s["target"], s["advantage"], temperature=1.0, beta=0.0,
+        eps_low=EPSILON[0], eps_high=EPSILON[1], delta=DUAL_CLIP, reduce=True,
+    )[0]  # fmt: skip
+
+
+def off(x: dict[str, Tensor], loss: dict, found: Gradients) -> float:
+    """The larger of the distances in hidden and in weight; `loss` is what differs from the clipped surrogate."""
+    exact = {key: value.double() if value.is_floating_point() else value for key, value in x.items()}
+    terms = {name: exact[name] for name in ("advantage", "w", "old_logprobs")}
+    truth = linear_policy_loss_ref(
+        exact["hidden"], exact["weight"], exact["target"], **(terms | dict(epsilon=EPSILON, dual_clip=DUAL_CLIP) | loss)
+    )
+    return max(distance(ours, right) for ours, right in zip(found, (truth.hidden_grad, truth.weight_grad), strict=True))
+
+
+def providers(x: dict[str, Tensor]) -> dict[str, Provider]:
+    N, flop = len(x["target"]), 6 * x["hidden"].numel() * len(x["weight"])
+    on_cuda = x["hidden"].is_cuda
+    clip = partial(off, x, {})
+
+    def ours(call: Callable[[], Gradients], allowed: float = EXACT) -> Provider:
+        return Provider(call, clip, allowed, flop)
+
+    made = {
+        OURS: ours(partial(fused, x, True)),
+        "fastrl, recomputing": ours(partial(recomputed, x)),
+        "fastrl, torch": ours(partial(fused, x, False)),
+        "fastrl, bfloat16 logits": ours(partial(fused, x, True, logits_dtype=torch.bfloat16), ROUNDED),
+    }
+    first = N - int(WITHOUT_GRADIENT * N)
+    partly = x | {"advantage": torch.where(torch.arange(N, device=x["w"].device) < first, x["advantage"], 0.0)}
+    made[f"fastrl, {WITHOUT_GRADIENT:.0%} of rows without gradient"] = Provider(
+        partial(fused, partly, True, rows_with_gradient=first), partial(off, partly, {}), EXACT,
+        flop * (2 * N + 4 * first) / (6 * N),
+    )  # fmt: skip
+    losses: dict[str, Callable[[dict, Tensor, Tensor], Tensor]] = {}
+    for name, function in logprob_functions(x["hidden"].device.type, gradient=True, entropy=False).items():
+        losses[name] = partial(loss_after, function)
+    if importlib.util.find_spec("liger_kernel"):
+        losses["Liger fused linear GRPO loss"] = liger_fused_linear
+        losses["Liger GRPO loss of full logits"] = liger_full_logits
+        losses["Liger cross-entropy (no RL loss)"] = liger_cross_entropy
+    if hasattr(F, "linear_cross_entropy"):
+        losses["F.linear_cross_entropy (no RL loss)"] = cross_entropy
+    of_mean = dict(mode="pg", advantage=torch.ones_like(x["w"]).double(), old_logprobs=None)
+    for name, loss in losses.items():
+        error = partial(off, x, of_mean) if "no RL loss" in name else clip
+        made[name] = Provider(partial(differentiated, x, partial(loss, x)), error, ROUNDED, flop)
+    return made | ({BARE: bare_products(x, gradient=True)} if on_cuda else {})
+
+
+def fresh(N: int, H: int, V: int, device: str = "cuda") -> dict[str, Provider]:
+    return providers(inputs(N, H, V, device))
 
 
 def measured(N: int, H: int, V: int) -> list[dict]:
-    x = inputs(N, H, V, "cuda")
-    gradient = torch.zeros(V, H, device="cuda")
-    calls, errors, peaks = {}, {}, {}
-    for name, call in providers(x, gradient).items():
-        try:
-            errors[name], peaks[name] = gate(name, H, "cuda", words=V), peak_mib(call)
-            calls[name] = call
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            peaks[name] = None
-    times = {name: quantiles(ms) for name, ms in sample(calls, warmup=5, samples=20).items()}
-    bare = times["bare products"]["ms"]
-    return [
-        {"N": N, "H": H, "V": V, "provider": name, **times[name], "of_bare": times[name]["ms"] / bare,
-         "useful_tflops": 6 * N * H * V / times[name]["ms"] / 1e9, "peak_mib": peaks[name], "error": errors[name]}
-        if name in times else {"N": N, "H": H, "V": V, "provider": f"{name}: out of memory"}
-        for name in peaks
-    ]  # fmt: skip
+    small, large = (partial(fresh, rows, H, V) for rows in (GATE_ROWS, N))
+    return measure(BENCH, small, large, yardstick=BARE, case={"N": N, "H": H, "V": V})
 
 
-def modelled(N: int, H: int, V: int) -> dict:
-    products, rows = 6 * N * H * V / REACHED_FLOPS * 1e3, ROW_BYTES * N * V / REACHED_BYTES_PER_S * 1e3
-    return {"N": N, "H": H, "V": V, "provider": "model of an H100, not measured", "ms": products + rows,
-            "products_ms": products, "rows_ms": rows, "products_ms_at_peak": 6 * N * H * V / PEAK_FLOPS * 1e3,
-            "of_bare": 1 + rows / products, "workspace_mib": 4 * min(N, CHUNK_ROWS) * V / 2**20}  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", help="NxHxV; may be given several times")
-    parser.add_argument("--out", default="")
-    args = parser.parse_args()
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shape or ["2048x1536x151936", "16384x1536x151936",
-                                                                    "16384x3584x152064"]]  # fmt: skip
-    gpu = torch.cuda.is_available()
-    rows = [row for shape in shapes for row in (measured(*shape) if gpu else [modelled(*shape)])]
-    columns = ["N", "H", "V", "provider", "ms", "ms_20", "ms_80", "of_bare", "useful_tflops", "peak_mib", "error"]
-    model = ["N", "H", "V", "provider", "ms", "products_ms", "rows_ms", "of_bare", "workspace_mib"]
-    show(rows, columns if gpu else model)
-    finish("linear_policy_loss", rows, args.out, measured=gpu)
+def modelled(N: int, H: int, V: int) -> list[dict]:
+    row = model(6 * N * H * V, ROW_BYTES * N * V, N=N, H=H, V=V)
+    return [row | {"of_bare": row["ms"] / row["products_ms"], "workspace_mib": 4 * min(N, CHUNK_ROWS) * V / 2**20}]
 
 
 if __name__ == "__main__":
-    main()
+    run(BENCH, __doc__, ["16384x1536x151936", "8192x3584x152064"], measured, modelled)

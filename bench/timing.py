@@ -1,9 +1,21 @@
-"""What benchmarks of single operations share: interleaved samples, peak memory, a model of a GPU, one JSON line."""
+"""What benchmarks of single operations share: gates, interleaved samples, peak memory, a model of a GPU, the report.
 
+A provider is one way to do an operation. Each is set against float64 on small inputs before any is timed, and what is
+wrong gets no time: one of ours ends the benchmark, a rival keeps a row that says so.
+"""
+
+import argparse
 import json
+import math
 import statistics
+import subprocess
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -13,31 +25,127 @@ from fastrl.log import versions
 # what a "model" figure assumes: an H100 SXM, dense bfloat16 and HBM3, and what of them is reached in practice
 PEAK_FLOPS, PEAK_BYTES_PER_S = 989e12, 3.35e12
 REACHED_FLOPS, REACHED_BYTES_PER_S = 0.72 * PEAK_FLOPS, 0.9 * PEAK_BYTES_PER_S
+MODEL = "model of an H100, not measured"
 FLUSH_BYTES = 1 << 28  # several times the L2 cache
+COPY_BYTES = 1 << 32  # a copy is as fast beyond
+OURS = "fastrl"  # the first word of a provider that must not be wrong
+SOFTWARE = ("triton", "liger-kernel", "trl")  # beside what a run of fastrl depends on
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """call() does the operation; error(what it returned) is from float64, and above `allowed` there is no time.
+
+    error None: a yardstick, which has no result. flop, moved: the work and bytes that its rate counts.
+    """
+
+    call: Callable[[], object]
+    error: Callable[[object], float] | None = None
+    allowed: float = 0.0
+    flop: float = 0.0
+    moved: float = 0.0
+
+
+class Wrong(Exception):
+    """A rival's result is not the operation's."""
+
+
+def gate(bench: str, name: str, provider: Provider) -> float | None:
+    """Error of a provider on small inputs; SystemExit if ours is wrong, Wrong if a rival is."""
+    if provider.error is None:
+        return None
+    error = provider.error(provider.call())
+    if error <= provider.allowed:
+        return error
+    fault = f"off by {error:.2e}, allowed {provider.allowed:.0e}"
+    if name.startswith(OURS):
+        raise SystemExit(f"{bench}: {name} is {fault}: no times")
+    raise Wrong(fault)
+
+
+def measure(
+    bench: str, small: Callable[[], dict[str, Provider]], large: Callable[[], dict[str, Provider]], *,
+    yardstick: str, warmup: int = 3, seconds: float = 6.0, case: dict,
+) -> list[dict]:  # fmt: skip
+    """Rows of one case: gates on providers of `small`, new ones for each, and then times of those of `large`."""
+    rows: dict[str, dict] = {}
+    for name in small():
+        rows[name] = {**case, "provider": name, **attempt(name, lambda name=name: gated(bench, name, small()[name]))}
+    providers, calls = large(), {}
+    for name, provider in providers.items():
+        if "note" not in rows[name]:
+            rows[name] |= attempt(name, lambda call=provider.call: {"peak_mib": peak_mib(call)})
+        if "note" not in rows[name]:
+            calls[name] = provider.call
+    for name, times in sample(calls, warmup=warmup, seconds=seconds).items():
+        rows[name] |= times
+    for name, row in rows.items():
+        if "ms" in row:
+            row |= rates(providers[name], row["ms"], providers[yardstick], rows[yardstick].get("ms", math.nan))
+    return list(rows.values())
+
+
+def rates(provider: Provider, ms: float, bare: Provider, bare_ms: float) -> dict[str, float]:
+    """of_bare: the time over that of the yardstick; of_copy: the bandwidth over that of the yardstick."""
+    if provider.flop:
+        return {"useful_tflops": provider.flop / ms / 1e9, "of_bare": ms / bare_ms}
+    return {"gb_per_s": provider.moved / ms / 1e6, "of_copy": provider.moved / ms / (bare.moved / bare_ms)}
+
+
+def gated(bench: str, name: str, provider: Provider) -> dict[str, float | None]:
+    return {"error": gate(bench, name, provider)}
+
+
+def attempt(name: str, call: Callable[[], dict]) -> dict:
+    """What call() returns, or a note on why there is nothing; other failures of ours than of memory are raised."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        note = "out of memory"
+    except Exception as error:  # a rival may need another GPU, compiler or version: its row says so
+        if name.startswith(OURS):
+            raise
+        note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:80]
+    torch.cuda.empty_cache()
+    return {"note": note}
 
 
 def sample(
-    providers: dict[str, Callable[[], object]], *, warmup: int = 20, samples: int = 30
-) -> dict[str, list[float]]:
-    """Milliseconds of each call, providers taking turns, with the L2 cache overwritten before each."""
+    calls: dict[str, Callable[[], object]], *, warmup: int, seconds: float, least: int = 7, most: int = 50
+) -> dict[str, dict[str, float]]:
+    """Quantiles of milliseconds, calls taking turns for about `seconds`, with the L2 cache overwritten before each.
+
+    issue_ms: until the call has returned to the CPU. The overwriting is a backlog of a tenth of a millisecond, behind
+    which as much of that does not show in the time on the device.
+    """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for number in range(warmup + samples):
-        for name, call in providers.items():
+    names, times = list(calls), {name: [] for name in calls}
+
+    def turn(first: int) -> None:
+        for name in names[first:] + names[:first]:  # none is always behind the same one
             flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            call()
+            begin = time.perf_counter()
+            calls[name]()
+            issued = time.perf_counter() - begin
             end.record()
             torch.cuda.synchronize()
-            if number >= warmup:
-                times[name].append(start.elapsed_time(end))
-    return times
+            times[name].append((start.elapsed_time(end), issued * 1e3))
+
+    for _ in range(warmup):
+        begin = time.perf_counter()
+        turn(0)
+    rounds = min(most, max(least, int(seconds / (time.perf_counter() - begin))))
+    for number in range(rounds):
+        turn(number % max(1, len(names)))
+    return {name: quantiles(taken[warmup:]) for name, taken in times.items()}
 
 
-def quantiles(ms: list[float]) -> dict[str, float]:
-    low, *_, high = statistics.quantiles(ms, n=5)
-    return {"ms": statistics.median(ms), "ms_20": low, "ms_80": high}
+def quantiles(taken: list[tuple[float, float]]) -> dict[str, float]:
+    device, issue = zip(*taken, strict=True)
+    low, *_, high = statistics.quantiles(device, n=5)
+    return {"ms": statistics.median(device), "ms_20": low, "ms_80": high, "issue_ms": statistics.median(issue)}
 
 
 def peak_mib(call: Callable[[], object]) -> float:
@@ -50,13 +158,70 @@ def peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def distance(ours: torch.Tensor, truth: torch.Tensor) -> float:
+@cache
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)  # one compilation for the gate and for all shapes
+
+
+class Captured:
+    """A call as a CUDA graph, captured when it is first made: what is left of its time without launches."""
+
+    def __init__(self, call: Callable[[], object]):
+        self.call, self.graph, self.result = call, None, None
+
+    def __call__(self) -> object:
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.call()  # compiles, which nothing may do during the capture
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.call()
+        self.graph.replay()
+        return self.result
+
+
+def device_copy(moved: float) -> Provider:
+    """The yardstick of bandwidth: a copy on the device that reads and writes as much in all, up to a few GB."""
+    moved = min(int(moved), COPY_BYTES)
+    source, target = (torch.empty(max(1, moved // 8), dtype=torch.float32, device="cuda") for _ in range(2))
+    return Provider(lambda: target.copy_(source), moved=moved)
+
+
+def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
     """Norm of the difference relative to that of the truth."""
-    return ((ours.double() - truth.double()).norm() / truth.double().norm()).item()
+    return ((found.double() - truth).norm() / truth.norm()).item()
 
 
-def show(rows: list[dict], columns: list[str]) -> None:
+def model(flop: float = 0.0, moved: float = 0.0, **case: object) -> dict:
+    """The row of an H100 that multiplies and moves bytes one after the other, both at what is reached in practice."""
+    products, memory = flop / REACHED_FLOPS * 1e3, moved / REACHED_BYTES_PER_S * 1e3
+    at_peak = (flop / PEAK_FLOPS + moved / PEAK_BYTES_PER_S) * 1e3
+    return {**case, "provider": MODEL, "ms": products + memory, "products_ms": products, "memory_ms": memory,
+            "ms_at_peak": at_peak}  # fmt: skip
+
+
+def run(
+    bench: str, doc: str, shapes: list[str], measured: Callable[..., list[dict]], modelled: Callable[..., list[dict]]
+) -> None:
+    """The program of a benchmark: shapes like 16384x1536, a table for people, one JSON line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", help=f"like {shapes[0]}; may be given several times")
+    parser.add_argument("--out", default="", help="also write the JSON here")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    rows = []
+    for shape in args.shape or shapes:
+        rows += (measured if gpu else modelled)(*map(int, shape.split("x")))
+    show(rows)
+    finish(bench, rows, args.out, measured=gpu)
+
+
+def show(rows: list[dict]) -> None:
     """A table for people; what a row lacks is a dash."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     width = {c: max(len(c), *(len(text(row.get(c))) for row in rows)) for c in columns}
     print("  ".join(c.rjust(width[c]) for c in columns))
     for row in rows:
@@ -69,17 +234,26 @@ def text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def finish(name: str, rows: list[dict], out: str, **more: object) -> None:
+def finish(bench: str, rows: list[dict], out: str, **more: object) -> None:
     """Print the result as one JSON line; with `out` also write it there."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    document = {
-        "bench": name,
-        "date": date.today().isoformat(),
-        "gpu": gpu,
-        "versions": versions(),
-        **more,
-        "rows": rows,
-    }
+    document = {"bench": bench, "date": date.today().isoformat(), **machine(), **more, "rows": rows}
     if out:
         Path(out).write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
+
+
+def machine() -> dict:
+    """The GPU, its driver and clocks as they are now, and versions of what ran on it."""
+    found = versions() | {"cuda": torch.version.cuda}
+    for name in SOFTWARE:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if not torch.cuda.is_available():
+        return {"gpu": None, "versions": found}
+    fields = "driver_version,clocks.sm,clocks.mem,power.limit"
+    state: dict[str, str] = {}
+    with suppress(OSError):
+        ask = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+        told = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+        state = dict(zip(fields.split(","), told.split(", "), strict=False))
+    return {"gpu": torch.cuda.get_device_name(), "state": state, "versions": found}
