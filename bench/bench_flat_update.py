@@ -10,7 +10,7 @@ float64 is relative to the parameter's size. Without a GPU it prints what a mode
 """
 
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import torch
 from timing import Provider, device_copy, measure, model, run
@@ -93,6 +93,7 @@ def off(mode: str, rounds: bool, found: dict[str, Tensor]) -> float:
     return ((theta.double() - truth["theta"]).abs() / found["anchor"].abs().clamp(min=1e-3)).max().item()
 
 
+@cache
 def backends(device: str) -> list[str]:
     """Those of ours that run on this machine."""
     if device != "cuda":
@@ -131,7 +132,7 @@ def measured(n: int) -> list[dict]:
     for mode in BYTES:
         small, large = (partial(fresh, mode, size) for size in (GATE_ELEMENTS, n))
         case = {"mode": mode, "elements": n}
-        rows += measure(BENCH, small, large, yardstick=COPY, warmup=5, seconds=3.0, case=case)
+        rows += measure(BENCH, small, large, yardstick=COPY, warmup=5, case=case)
     return rows
 
 

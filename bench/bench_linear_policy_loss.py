@@ -36,7 +36,7 @@ def inputs(N: int, H: int, V: int, device: str) -> dict[str, Tensor]:
     g = torch.Generator(device).manual_seed(1)
     random = dict(generator=g, device=device)
     logprobs = linear_logprob(x["hidden"], x["weight"], x["target"])[0]
-    advantage = torch.randn(min(SEQUENCES, N), **random).repeat_interleave(max(1, N // SEQUENCES))
+    advantage = torch.randn(SEQUENCES, **random)[torch.arange(N, device=device) * SEQUENCES // N]
     return x | dict(advantage=advantage, w=torch.full((N,), 1 / N, device=device),
                     old_logprobs=logprobs + 0.1 * torch.randn(N, **random))  # fmt: skip
 

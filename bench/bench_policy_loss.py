@@ -30,7 +30,8 @@ def inputs(N: int, mode: str, device: str) -> dict[str, Tensor]:
     g = torch.Generator(device).manual_seed(0)
     noise = torch.randn(4, N, generator=g, device=device)
     logprobs = -noise[0].abs()
-    x = dict(logprobs=logprobs, old_logprobs=logprobs + 0.3 * noise[1], advantage=noise[2].clone(),
+    old_logprobs = logprobs + 0.3 * noise[1] * noise[1].abs()  # some ratios are beyond the dual clip, too
+    x = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantage=noise[2].clone(),
              w=torch.full((N,), 1 / N, device=device))  # fmt: skip
     return x | ({"ref_logprobs": logprobs + 0.2 * noise[3]} if "kl" in mode else {})
 

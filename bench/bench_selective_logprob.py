@@ -121,7 +121,7 @@ def measured(N: int, V: int) -> list[dict]:
         for mode in PASSES:
             small, large = (partial(fresh, size, V, dtype, mode) for size in (GATE_ROWS, N))
             case = {"N": N, "V": V, "dtype": name, "mode": mode}
-            rows += measure(BENCH, small, large, yardstick=COPY, seconds=3.0, case=case)
+            rows += measure(BENCH, small, large, yardstick=COPY, case=case)
     return rows
 
 

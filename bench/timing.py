@@ -65,7 +65,7 @@ def gate(bench: str, name: str, provider: Provider) -> float | None:
 
 def measure(
     bench: str, small: Callable[[], dict[str, Provider]], large: Callable[[], dict[str, Provider]], *,
-    yardstick: str, warmup: int = 3, seconds: float = 6.0, case: dict,
+    yardstick: str, warmup: int = 3, seconds: float = 4.0, case: dict,
 ) -> list[dict]:  # fmt: skip
     """Rows of one case: gates on providers of `small`, new ones for each, and then times of those of `large`."""
     rows: dict[str, dict] = {}
