@@ -112,8 +112,10 @@ def test_kernels_do_what_the_definitions_say(mode, limits, halves, n, kernels):
 @pytest.mark.parametrize("halves", [False, True])
 def test_both_ends_are_exact_to_the_bit_from_anywhere(halves, kernels):
     largest = torch.finfo(torch.float32).max
-    values = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1.00390625, -1.01171875, largest, -largest, INF, -INF, NAN, -NAN])
-    theta, anchor = (x.contiguous() for x in torch.cartesian_prod(values, values[:-2]).unbind(1))
+    values = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1.00390625, -1.01171875, largest, -largest, INF, -INF])
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    values = torch.cat([values, nans])
+    theta, anchor = (x.contiguous() for x in torch.cartesian_prod(values, values).unbind(1))
     for alpha, end in ((0.0, anchor), (1.0, theta)):
         ours, low = split(theta) if halves else (theta.clone(), None)
         run(kernels, ours, anchor, alpha, low=low)

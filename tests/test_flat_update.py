@@ -196,12 +196,12 @@ SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.00390625, -1.01171875, 3.402823466
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("mode", ["interpolate", "displacements"])
 def test_both_ends_are_exact_to_the_bit_from_anywhere(mode, halves, backend):
-    """Minus zero, denormals, ties of bfloat16, the largest floats and infinities, each to each."""
-    values = torch.tensor([*SPECIAL, INF, -INF, NAN], device=DEVICE)
-    theta, anchor = torch.cartesian_prod(values, values[:-1]).unbind(1)
-    anchor = anchor.contiguous()
+    """Minus zero, denormals, ties of bfloat16, the largest floats, infinities and NaNs with a payload, each to each."""
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    values = torch.cat([torch.tensor([*SPECIAL, INF, -INF]), nans]).to(DEVICE)
+    theta, anchor = (x.contiguous() for x in torch.cartesian_prod(values, values).unbind(1))
     for alpha, end in ((0.0, anchor), (1.0, theta)):
-        whole, low = (theta.clone(), None) if not halves else split(theta.contiguous())
+        whole, low = (theta.clone(), None) if not halves else split(theta)
         # lr 0: every scale is 1
         step = torch.zeros_like(anchor)
         if mode == "interpolate":
@@ -210,7 +210,9 @@ def test_both_ends_are_exact_to_the_bit_from_anywhere(mode, halves, backend):
             extrapolate_(whole, anchor, 3, alpha, u0=step, low=low, backend=backend)
         moved = join(whole, low) if halves else whole
         number = ~end.isnan()
-        assert torch.equal(bits(moved)[number], bits(end.contiguous())[number]) and moved[~number].isnan().all()
+        assert torch.equal(bits(moved)[number], bits(end)[number])
+        # the upper half on its own too: a model runs on it
+        assert moved[~number].isnan().all() and whole[~number].isnan().all()
 
 
 @FAST
@@ -372,6 +374,16 @@ def test_the_library_loads_and_refuses_without_a_gpu(compiled):
     assert extrapolate(lookahead=1) == extrapolate(threshold=16) == extrapolate(x0=None) == 1
     if DEVICE == "cpu":  # then the driver is missed
         assert interpolate() == interpolate(low=32) == extrapolate() == extrapolate(x1=16) == 35
+
+
+def test_entry_points_are_called_as_they_are_declared():
+    header = (SOURCE.parent / "flat_update.h").read_text()
+    for name, order in flat_library.ENTRIES.items():
+        parameters = re.search(rf"int {name}\((.*?)\);", header, re.DOTALL)[1].split(",")
+        declared = {re.split(r"[ *]+", text.strip())[-1]: "*" in text for text in parameters}
+        assert list(declared) == [*order, "grid", "stream"]
+        pointers = [flat_library.TYPES[argument] is flat_library.POINTER for argument in order]
+        assert list(declared.values()) == [*pointers, False, True]
 
 
 @pytest.mark.slow
