@@ -1,10 +1,16 @@
 """Weights that an update rule's move writes itself: always the master rounded, and never copied a second time."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import make_trainer
 from test_sfpo import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastrl import ranks
 
 # publications of one update, the last of them that of the corrective or slow step
 RULES = {
@@ -38,10 +44,10 @@ def updated(folder, rule, dtype):
     )
     policy, generator = trainer.policy, torch.Generator().manual_seed(0)
     policy.set_lr(1e-3)
-    gradients = iter([torch.randn(len(policy.master), generator=generator) * 1e-3 for _ in range(8)])
-    padding = torch.ones(len(policy.master), dtype=torch.bool)
-    for part in policy.tensor_slices():
-        padding[part] = False
+    gradients = iter([torch.randn(len(policy.flat.grads), generator=generator) * 1e-3 for _ in range(8)])
+    padding = torch.ones(len(policy.flat.grads), dtype=torch.bool)
+    for slot in policy.flat.slots.values():
+        padding[slot.offset : slot.offset + slot.numel] = False
     same, publish = [], policy.publish
 
     def accumulate():
@@ -51,7 +57,9 @@ def updated(folder, rule, dtype):
     def watched(**how):
         before = policy.flat.weights.clone()
         publish(**how)
-        rounded = policy.master.to(before.dtype)
+        rounded = torch.empty_like(before)
+        rounded.chunk(ranks.size())[ranks.rank()].copy_(policy.master)
+        ranks.gather_shards(rounded)
         same.append((torch.equal(policy.flat.weights, rounded), torch.equal(policy.flat.weights, before)))
 
     policy.publish = watched
@@ -88,3 +96,34 @@ def test_a_refused_move_leaves_the_anchor_in_master_and_weights(tmp_path):
     report = trainer.update.reposition(policy, anchor, probe, probe)
     assert report["update/refused"] == 1.0
     assert torch.equal(policy.master, anchor) and torch.equal(policy.own_weights, anchor.bfloat16())
+
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_trained import RULES, updated
+from fastrl import ranks
+ranks.start("cpu")
+found = {{rule: updated(Path({folder!r}) / str(ranks.rank()) / rule, rule, "bfloat16")[:2] for rule in RULES}}
+torch.save(found, Path({folder!r}) / f"{{ranks.rank()}}.pt")
+ranks.barrier()
+ranks.stop()
+ranks.leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_other_ranks_get_the_weights_that_a_move_has_written(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in range(2):
+        for rule, (same, copies) in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            _, publications = RULES[rule]
+            assert len(same) == publications and all(equal for equal, _ in same), (rank, rule)
+            assert copies == publications - 1, (rank, rule)
+            # the other rank's half arrives only when it is gathered
+            assert not any(written for _, written in same), (rank, rule)
