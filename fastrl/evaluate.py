@@ -14,7 +14,8 @@ from typing import Literal
 
 from fastrl.config import as_dict, parse, run_program
 from fastrl.engine.base import Sampling
-from fastrl.engine.hf import HFEngine
+from fastrl.engine.opening import EngineName, frozen_engine
+from fastrl.engine.vllm import VllmConfig
 from fastrl.log import versions, write_json
 from fastrl.metrics import evaluation_metrics
 from fastrl.model import EMBEDDED, load_model, load_tokenizer, pick_device
@@ -41,6 +42,8 @@ class EvaluateConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     attention: str = "sdpa"
+    engine: EngineName = "auto"
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     max_num_seqs: int = 512
     out: str = ""  # write the JSON document here as well
 
@@ -59,12 +62,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         print("\n".join(task.report), flush=True)
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
-        engine = HFEngine.of(loaded, config.max_num_seqs)
-        rollout = Rollout(
-            engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
-            grade_truncated=config.grade_truncated,
+        opened = frozen_engine(
+            config.engine, loaded, config.vllm, task.problems, sampling, max_num_seqs=config.max_num_seqs,
+            seed=config.seed,
         )  # fmt: skip
-        _, table = rollout.evaluate(task.problems, config.k, sampling)
+        with opened as engine:
+            rollout = Rollout(
+                engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
+                grade_truncated=config.grade_truncated,
+            )  # fmt: skip
+            _, table = rollout.evaluate(task.problems, config.k, sampling)
     return evaluation_metrics(table)
 
 

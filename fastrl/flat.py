@@ -76,11 +76,13 @@ def buffer_elements(slots: dict[str, Slot], ranks: int) -> int:
 class FlatParams:
     """The buffers of one model: `weights` [P] in the model's dtype and `grads` [P], which autograd accumulates into.
 
+    grad_dtype None: there are no gradients.
+
     Example: a q_proj.weight [32, 64] becomes rows 0..31 of its slot qkv_proj.weight; to write the buffer is to write
     the model.
     """
 
-    def __init__(self, model: nn.Module, *, ranks: int = 1, grad_dtype: torch.dtype = torch.float32):
+    def __init__(self, model: nn.Module, *, ranks: int = 1, grad_dtype: torch.dtype | None = torch.float32):
         named = dict(model.named_parameters())
         first = next(iter(named.values()))
         wrong = [n for n, p in named.items() if p.dtype != first.dtype or p.device != first.device]
@@ -89,7 +91,9 @@ class FlatParams:
         self.slots = layout({name: tuple(p.shape) for name, p in named.items()})
         total = buffer_elements(self.slots, ranks)
         self.weights = torch.zeros(total, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros(total, dtype=torch.promote_types(grad_dtype, first.dtype), device=first.device)
+        self.grads = None  # of a model that is not trained
+        if grad_dtype is not None:
+            self.grads = torch.zeros(total, dtype=torch.promote_types(grad_dtype, first.dtype), device=first.device)
         for slot in self.slots.values():
             row = 0
             for name in slot.parts:
@@ -99,8 +103,9 @@ class FlatParams:
                     view = self.view(self.weights, slot)[rows]
                     view.copy_(param)
                 param.data = view
-                param.grad_dtype = self.grads.dtype
-                param.grad = self.view(self.grads, slot)[rows]
+                if self.grads is not None:
+                    param.grad_dtype = self.grads.dtype
+                    param.grad = self.view(self.grads, slot)[rows]
                 row += param.shape[0]
         self.num_parameters = sum(p.numel() for p in named.values())
 

@@ -20,7 +20,8 @@ from fastrl.allocation import ALLOCATORS
 from fastrl.build import EMBEDDED_RECIPE
 from fastrl.config import cli, expand, flags_of, read_toml, run_program
 from fastrl.engine.base import Sampling
-from fastrl.engine.hf import HFEngine
+from fastrl.engine.opening import EngineName, frozen_engine
+from fastrl.engine.vllm import VllmConfig
 from fastrl.model import EMBEDDED, load_model, load_tokenizer, pick_device
 from fastrl.profile_data import Profile, ProfileKey, default_path, read_profile
 from fastrl.profiling import sample_profile
@@ -49,6 +50,8 @@ class ProfileConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     attention: str = "sdpa"
+    engine: EngineName = "auto"
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     max_num_seqs: int = 512
     threads: int = 0  # CPU threads of torch; 0 = its own choice
     out: str = ""  # file; runs/profiles/<digest of what it depends on>.jsonl if empty
@@ -99,12 +102,16 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
             if stored.complete:
                 return path, stored.first(config.num_completions)
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
-        engine = HFEngine.of(loaded, config.max_num_seqs)
-        rollout = Rollout(
-            engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
-            grade_truncated=config.grade_truncated,
+        opened = frozen_engine(
+            config.engine, loaded, config.vllm, task.problems, sampling, max_num_seqs=config.max_num_seqs,
+            seed=config.seed,
         )  # fmt: skip
-        return path, sample_profile(rollout, task.problems, key, path, say=say).first(config.num_completions)
+        with opened as engine:
+            rollout = Rollout(
+                engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
+                grade_truncated=config.grade_truncated,
+            )  # fmt: skip
+            return path, sample_profile(rollout, task.problems, key, path, say=say).first(config.num_completions)
 
 
 def show(file: str) -> tuple[Path, Profile]:

@@ -1,5 +1,6 @@
 """Sampling and scoring: a plan of problems becomes groups of completions with rewards."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastrl import ranks
@@ -20,9 +21,12 @@ class Rollout:
     sampling: Sampling
     seed: int
     grade_truncated: bool = False  # grade completions cut off by max_new_tokens instead of giving them 0
+    canary: Callable[[], dict[str, float]] | None = None  # run once for each version of the weights; may raise
     spans: Spans = field(default_factory=Spans)
     statuses: dict[str, int] = field(default_factory=dict, init=False)  # outcomes of the last run, by class
     reward_metrics: dict[str, float] = field(default_factory=dict, init=False)
+    canary_metrics: dict[str, float] = field(default_factory=dict, init=False)  # of the newest weights
+    checked_version: int | None = field(default=None, init=False)
 
     def run(self, plan: list[tuple[Problem, int]], step: int) -> list[RolloutGroup]:
         """[(problem, group_size)] of all ranks -> this rank's groups, sampled for training step `step` and scored."""
@@ -62,7 +66,11 @@ class Rollout:
             )
             for (problem, group_size), first in zip(plan, firsts or [0] * len(plan), strict=True)
         ]
-        sampled = self.engine.sample(requests, sampling)
+        with self.engine.generate_phase():
+            if self.canary and self.checked_version != self.engine.policy_version:
+                self.canary_metrics = self.canary()
+                self.checked_version = self.engine.policy_version
+            sampled = self.engine.sample(requests, sampling)
         flat = [c for completions in sampled for c in completions]
         texts = self.tokenizer.batch_decode([c.token_ids for c in flat], skip_special_tokens=True)
         for completion, text in zip(flat, texts, strict=True):

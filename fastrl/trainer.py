@@ -225,6 +225,7 @@ class Trainer:
             **statuses,
             **{name: total / ranks.size() for name, total in ranks.all_counts(self.rollout.reward_metrics).items()},
             **self.mismatch,
+            **self.rollout.canary_metrics,
             "learning_rate": self.policy.optim.lr_at(self.completed - 1, self.schedule.steps),
             "skipped_total": float(self.policy.guard.skipped),
             "empty_total": float(self.policy.guard.empty),

@@ -9,10 +9,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["types", "config", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
     ["packing", "flat_definition", "flat_backends"],
-    ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "engine", "assets"],
-    ["objectives", "updates", "allocation", "trained"],
+    ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
+    ["objectives", "updates", "allocation", "trained", "engine"],
     ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task", "profile_data"],
-    ["trainer", "profiling"],
+    ["trainer", "profiling", "canary"],
     ["build"],
     ["comparison"],
     ["train", "profile", "evaluate", "plan", "compare", "report", "doctor"],

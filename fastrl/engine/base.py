@@ -1,6 +1,7 @@
 """What an engine is: token ids in, sampled token ids with their log-probabilities out. Text is not its business."""
 
 import hashlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,9 @@ class Engine(Protocol):
 
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         """For each request one completion per seed. The same seed, weights and batch give the same completion."""
+
+    def generate_phase(self) -> AbstractContextManager[None]:
+        """Inside, `sample` may be called; outside, the engine holds no more memory than it must."""
 
     def weights_changed(self) -> None:
         """The shared weights have new values: whatever was cached from the old ones must not be used again."""

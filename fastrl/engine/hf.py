@@ -4,6 +4,8 @@ A prompt is prefilled once and its cache repeated for its completions. Rows that
 draws from its own counter-based stream, so a completion does not depend on who else is sampled or in which order.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,9 @@ class HFEngine:
             loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, num_tokens=len(loaded.tokenizer),
             max_num_seqs=max_num_seqs,
         )  # fmt: skip
+
+    def generate_phase(self) -> AbstractContextManager[None]:
+        return nullcontext()  # its cache lives as long as a batch
 
     def weights_changed(self) -> None:
         self.policy_version += 1

@@ -1,0 +1,65 @@
+"""Which engine a run has, and how it is put over the trainer's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from fastrl.engine.base import Engine, Sampling
+from fastrl.engine.hf import HFEngine
+from fastrl.engine.vllm import VllmConfig, VllmEngine, installed_version
+from fastrl.flat import FlatParams
+from fastrl.model import LoadedModel
+from fastrl.types import Problem
+
+EngineName = Literal["auto", "hf", "vllm"]
+FREE_FOR_KV = 0.8  # of the free memory, where nothing is trained: the rest is for activations and graphs
+
+
+def pick_engine(name: EngineName, device: str) -> Literal["hf", "vllm"]:
+    """`auto` decided: vLLM on a GPU where it is installed. Raises ValueError for vLLM where it is not."""
+    if name == "vllm":
+        installed_version()
+        return "vllm"
+    if name == "hf" or not device.startswith("cuda"):
+        return "hf"
+    try:
+        installed_version()
+    except ValueError:
+        return "hf"
+    return "vllm"
+
+
+def open_engine(
+    name: Literal["hf", "vllm"], loaded: LoadedModel, flat: FlatParams | None, settings: VllmConfig, *,
+    max_num_seqs: int, max_model_len: int, kv_bytes: int, num_ranks: int = 1, seed: int = 0,
+) -> Engine:  # fmt: skip
+    """An engine over the parameters of `loaded`; for vLLM they must be views of `flat`, made here if not given."""
+    if name == "hf":
+        return HFEngine.of(loaded, max_num_seqs)
+    return VllmEngine(
+        loaded.model, flat or FlatParams(loaded.model, grad_dtype=None), settings, eos_ids=loaded.eos_ids,
+        num_tokens=len(loaded.tokenizer), max_model_len=max_model_len, max_num_seqs=max_num_seqs, kv_bytes=kv_bytes,
+        num_ranks=num_ranks, seed=seed,
+    )  # fmt: skip
+
+
+@contextmanager
+def frozen_engine(
+    name: EngineName, loaded: LoadedModel, settings: VllmConfig, problems: list[Problem], sampling: Sampling, *,
+    max_num_seqs: int, seed: int,
+) -> Iterator[Engine]:  # fmt: skip
+    """An engine over a model that is not trained, large enough for the problems; closed at the end."""
+    device = next(loaded.model.parameters()).device
+    kv_bytes = int(settings.kv_gib * 2**30)
+    if device.type == "cuda" and not kv_bytes:
+        kv_bytes = int(FREE_FOR_KV * torch.cuda.mem_get_info(device)[0])
+    engine = open_engine(
+        pick_engine(name, str(device)), loaded, None, settings, max_num_seqs=max_num_seqs, kv_bytes=kv_bytes, seed=seed,
+        max_model_len=max(len(p.prompt_ids) for p in problems) + sampling.max_new_tokens,
+    )  # fmt: skip
+    try:
+        yield engine
+    finally:
+        engine.close()
