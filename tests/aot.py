@@ -83,16 +83,17 @@ def row_gradient():
 def flat():
     types = dict.fromkeys(("theta_ptr", "anchor_ptr", "partials_ptr"), VECTOR) | {"n": "i64", "lookahead": "i32"}
     numbers = ("alpha", "lr", "weight_decay", "ratio_min", "ratio_max", "scale_max")
-    types |= dict.fromkeys(numbers, "fp32") | {"out_bf16_ptr": "*bf16"}
+    types |= dict.fromkeys(numbers, "fp32")
     for name, pointers in (("interpolate", ()), ("gradients", ("x0_ptr", "x1_ptr")), ("displacements", ("x0_ptr",))):
-        given = types | dict.fromkeys(pointers, VECTOR)
-        limits = bool(pointers)
-        given |= {"threshold_ptr": VECTOR, "segment_ptr": "*i32"} if limits else {}
-        constants = dict(
-            EXTRAPOLATE=bool(pointers), GRADIENTS=len(pointers) == 2, HAS_BF16=True, HAS_THRESHOLD=limits,
-            NUM_STATS=flat_update.NUM_STATS, BLOCK=flat_update.BLOCK,
-        )  # fmt: skip
-        yield f"flat_update-{name}", (flat_update.flat_update_kernel, given, constants, 4)
+        limits = {"threshold_ptr": VECTOR, "segment_ptr": "*i32"} if pointers else {}
+        for halves in (False, True):
+            given = types | dict.fromkeys(pointers, VECTOR) | limits
+            given |= dict.fromkeys(("theta_ptr", "low_ptr"), "*i16") if halves else {"out_bf16_ptr": "*bf16"}
+            constants = dict(
+                EXTRAPOLATE=bool(pointers), GRADIENTS=len(pointers) == 2, HAS_LOW=halves, HAS_BF16=not halves,
+                HAS_THRESHOLD=bool(limits), NUM_STATS=flat_update.NUM_STATS, BLOCK=flat_update.BLOCK,
+            )  # fmt: skip
+            yield f"flat_update-{name}" + "-split" * halves, (flat_update.flat_update_kernel, given, constants, 4)
 
 
 def compiled_by_triton(kernel, types, constants, warps) -> dict[str, int]:

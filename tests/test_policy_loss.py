@@ -79,7 +79,7 @@ def test_by_hand(function, mode, cases):
         out = function(
             logp, old, torch.tensor([advantage], device=DEVICE), torch.full((1,), 0.5, device=DEVICE), mode=mode
         )
-        assert out.stats[0].item() == pytest.approx(0.5 * loss, abs=1e-6), (advantage, ratio)
+        assert out.loss.item() == out.stats[0].item() == pytest.approx(0.5 * loss, abs=1e-6), (advantage, ratio)
         assert out.coef.item() == pytest.approx(0.5 * slope, abs=1e-6), (advantage, ratio)
 
 
