@@ -1,9 +1,9 @@
-"""The check before every optimizer step: a gradient that is not finite never reaches the weights."""
+"""What a run is stopped for: gradients that are not finite, and an engine that samples from something else."""
 
 import math
 from dataclasses import dataclass, field
 
-from fastrl.types import NumericsError
+from fastrl.types import EngineError, NumericsError
 
 
 @dataclass
@@ -42,3 +42,42 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.skipped, self.in_a_row, self.empty = state["skipped"], state["in_a_row"], state["empty"]
+
+
+@dataclass
+class MismatchWatch:
+    """How far the engine's log-probabilities of a step are from the trainer's, before any update.
+
+    exp |difference| of a token is 1 where they agree; bfloat16 alone makes its mean about 1.05. Beyond `warn` each kind
+    is warned of once; beyond `stop` in `max_in_a_row` steps in a row the run ends, for it learns from other weights.
+    """
+
+    max_in_a_row: int = 3
+    in_a_row: int = field(default=0, init=False)
+    warned: set[str] = field(default_factory=set, init=False)
+
+    WARN = {"sampling/token_mult_prob_error/mean": 1.05, "sampling/mismatch_kl": 1e-3}
+    STOP = {"sampling/token_mult_prob_error/median": 1.1, "sampling/mismatch_kl": 0.1}
+    RATIO = (0.5, 2.0)  # of the mean importance ratio
+
+    def observe(self, metrics: dict[str, float]) -> list[str]:
+        """`metrics.sampling_mismatch` of a step, empty if nothing was sampled -> warnings. Raises EngineError."""
+        if not metrics:
+            return []
+        ratio = metrics["sampling/importance_sampling_ratio/mean"]
+        broken = [f"{name} {metrics[name]:.3g}" for name, limit in self.STOP.items() if not metrics[name] <= limit]
+        if not self.RATIO[0] <= ratio <= self.RATIO[1]:
+            broken.append(f"sampling/importance_sampling_ratio/mean {ratio:.3g}")
+        self.in_a_row = self.in_a_row + 1 if broken else 0
+        if self.in_a_row >= self.max_in_a_row:
+            raise EngineError(
+                f"in {self.in_a_row} steps in a row the engine's log-probabilities were not the trainer's: "
+                f"{', '.join(broken)}; the last good checkpoint is older than that"
+            )
+        found = [name for name, limit in self.WARN.items() if not metrics[name] <= limit and name not in self.warned]
+        self.warned |= set(found)
+        return [
+            f"warning: engine and trainer disagree: {name} {metrics[name]:.3g}, usually below {self.WARN[name]:g}; "
+            "--is-correction tis weighs tokens by the ratio"
+            for name in found
+        ]  # fmt: skip

@@ -171,7 +171,8 @@ def sampling_mismatch(difference: torch.Tensor) -> dict[str, float]:
         "sampling/importance_sampling_ratio/mean": ratio.mean(),
         "sampling/importance_sampling_ratio/max": ratio.max(),
         "sampling/mismatch_kl": (torch.expm1(difference) - difference).mean(),
-        "sampling/token_mult_prob_error": difference.abs().exp().mean(),
+        "sampling/token_mult_prob_error/mean": difference.abs().exp().mean(),
+        "sampling/token_mult_prob_error/median": difference.abs().exp().median(),
     }
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 

@@ -14,6 +14,7 @@ from fastrl.allocation.base import Allocation
 from fastrl.batching import cut, denominator, make_batch, minibatches, select
 from fastrl.critic import Critic, explained_variance
 from fastrl.engine.base import Sampling
+from fastrl.guard import MismatchWatch
 from fastrl.log import RunLog
 from fastrl.metrics import (
     evaluation_metrics,
@@ -98,6 +99,8 @@ class Trainer:
     folder: Path
     write_model: Callable[[Path], None]
     config: dict  # the resolved configuration, stored in every checkpoint
+    old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
+    mismatch_watch: MismatchWatch = field(default_factory=MismatchWatch)
     profiler: Profiler | None = None  # where the objective or the allocation reads a profile
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -119,7 +122,7 @@ class Trainer:
             max_new_tokens=self.rollout.sampling.max_new_tokens,
         )  # fmt: skip
         with self.rollout.spans("logprobs"):
-            self.fill(batch, self.objective.needs(self.num_minibatches))
+            self.fill(batch, self.scored(batch))
         self.objective.prepare(batch)
         self.leave_if_stopped()
         self.policy.set_lr(self.policy.optim.lr_at(self.completed, self.schedule.steps))
@@ -130,7 +133,17 @@ class Trainer:
             metrics = self.update.update(self.policy, parts) | learned
         self.rollout.engine.weights_changed()
         self.allocator.observe(groups)
+        for line in self.mismatch_watch.observe(self.mismatch):
+            self.log.say(line)
         return metrics | self.observe(groups, batch, metrics)
+
+    def scored(self, batch: TrainBatch) -> frozenset[str]:
+        """What the objective needs and no other part has; old log-probabilities may be the engine's."""
+        needs = self.objective.needs(self.num_minibatches)
+        if self.old_from_engine and "old_logprobs" in self.objective.needs(2):
+            batch.old_logprobs = batch.rollout_logprobs.clone()
+            needs -= {"old_logprobs"}
+        return needs
 
     def fill(self, batch: TrainBatch, needs: frozenset[str]) -> None:
         """Compute what the objective compares with, token by token, without gradients."""

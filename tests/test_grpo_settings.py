@@ -51,7 +51,12 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
 # old - rollout per token: ln 2 and ln 8 in the first completion (together ln 16), ln 0.5 in the second
 @pytest.mark.parametrize(
     "kind, weights",
-    [("tis", [[2.0, 3.0], [0.5]]), ("mask", [[2.0, 0.0], [0.5]]), ("seq-mask", [[0.0, 0.0], [0.5]])],
+    [
+        ("tis", [[2.0, 3.0], [0.5]]),
+        ("mis", [[2.0, 0.0], [0.5]]),
+        ("mask", [[1.0, 0.0], [1.0]]),
+        ("seq-mask", [[0.0, 0.0], [0.5]]),
+    ],  # fmt: skip
 )
 def test_correction_for_the_engines_distribution(kind, weights):
     objective = GRPO(is_correction=kind, is_cap=3.0)
@@ -62,4 +67,7 @@ def test_correction_for_the_engines_distribution(kind, weights):
     _, grad, _ = loss_and_grad(objective, batch, [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert grad[0, 1:].tolist() == pytest.approx([-w for w in weights[0]])
     assert grad[1, 1].item() == pytest.approx(-weights[1][0])
+    if kind == "mask":  # on the other side too
+        weight = GRPO(is_correction="mask", is_cap=1.9).sampler_weight(batch)
+        assert weight[0, 1:].tolist() == [0.0, 0.0] and weight[1, 1] == 0
     assert objective.needs(1) == {"old_logprobs"} and GRPO().needs(1) == frozenset()

@@ -43,9 +43,9 @@ class GRPO:
     entropy: float = 0.0  # coefficient of the entropy bonus
     drop_zero_std: bool = False  # leave groups with equal rewards out of the denominator
     overlong: Literal["keep", "mask", "penalty"] = "keep"  # completions cut off by max_new_tokens
-    is_correction: Literal["none", "tis", "mask", "seq-mask"] = (
-        "none"  # old / rollout: min(w, cap); 0 above; of the sum
-    )
+    # for the distribution of the engine, w = old / rollout. tis: min(w, cap); mis: w, 0 above the cap; mask: 1 between
+    # 1 / cap and cap, else 0; seq-mask: w of the completion, 0 above the cap
+    is_correction: Literal["none", "tis", "mis", "mask", "seq-mask"] = "none"
     is_cap: float = 3.0
     overlong_buffer: int = 0  # tokens before the limit over which the penalty grows to -1; 0 = a fifth of the limit
 
@@ -60,6 +60,8 @@ class GRPO:
         for name in ("kl", "entropy", "overlong_buffer"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--objective.{name.replace('_', '-')} must be >= 0, got {getattr(self, name)}")
+        if not self.is_cap >= 1:
+            raise ValueError(f"--objective.is-cap must be at least 1, got {self.is_cap}")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
 
@@ -147,11 +149,15 @@ class GRPO:
 
     def fused(self, batch: TrainBatch) -> dict | None:
         """The same loss as arguments of `linear_policy_loss`, vectors still [B, S]."""
-        if self.ratio_level == "sequence" or self.is_correction != "none":
+        # a token has one weight there: of the surrogate and of what is added to it
+        weighted = self.is_correction != "none"
+        alone = self.entropy == 0 and (self.kl == 0 or self.kl_in == "reward")
+        if self.ratio_level == "sequence" or (weighted and not (self.is_correction == "tis" and alone)):
             return None
         mask = batch.response_mask
+        weight = self.row_weight(batch) * (self.sampler_weight(batch) if weighted else 1.0)
         return dict(
-            advantage=batch.credit[:, None].expand(mask.shape), w=masked(mask * self.row_weight(batch), mask),
+            advantage=batch.credit[:, None].expand(mask.shape), w=masked(mask * weight, mask),
             mode=self.surrogate, epsilon=(self.clip_low, self.clip_high), dual_clip=self.dual_clip,
             log_ratio_cap=self.log_ratio_cap, entropy_coef=self.entropy, kl_estimator=self.kl_type,
             kl_coef=self.kl if self.kl_in == "loss" else 0.0,
@@ -165,6 +171,8 @@ class GRPO:
         weight = difference.clamp(-20, 20).exp()
         if self.is_correction == "tis":
             return weight.clamp(max=self.is_cap)
+        if self.is_correction == "mask":
+            return ((weight <= self.is_cap) & (weight >= 1 / self.is_cap)).to(weight.dtype)
         return torch.where(weight > self.is_cap, torch.zeros_like(weight), weight)
 
     def row_weight(self, batch: TrainBatch) -> Tensor | float:
