@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from fastrl import __version__, ranks
+from fastrl.activations import CheckpointMode
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
@@ -101,7 +102,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
+    checkpoint_activations: CheckpointMode = "none"  # selective: keep attention; full: compute all layers again
     attention: str = "sdpa"  # transformers' attn_implementation
     max_num_seqs: int = 512  # completions the engine decodes together
     threads: int = 0  # CPU threads of torch; 0 = its own choice
@@ -164,6 +165,11 @@ def check_combination(config: TrainConfig) -> None:
         raise ValueError(
             f"--optim.name {config.optim.name} moves coordinates in blocks of 8-bit moments, but --update.ratio "
             f"{config.update.ratio} reads them one by one; use --update.ratio tensor, or --optim.name adamw"
+        )
+    if config.checkpoint_activations == "selective" and config.attention == "eager":
+        raise ValueError(
+            "--checkpoint-activations selective keeps what attention kernels give, and --attention eager has none; use "
+            "--attention sdpa, or --checkpoint-activations full"
         )
     for name in ("stop_at_accuracy", "stop_below_accuracy"):
         if getattr(config, name) and not (config.eval and config.eval_every):
@@ -251,7 +257,7 @@ def build(
     key, profile_path, _ = profile_of(config, task.problems) if needs_profile(config) else (None, None, "")
     load = partial(
         load_model, config.model, dtype=dtype, device=device, attention=config.attention,
-        checkpointing=config.gradient_checkpointing,
+        checkpoint=config.checkpoint_activations,
     )  # fmt: skip
     loaded, grad_dtype = load(), getattr(torch, config.grad_dtype)
     triton = head_kernels(loaded, device, log)
@@ -367,7 +373,7 @@ def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: 
         critic_optimizer=config.critic.optim.name, dtype=dtype,
         grad_dtype=getattr(torch, config.grad_dtype), optimizer=config.optim.name,
         reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
-        tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.gradient_checkpointing,
+        tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.checkpoint_activations != "none",
         copies=config.update.copies, holds_state=config.update.holds_state,
         logit_rows=CHUNK_ROWS if device.startswith("cuda") else 0,
     )  # fmt: skip

@@ -31,6 +31,7 @@ KNOWN_ELSEWHERE = {
     "--save-every", "eval_steps": "--eval-every", "save_total_limit": "--keep", "resume_from_checkpoint": "--resume",
     "scale_rewards": "--adv-norm", "per_device_train_batch_size": "--tokens-per-microbatch", "num_iterations":
     "--epochs-per-batch", "train_batch_size": "--problems-per-step", "mask_truncated_completions": "--overlong",
+    "gradient_checkpointing": "--checkpoint-activations",
 }  # fmt: skip
 
 

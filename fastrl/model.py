@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from fastrl import packing
+from fastrl.activations import CheckpointMode, checkpoint_layers
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.packing import Packing
 
@@ -112,7 +113,7 @@ def load_tokenizer(name: str):
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa", checkpointing: bool = False
+    name: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa", checkpoint: CheckpointMode = "none"
 ) -> LoadedModel:
     """Weights of a model in `dtype` on `device`, in train mode without dropout, with its tokenizer and stop ids.
 
@@ -137,8 +138,7 @@ def load_model(
             module.p = 0.0
     if attention == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(packing.register())
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model, checkpoint)
     stop = model.generation_config.eos_token_id if isinstance(model.generation_config, GenerationConfig) else None
     eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}
     if not eos:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["types", "config", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
-    ["packing", "flat_definition", "flat_backends"],
+    ["packing", "activations", "flat_definition", "flat_backends"],
     ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
     ["objectives", "updates", "allocation", "trained", "engine"],
     ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task", "profile_data"],

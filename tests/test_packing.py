@@ -70,12 +70,12 @@ def sliding(tmp_path):
     return str(tmp_path)
 
 
-def both(name, checkpointing=False):
+def both(name, checkpoint="none"):
     """Log-probabilities, entropies and all gradients of a model on GROUPS, packed and padded."""
     batch = batch_of([group([i % 15 for i in g.problem.prompt_ids], *g.completions) for g in GROUPS])
     results = []
     for packed in (pack(batch), None):
-        loaded = load_model(name, dtype=torch.float64, device="cpu", checkpointing=checkpointing)
+        loaded = load_model(name, dtype=torch.float64, device="cpu", checkpoint=checkpoint)
         assert loaded.packs
         logprobs, entropy = token_logprobs(
             loaded.model, batch.input_ids, batch.response_mask, num_tokens=15, need_entropy=True, packed=packed
@@ -86,9 +86,10 @@ def both(name, checkpointing=False):
     return results
 
 
-@pytest.mark.parametrize("kind", ["full", "sliding", "checkpointing"])
+@pytest.mark.parametrize("kind", ["full", "sliding", "checkpointed"])
 def test_packed_equals_padded(kind, sliding, float64_norms):
-    packed, padded = both(sliding if kind == "sliding" else "embedded", checkpointing=kind == "checkpointing")
+    checkpoint = "full" if kind == "checkpointed" else "none"
+    packed, padded = both(sliding if kind == "sliding" else "embedded", checkpoint)
     assert packed[0].abs().max() > 1
     for one, other in zip(packed, padded, strict=True):
         assert (one - other).abs().max() <= 1e-12

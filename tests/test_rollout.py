@@ -86,10 +86,11 @@ def test_engine_and_trainer_agree_and_disagreement_would_show(tmp_path):
     assert trainer.step()["sampling/sampling_logp_difference/mean"] > 0.02
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
+@pytest.mark.parametrize("flags", [["--checkpoint-activations", "selective"], ["--checkpoint-activations", "full"]])
+def test_checkpoints_change_nothing(flags, tmp_path):
     plain, saving = (
         make_trainer(tmp_path / name, "--problems-per-step", 4, "--eval-limit", 4, *flags)
-        for name, flags in (("plain", []), ("saving", ["--gradient-checkpointing"]))
+        for name, flags in (("plain", []), ("saving", flags))
     )
     for _ in range(2):
         one, other = plain.step(), saving.step()

@@ -1,0 +1,57 @@
+"""What the layers of a model keep for the backward pass, and where.
+
+    none        whatever autograd saves
+    selective   each layer's input, and what attention gives: its cost grows with the square of the length
+    full        each layer's input; all else is computed again
+
+A byte of attention's output spares length, a byte of any other product's output only width, in operations; so products
+are computed again under `selective` too.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+CheckpointMode = Literal["none", "selective", "full"]
+LEAST = 1024  # elements; what is smaller is not worth the way to the host
+
+
+def attention_kept(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    """Kept: outputs of attention kernels, of PyTorch's and of flash-attn's, which are operators of that name."""
+    kept = "attention" in operator.name() or "attn" in operator.name()
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_layers(model: nn.Module, mode: CheckpointMode) -> None:
+    """Let each layer of a transformers model keep what `mode` says."""
+    if mode == "none":
+        return
+    how: dict = {"use_reentrant": False}
+    if mode == "selective":
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, attention_kept)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
+def saved_on_host(weights: Tensor | None) -> AbstractContextManager:
+    """Inside, what autograd saves goes to the host, pinned on CUDA, until the backward asks for it; None: it stays.
+
+    weights: a buffer whose views stay, for they are there anyway. What `selective` keeps beside the layers' inputs is
+    not saved by autograd, and stays too.
+    """
+    if weights is None:
+        return nullcontext()
+    host = save_on_cpu(pin_memory=weights.is_cuda)
+    place = weights.untyped_storage().data_ptr()
+
+    def pack(x: Tensor):
+        stays = x.numel() < LEAST or x.untyped_storage().data_ptr() == place
+        return x if stays else host.pack_hook(x)
+
+    def unpack(kept):
+        return kept if isinstance(kept, Tensor) else host.unpack_hook(kept)
+
+    return saved_tensors_hooks(pack, unpack)
