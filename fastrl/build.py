@@ -1,7 +1,6 @@
 """From a configuration to a trainer: what a run is made of, what is refused, and how the parts are put together."""
 
 import importlib.util
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,29 +15,29 @@ from fastrl.activations import CheckpointMode
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
-from fastrl.config import as_dict, parse
-from fastrl.critic import Critic, CriticConfig, critic_shapes
+from fastrl.config import all_flags, as_dict, parse
+from fastrl.critic import Critic, CriticConfig
 from fastrl.engine.base import Sampling
 from fastrl.engine.hf import HFEngine
-from fastrl.flat import buffer_elements, layout
 from fastrl.guard import Guard
-from fastrl.kernels.linear_logprob import CHUNK_ROWS
 from fastrl.kernels.parity import head_fault
 from fastrl.log import LOGGERS, RunLog
-from fastrl.memory import MemoryPlan, plan_memory
+from fastrl.memory import MemoryPlan
+from fastrl.memory_advice import advice, table
 from fastrl.model import (
     EMBEDDED,
     LoadedModel,
     load_model,
     load_tokenizer,
     model_config,
-    parameter_shapes,
     pick_device,
     save_model,
 )
+from fastrl.model_shapes import NoPlan
 from fastrl.objectives import OBJECTIVES
 from fastrl.objectives.grpo import GRPO
 from fastrl.optim import OptimConfig
+from fastrl.planning import plan_of
 from fastrl.policy import Policy
 from fastrl.profile_data import ProfileKey, find_profile
 from fastrl.profiling import Profiler
@@ -144,11 +143,11 @@ class TrainConfig:
             )
 
 
-def configure(argv: Sequence[str]) -> TrainConfig:
-    """The run of a command line; one without a recipe and a model changes the embedded run."""
+def configure(argv: Sequence[str], cls: type[TrainConfig] = TrainConfig) -> TrainConfig:
+    """The run of a command line; one without a recipe and a model changes the embedded run. cls: it, or with more."""
     given = {arg.partition("=")[0] for arg in argv}
     has_recipe = bool(argv) and argv[0].endswith(".toml")
-    config = parse(TrainConfig, argv if has_recipe or "--model" in given else [str(EMBEDDED_RECIPE), *argv], AXES)
+    config = parse(cls, argv if has_recipe or "--model" in given else [str(EMBEDDED_RECIPE), *argv], AXES)
     check_combination(config)
     return config
 
@@ -250,7 +249,8 @@ def build(
     evals = [load_task(e, "test", config.task, tokenizer, rewards, config.eval_limit) for e in config.eval]
     for line in [*task.report, *(line for e in evals for line in e.report)]:
         log.say(line)
-    log.say(f"memory: {memory_plan(config, dtype, tokens)}")
+    for line in memory_lines(config, dtype, tokens):
+        log.say(line)
     log.say(f"rewards: {', '.join(f'{n} x {w:g}' for n, w in rewards.weights.items())}")
 
     check_fit(config, [*task.problems, *(p for e in evals for p in e.problems)], log)
@@ -363,17 +363,18 @@ def check_fit(config: TrainConfig, problems: list[Problem], log: RunLog) -> None
 
 
 def memory_plan(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int) -> MemoryPlan:
-    architecture, (device, *_) = model_config(config.model), resolve(config)
-    shapes = parameter_shapes(architecture)
-    values = critic_shapes(architecture) if needs_values(config) else {}
-    return plan_memory(
-        architecture, num_parameters=sum(map(math.prod, shapes.values())),
-        buffer_elements=buffer_elements(layout(shapes), ranks.size()),
-        critic_elements=buffer_elements(layout(values), ranks.size()) if values else 0,
-        critic_optimizer=config.critic.optim.name, dtype=dtype,
-        grad_dtype=getattr(torch, config.grad_dtype), optimizer=config.optim.name,
-        reference="ref_logprobs" in config.objective.needs(2), ranks=ranks.size(),
-        tokens_per_microbatch=tokens_per_microbatch, checkpointing=config.checkpoint_activations != "none",
-        copies=config.update.copies, holds_state=config.update.holds_state,
-        logit_rows=CHUNK_ROWS if device.startswith("cuda") else 0,
+    """Raises NoPlan, a ValueError, for a model whose memory cannot be planned; it may be trained all the same."""
+    device, *_ = resolve(config)
+    return plan_of(
+        config, device=device, dtype=dtype, tokens_per_microbatch=tokens_per_microbatch, ranks=ranks.world_size(),
+        capacity=torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else 0,
     )  # fmt: skip
+
+
+def memory_lines(config: TrainConfig, dtype: torch.dtype, tokens_per_microbatch: int) -> list[str]:
+    """The plan in one line and as a table, and what to change where it does not fit."""
+    try:
+        plan = memory_plan(config, dtype, tokens_per_microbatch)
+    except NoPlan as error:
+        return [f"memory: {error}"]
+    return [f"memory: {plan}", *table(plan), *advice(plan, set(all_flags(config)))]

@@ -1,66 +1,143 @@
-"""How many bytes the parts of a run take, from shapes alone, before anything is loaded."""
+"""What a run takes on one GPU, by part and phase, before anything is loaded.
 
-import math
+    generate   the engine samples
+    score      log-probabilities and values without gradients, where the objective needs any
+    backward   forward and backward of one microbatch
+    step       the gradient reduced and clipped, the optimizer's step, the weights gathered
+
+The last three are a run's train phase.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
+from fastrl.memory_parts import (
+    CONTEXT,
+    GRAPHS,
+    HF_GROWTH,
+    MIB,
+    MemorySettings,
+    ModelShape,
+    buffer,
+    checkpoints,
+    engine_bytes,
+    forward_bytes,
+    head_bytes,
+    kv_per_sequence,
+    optimizer_bytes,
+    snapshot_bytes,
+    step_bytes,
+    trained,
+    working_set,
+)
+
+PHASES = ("generate", "score", "backward", "step")
+CARDS = {"h100": 79.6, "h200": 139.8}  # GiB that NVML calls total
+USABLE = 0.97  # of a card: the rest is lost between blocks of the allocators; estimate until measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes by part, for one rank."""
+    """Bytes by part and phase, for one rank; `host`: what lies in the host's memory instead, at its largest."""
 
-    parts: dict[str, int]
+    model: ModelShape
+    settings: MemorySettings
+    parts: dict[str, dict[str, int]]
+    host: dict[str, int]
+    least_kv: int  # bytes without which the engine cannot run
 
     @property
-    def total(self) -> int:
-        return sum(self.parts.values())
+    def usable(self) -> int:
+        return int(USABLE * self.settings.capacity)
+
+    def at(self, phase: str) -> int:
+        """Bytes in a phase without the KV cache."""
+        return sum(part.get(phase, 0) for part in self.parts.values())
+
+    def kv_at(self, phase: str) -> bool:
+        return phase == "generate" or (self.settings.kv_kept and self.settings.engine == "vllm")
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the KV cache: as asked for, else what the other parts leave, up to what all running sequences take."""
+        s = self.settings
+        if s.kv_bytes or s.engine == "hf" or not s.capacity:
+            return max(s.kv_bytes, self.least_kv)
+        room = min(self.usable - self.at(phase) for phase in PHASES if self.kv_at(phase))
+        most = max(s.running, 1) * kv_per_sequence(self.model, s)
+        return max(self.least_kv, min(room, most))
+
+    @property
+    def kv_sequences(self) -> int:
+        """Sequences of the whole context that the KV cache holds."""
+        return self.kv_bytes // (kv_per_sequence(self.model, self.settings) or 1)
+
+    def total(self, phase: str) -> int:
+        return self.at(phase) + (self.kv_bytes if self.kv_at(phase) else 0)
+
+    def missing(self, phase: str) -> int:
+        """Bytes that a phase needs beyond the usable ones, with the smallest KV cache; negative: what is left."""
+        least = max(self.least_kv, self.settings.kv_bytes) if self.kv_at(phase) else 0
+        return self.at(phase) + least - self.usable
+
+    @property
+    def worst(self) -> str:
+        """The phase that needs the most."""
+        return max(self.phases, key=self.missing)
+
+    @property
+    def phases(self) -> list[str]:
+        return [p for p in PHASES if p != "score" or self.settings.scores]
+
+    @property
+    def fits(self) -> bool:
+        return not self.settings.capacity or self.missing(self.worst) <= 0
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.parts.items() if size)
-        return f"planned {self.total / 2**20:.1f} MiB ({parts})"
+        totals = ", ".join(f"{self.total(p) / MIB:.1f} MiB in {p}" for p in self.phases)
+        worst = {name: part.get(self.worst, 0) for name, part in self.parts.items()}
+        parts = ", ".join(f"{name} {size / MIB:.1f}" for name, size in worst.items() if size)
+        return f"planned, not measured: {totals} ({self.worst}: {parts})"
 
 
-def plan_memory(
-    config, *, num_parameters: int, buffer_elements: int, dtype: torch.dtype, grad_dtype: torch.dtype, optimizer: str,
-    reference: bool, tokens_per_microbatch: int, checkpointing: bool, ranks: int, critic_elements: int = 0,
-    critic_optimizer: str = "adamw", copies: int = 0, holds_state: bool = False, logit_rows: int = 0,
-) -> MemoryPlan:  # fmt: skip
-    """A transformers configuration, its parameters and the flat buffers' elements -> bytes of the parts.
-
-    critic_elements: of its flat buffer, 0 without one; its weights, gradients, master and optimizer state are one part.
-    copies, holds_state: what the update rule holds of the shard of weights and of the optimizer's state.
-    logit_rows: of the head's workspace, float32 logits of a chunk of tokens.
-    All but the activations are sizes of the tensors that the run allocates (8-bit states: one byte and a 32-bit scale
-    per 256 elements for each of two moments). Activations are an estimate: one residual per checkpointed layer, or
-    about 16 hidden and 5 intermediate vectors per token and layer without checkpointing.
-    """
-    # float32 weights on one rank are their own master
-    own_master = dtype in (torch.float32, torch.float64) and ranks == 1
-
-    def trained(elements: int, optimizer: str) -> dict[str, int]:
-        shard = elements // ranks
-        return {
-            "weights": elements * dtype.itemsize,
-            "gradients": elements * torch.promote_types(grad_dtype, dtype).itemsize,
-            "master": 0 if own_master else shard * 4,
-            "optimizer": 2 * 4 * shard if optimizer == "adamw" else 2 * (shard + 4 * math.ceil(shard / 256)),
-        }
-
-    text = config.get_text_config()
-    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
-    layers, size = text.num_hidden_layers, dtype.itemsize
-    per_layer = (16 * hidden + 5 * inner) * size
-    per_token = layers * hidden * size + per_layer if checkpointing else layers * per_layer
-    policy = trained(buffer_elements, optimizer)
-    master = buffer_elements // ranks * max(4, dtype.itemsize)
-    return MemoryPlan(
-        parts={
-            **policy,
-            "update": copies * master + holds_state * policy["optimizer"],
-            "critic": sum(trained(critic_elements, critic_optimizer).values()),
-            "reference": num_parameters * size if reference else 0,
-            "logits": 4 * min(logit_rows, tokens_per_microbatch) * text.vocab_size,
-            "activations": tokens_per_microbatch * per_token,
-        },
-    )
+def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
+    """Never raises: a run that does not fit has a plan that says by how much."""
+    s, shard = settings, buffer(model.elements, settings.ranks) // settings.ranks
+    policy = trained(model.elements, s.optimizer, s)
+    host: dict[str, int] = {}
+    whole = dict.fromkeys(PHASES)
+    state = [phase for phase in PHASES if not (phase == "generate" and "optimizer" in s.offload)]
+    parts: dict[str, tuple[Iterable[str], int]] = {
+        "weights": (whole, policy["weights"]),
+        "gradients": (PHASES if s.gradients_kept else PHASES[1:], policy["gradients"]),
+        "master": (state, policy["master"]),
+        "optimizer": (state, policy["optimizer"]),
+        "snapshots": (("backward", "step"), snapshot_bytes(shard, s)),
+    }
+    if "optimizer" in s.offload:
+        host["master"], host["optimizer"] = policy["master"], policy["optimizer"]
+    if s.optimizer.startswith("paged"):
+        host["optimizer"] = optimizer_bytes(shard, s.optimizer)
+    if s.critic_optimizer:
+        parts["critic"] = (whole, sum(trained(model.critic_elements, s.critic_optimizer, s).values()))
+    if s.reference:
+        # on the host it comes for as long as it scores
+        parts["reference"] = (("score",) if s.reference_on_host else whole, model.parameters * s.dtype.itemsize)
+        if s.reference_on_host:
+            host["reference"] = model.parameters * s.dtype.itemsize
+    table = {name: dict.fromkeys(phases, size) for name, (phases, size) in parts.items()}
+    kept = checkpoints(model, s)
+    if "activations" in s.offload:
+        host["activations"] = kept
+        kept = min(kept, 2 * kept // model.layers)  # one on its way, one in use
+    table["activations"] = {"score": forward_bytes(model, s), "backward": kept + working_set(model, s)}
+    table["logits"] = head_bytes(model, s)
+    table["workspace"] = {"generate": engine_bytes(model, s), "step": step_bytes(model, s)}
+    if s.cuda:
+        graphs = GRAPHS if s.engine == "vllm" else 0
+        table["graphs"], table["context"] = dict.fromkeys(PHASES, graphs), dict.fromkeys(PHASES, CONTEXT)
+    if s.engine == "hf":
+        least = int(HF_GROWTH * s.running * kv_per_sequence(model, s))
+    else:
+        least = kv_per_sequence(model, s)
+    return MemoryPlan(model=model, settings=s, parts=table, host=host, least_kv=least)

@@ -24,7 +24,7 @@ from fastrl.build import (
     build,
     configure,
     describe,
-    memory_plan,
+    memory_lines,
     open_rewards,
     profile_plan,
     resolve,
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
     lines = describe(config, device, tokens)
     if config.dry_run:
         print(json.dumps(as_dict(config), indent=2))
-        print("\n".join([*lines, f"memory: {memory_plan(config, dtype, tokens)}"]))
+        print("\n".join([*lines, *memory_lines(config, dtype, tokens)]))
         with rewards:
             for line in profile_plan(config, rewards):
                 print(line)

@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["types", "config", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
-    ["packing", "activations", "flat_definition", "flat_backends"],
+    ["packing", "activations", "flat_definition", "flat_backends", "memory_parts"],
     ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
-    ["objectives", "updates", "allocation", "trained", "engine"],
-    ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task", "profile_data"],
+    ["objectives", "updates", "allocation", "trained", "engine", "memory_advice", "memory_watch", "model_shapes"],
+    ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task", "profile_data", "planning"],
     ["trainer", "profiling", "canary"],
     ["build"],
     ["comparison"],
