@@ -10,6 +10,7 @@ from helpers import make_trainer
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastrl.activations import checkpoint_layers
 from fastrl.build import configure, memory_plan
 from fastrl.critic import critic_shapes
 from fastrl.flat import buffer_elements, layout
@@ -185,14 +186,13 @@ def test_a_layer_keeps_what_is_planned(architecture, dtype):
     assert (kept[1] - kept[0]) / 64 == saved_per_layer(shape, settings(dtype=dtype))
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "full"])
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_peak_of_a_backward_is_near_the_planned_one(architecture, checkpoint):
     tokens = 512
     config, shape = tiny(architecture, num_hidden_layers=4)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
-    if checkpoint == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model, checkpoint)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     ids, gradient = torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens, 64, dtype=torch.bfloat16)
