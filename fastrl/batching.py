@@ -124,6 +124,12 @@ def minibatches(batch: TrainBatch, count: int) -> list[TrainBatch]:
     return [batch] if count == 1 else [select(batch, torch.isin(batch.group, part).nonzero()[:, 0]) for part in parts]
 
 
+def averages(sums: dict[str, Tensor], count: float) -> dict[str, float]:
+    """Sums over this rank's rows -> over those of all ranks, divided by `count`."""
+    totals = ranks.all_sum_(torch.stack(list(sums.values()))) / count
+    return dict(zip(sums, totals.tolist(), strict=True))
+
+
 def denominator(batch: TrainBatch, normalizer: str) -> float:
     """What a summed loss is divided by, over all ranks: response tokens, completions with any, or groups with any."""
     alive = batch.response_mask.any(dim=1)

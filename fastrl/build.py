@@ -19,6 +19,7 @@ from fastrl.config import all_flags, as_dict, parse
 from fastrl.critic import Critic, CriticConfig
 from fastrl.engine.base import Sampling
 from fastrl.engine.hf import HFEngine
+from fastrl.fitting import Fitting
 from fastrl.guard import Guard
 from fastrl.kernels.parity import head_fault
 from fastrl.log import LOGGERS, RunLog
@@ -288,7 +289,7 @@ def build(
         policy=policy, reference=reference, critic=critic, rollout=rollout, allocator=config.allocation,
         objective=config.objective, update=config.update,
         completions_per_step=config.allocation.budget(config.problems_per_step), num_minibatches=config.minibatches,
-        tokens_per_microbatch=tokens,
+        fitting=Fitting(tokens=tokens, say=log.say),
         schedule=Schedule(
             steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
             stop_at_accuracy=config.stop_at_accuracy, stop_below_accuracy=config.stop_below_accuracy,

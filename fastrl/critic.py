@@ -73,8 +73,8 @@ class Critic(TrainedModel):
         hidden = label_hidden(self.model, batch.input_ids, batch.response_mask, packed)
         return spread(self.model(hidden), batch.response_mask)
 
-    def accumulate(self, pieces: Iterable[TrainBatch], loss_sum: ValueLoss, tokens: float) -> dict[str, float]:
-        """Leave the gradient of a minibatch, cut into microbatches, in the gradient buffer; return its metrics.
+    def backward(self, pieces: Iterable[TrainBatch], loss_sum: ValueLoss, tokens: float) -> dict[str, Tensor]:
+        """Leave the gradient of a minibatch, cut into microbatches, in the gradient buffer -> sums of its metrics.
 
         tokens: response tokens of the minibatch over all ranks, which the summed loss is divided by.
         """
@@ -85,8 +85,7 @@ class Critic(TrainedModel):
             (loss / tokens).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
-        totals = ranks.all_sum_(torch.stack(list(sums.values()))) / tokens
-        return dict(zip(sums, totals.tolist(), strict=True))
+        return sums
 
     def fit(self, minibatches: Sequence[Accumulate]) -> dict[str, float]:
         """One optimizer step per minibatch, `passes` times over them -> value_loss, critic/grad_norm, critic/..."""

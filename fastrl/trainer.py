@@ -11,9 +11,10 @@ import torch
 
 from fastrl import checkpoint, ranks
 from fastrl.allocation.base import Allocation
-from fastrl.batching import cut, denominator, make_batch, minibatches, select
+from fastrl.batching import averages, denominator, make_batch, minibatches, select
 from fastrl.critic import Critic, explained_variance
 from fastrl.engine.base import Sampling
+from fastrl.fitting import Fitting
 from fastrl.guard import MismatchWatch
 from fastrl.log import RunLog
 from fastrl.metrics import (
@@ -92,7 +93,7 @@ class Trainer:
     update: UpdateRule
     completions_per_step: int
     num_minibatches: int
-    tokens_per_microbatch: int
+    fitting: Fitting  # cuts microbatches
     schedule: Schedule
     eval_sets: list[EvalSet]
     log: RunLog
@@ -152,16 +153,18 @@ class Trainer:
             "values": self.critic,
         }  # fmt: skip
         for name in sorted(needs):
-            values = torch.zeros_like(batch.rollout_logprobs)
-            with torch.no_grad():
-                for rows, part in cut(batch, self.tokens_per_microbatch, packed=models[name].packs):
-                    scores = models[name].score(part)
-                    values[rows, : scores.shape[1]] = scores.to(values.dtype)
-            setattr(batch, name, values)
+            setattr(batch, name, self.fitting.run(partial(self.scores, models[name], batch)))
+
+    def scores(self, model: Policy | Reference | Critic, batch: TrainBatch) -> torch.Tensor:
+        values = torch.zeros_like(batch.rollout_logprobs)
+        with torch.no_grad():
+            for rows, part in self.fitting.cut(batch, packed=model.packs):
+                scores = model.score(part)
+                values[rows, : scores.shape[1]] = scores.to(values.dtype)
+        return values
 
     def accumulate(self, minibatch: TrainBatch) -> dict[str, float]:
         """Leave the minibatch's gradient at the current weights in the gradient buffer; return its metrics."""
-        self.policy.zero_grad()
         # counted once, over all ranks, so the gradient does not depend on how the minibatch is cut further
         count = denominator(minibatch, self.objective.normalizer)
         tokens = denominator(minibatch, "token")
@@ -169,6 +172,16 @@ class Trainer:
         if self.objective.needs_current:
             self.fill(minibatch, frozenset({"current_logprobs"} if minibatch.old_logprobs is not None else ()))
             self.objective.couple(minibatch)
+        sums, seen = self.fitting.run(partial(self.backward, minibatch, count))
+        if not self.mismatch:
+            self.mismatch = sampling_mismatch((seen - minibatch.rollout_logprobs)[minibatch.response_mask])
+        if minibatch.old_logprobs is None:  # then this is the first pass of the step, and the next is not
+            minibatch.old_logprobs = seen
+        return averages(sums, tokens)
+
+    def backward(self, minibatch: TrainBatch, count: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Add up the gradient, microbatch by microbatch -> sums of the metrics, logprobs [B, S]. No collectives."""
+        self.policy.zero_grad()
         sums: dict[str, torch.Tensor] = {}
         seen = torch.zeros_like(minibatch.rollout_logprobs)
         for learns, rows, part in self.microbatches(minibatch):
@@ -178,12 +191,7 @@ class Trainer:
             seen[rows, : logprobs.shape[1]] = logprobs.detach().to(seen.dtype)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
-        if not self.mismatch:
-            self.mismatch = sampling_mismatch((seen - minibatch.rollout_logprobs)[minibatch.response_mask])
-        if minibatch.old_logprobs is None:  # then this is the first pass of the step, and the next is not
-            minibatch.old_logprobs = seen
-        totals = ranks.all_sum_(torch.stack(list(sums.values()))) / tokens
-        return dict(zip(sums, totals.tolist(), strict=True))
+        return sums, seen
 
     def forward(self, part: TrainBatch, count: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """A microbatch -> its share of the loss, logprobs [B, S], and metrics summed over response tokens."""
@@ -200,8 +208,13 @@ class Trainer:
         """Teach the critic the batch's returns, minibatch by minibatch; return its metrics."""
 
         def accumulate(part: TrainBatch) -> dict[str, float]:
-            pieces = (piece for _, piece in cut(part, self.tokens_per_microbatch, packed=self.critic.packs))
-            return self.critic.accumulate(pieces, self.objective.value_loss_sum, denominator(part, "token"))
+            tokens = denominator(part, "token")
+
+            def backward() -> dict[str, torch.Tensor]:
+                pieces = (piece for _, piece in self.fitting.cut(part, packed=self.critic.packs))
+                return self.critic.backward(pieces, self.objective.value_loss_sum, tokens)
+
+            return averages(self.fitting.run(backward), tokens)
 
         with self.rollout.spans("critic"):
             self.critic.set_lr(self.critic.optim.lr_at(self.completed, self.schedule.steps))
@@ -212,10 +225,9 @@ class Trainer:
         """(whether there is anything to learn, row indices, rows); rows without a gradient only go forward."""
         silent = self.objective.silent(minibatch)
         for learns, rows in ((True, (~silent).nonzero()[:, 0]), (False, silent.nonzero()[:, 0])):
-            pieces = cut(
-                select(minibatch, rows), self.tokens_per_microbatch, splits_groups=self.objective.splits_groups,
-                packed=self.policy.packs,
-            )  # fmt: skip
+            pieces = self.fitting.cut(
+                select(minibatch, rows), splits_groups=self.objective.splits_groups, packed=self.policy.packs
+            )
             yield from ((learns, rows[index], part) for index, part in pieces)
 
     def observe(self, groups: list[RolloutGroup], batch: TrainBatch, metrics: dict[str, float]) -> dict[str, float]:
@@ -343,6 +355,7 @@ class Trainer:
             "num_rollouts": self.num_rollouts,
             "num_tokens": self.num_tokens,
             "num_backward_passes": self.num_backward_passes,
+            "tokens_per_microbatch": self.fitting.tokens,
             "policy_version": self.policy.policy_version,
             "engine_policy_version": self.rollout.engine.policy_version,
             "tensors": [name for name, _ in self.state_tensors()],
@@ -363,6 +376,8 @@ class Trainer:
         self.completed = state["step"]
         self.num_rollouts, self.num_tokens = state["num_rollouts"], state["num_tokens"]
         self.num_backward_passes = state["num_backward_passes"]
+        if state["config"]["tokens_per_microbatch"] == self.config["tokens_per_microbatch"]:
+            self.fitting.tokens = state["tokens_per_microbatch"]  # fewer, if memory has run out since
         if self.profiler:
             self.profiler.load_state_dict(state["profile"])  # the allocation makes its schedule from it
         self.allocator.load_state_dict(state["allocator"])

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from test_batching import completion, group
 from test_step import padded, prepared_batch
 
 from fastrl import checkpoint
-from fastrl.batching import cut, make_batch, select
+from fastrl.batching import averages, cut, make_batch, select
 from fastrl.build import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.config import parse
 from fastrl.critic import Critic, CriticConfig, critic_shapes, explained_variance
@@ -96,7 +95,10 @@ def test_it_learns_the_mean_return_of_each_prompt():
     objective = PPO(value_clip=None)
     batch.values = critic.score(batch).detach()
     objective.prepare(batch)
-    accumulate = partial(critic.accumulate, [batch], objective.value_loss_sum, 6.0)
+
+    def accumulate():
+        return averages(critic.backward([batch], objective.value_loss_sum, 6.0), 6.0)
+
     first = critic.fit([accumulate])
     assert first["value_loss"] == pytest.approx(3 / 2 / 6)  # values 0, three returns of 1
     for n in range(60):
@@ -113,7 +115,7 @@ def test_gradient_does_not_depend_on_cut_or_padding(tmp_path, float64_norms):
 
     def gradient(variant, size):
         pieces = [part for _, part in cut(variant, size, packed=critic.packs)]
-        metrics = critic.accumulate(pieces, trainer.objective.value_loss_sum, tokens)
+        metrics = averages(critic.backward(pieces, trainer.objective.value_loss_sum, tokens), tokens)
         return critic.flat.grads.clone(), metrics, len(pieces)
 
     expected, metrics, _ = gradient(batch, 10**6)
@@ -163,7 +165,7 @@ def test_its_loss_is_the_mean_over_response_tokens(tmp_path, float64_norms):
     trainer = make_trainer(tmp_path, "--dtype", "float64", *PPO_ARGS, "--value-clip", "None")
     batch = prepared_batch(trainer)
     error = (trainer.critic.score(batch).detach() - batch.returns)[batch.response_mask]
-    trainer.tokens_per_microbatch = 60
+    trainer.fitting.tokens = 60
     assert trainer.fit_critic(batch)["value_loss"] == pytest.approx(error.square().mean().item() / 2, abs=1e-12)
 
 

@@ -10,8 +10,11 @@ LAYERS = [
     ["types", "config", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
     ["packing", "activations", "flat_definition", "flat_backends", "memory_parts"],
     ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
-    ["objectives", "updates", "allocation", "trained", "engine", "memory_advice", "memory_watch", "model_shapes"],
-    ["policy", "reference", "critic", "rollout", "batching", "checkpoint", "task", "profile_data", "planning"],
+    [
+        "objectives", "updates", "allocation", "trained", "batching", "engine", "memory_advice", "memory_watch",
+        "model_shapes",
+    ],  # fmt: skip
+    ["policy", "reference", "critic", "rollout", "fitting", "checkpoint", "task", "profile_data", "planning"],
     ["trainer", "profiling", "canary"],
     ["build"],
     ["comparison"],

@@ -41,7 +41,7 @@ def prepared_batch(trainer, *, noise: float = 0.05):
 
 
 def gradient(trainer, batch, tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
-    trainer.tokens_per_microbatch = tokens
+    trainer.fitting.tokens = tokens
     metrics = trainer.accumulate(batch)
     return trainer.policy.flat.grads.clone(), metrics
 

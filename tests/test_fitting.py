@@ -1,0 +1,136 @@
+"""Memory that runs out within a minibatch: the run goes on with smaller microbatches and the same gradient."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TIMES, make_trainer
+
+SMALL = ["--problems-per-step", 6, "--group-size", 4, "--dtype", "float64", "--eval-limit", 4, "--sample-every", 0]
+SETTINGS = {
+    "grpo": ["--kl", "0.05", "--minibatches", 2, "--update.epochs-per-batch", 2],
+    "ppo": ["--objective", "ppo", "--critic.optim.lr", "1e-3", "--minibatches", 2],
+    "rebel": ["--objective", "rebel", "--update.epochs-per-batch", 2],
+}
+
+
+def run_out_above(model, tokens: int, where: str = "forward", training_only: bool = False):
+    """Let a model's forward, or the backward through its last hidden states, fail on more tokens than that."""
+
+    def fail(size):
+        if size > tokens:
+            raise torch.OutOfMemoryError(f"injected: {size} tokens")
+
+    def hook(module, args, output):
+        size, hidden = args[0].numel(), output.last_hidden_state
+        if not (hidden.requires_grad or not training_only):
+            return
+        if where == "forward":
+            fail(size)
+        elif hidden.requires_grad:
+            hidden.register_hook(lambda grad: fail(size))
+
+    return model.base_model.register_forward_hook(hook)
+
+
+def steps(folder, *flags, limits=(), count=2):
+    """Two steps with or without memory running out -> the trainer, their metrics without times."""
+    trainer = make_trainer(folder, *SMALL, *flags)
+    models = {"policy": trainer.policy, "critic": trainer.critic, "reference": trainer.reference}
+    sampling = trainer.rollout.engine.sample
+    hooks = []
+
+    def sample(*args):  # the engine's own forward is not the trainer's business
+        for hook in hooks:
+            hook.remove()
+        hooks.clear()
+        found = sampling(*args)
+        hooks.extend(run_out_above(models[name].model, tokens, where) for name, tokens, where in limits)
+        return found
+
+    trainer.rollout.engine.sample = sample
+    metrics = [trainer.step() for _ in range(count)]
+    return trainer, [{k: v for k, v in m.items() if not k.startswith(TIMES)} for m in metrics]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_out_of_memory_equals_one_with_small_microbatches(name, where, tmp_path, float64_norms, capsys):
+    flags = [*SETTINGS[name], "--tokens-per-microbatch"]
+    calm, expected = steps(tmp_path / "calm", *flags, 64)
+    failed, actual = steps(tmp_path / "failed", *flags, 512, limits=[("policy", 60, where)])
+    limit = failed.fitting.tokens
+    assert limit < 512 and calm.fitting.tokens == 64
+    assert f"going on with --tokens-per-microbatch {limit}" in capsys.readouterr().out
+    for one, other in zip(actual, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-12, rel=1e-9, nan_ok=True)
+        assert one["grad_norm"] > 0
+    assert (failed.policy.flat.weights - calm.policy.flat.weights).abs().max() < 1e-12
+    # bit for bit what a run does that had the limit from the start
+    same, again = steps(tmp_path / "same", *flags, limit)
+    if where == "forward":
+        assert again[1] == actual[1] or name == "rebel"
+    assert again[1] == pytest.approx(actual[1], abs=1e-12, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("model", ["reference", "critic"])
+def test_scores_and_critic_too(model, tmp_path, float64_norms):
+    flags = ["--objective", "ppo", "--kl", "0.05", "--critic.optim.lr", "1e-3", "--tokens-per-microbatch"]
+    calm, expected = steps(tmp_path / "calm", *flags, 64)
+    where = "backward" if model == "critic" else "forward"
+    failed, actual = steps(tmp_path / "failed", *flags, 512, limits=[(model, 100, where)])
+    assert failed.fitting.tokens <= 256
+    for one, other in zip(actual, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-12, rel=1e-9, nan_ok=True)
+    assert (failed.critic.flat.weights - calm.critic.flat.weights).abs().max() < 1e-12
+
+
+def test_a_sequence_that_does_not_fit_alone_ends_the_run(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        steps(tmp_path, "--tokens-per-microbatch", 64, limits=[("policy", 3, "forward")])
+
+
+def test_the_limit_is_kept_by_a_checkpoint_unless_it_was_set_anew(tmp_path):
+    trainer = make_trainer(tmp_path / "one", *SMALL, "--tokens-per-microbatch", 512)
+    trainer.fitting.tokens = 128
+    state, tensors = json.loads(json.dumps(trainer.state_dict())), dict(trainer.state_tensors())
+    for configured, kept in ((512, 128), (300, 300)):
+        other = make_trainer(tmp_path / str(configured), *SMALL, "--tokens-per-microbatch", configured)
+        other.load_state_dict(state, tensors)
+        assert other.fitting.tokens == kept
+
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_fitting import steps
+from fastrl import ranks
+ranks.start("cpu")
+limits = [("policy", 60, "backward")] if ranks.rank() == 1 else []
+trainer, metrics = steps(Path({folder!r}) / str(ranks.rank()), "--tokens-per-microbatch", 512, limits=limits)
+calm, expected = steps(Path({folder!r}) / f"calm{{ranks.rank()}}", "--tokens-per-microbatch", 512)
+torch.save([trainer.fitting.tokens, (trainer.policy.flat.weights - calm.policy.flat.weights).abs().max().item(),
+            [m["grad_norm"] for m in metrics], [m["grad_norm"] for m in expected]],
+           Path({folder!r}) / f"{{ranks.rank()}}.pt")
+ranks.barrier()
+ranks.stop()
+ranks.leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_stay_in_step_when_one_of_them_runs_out(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rank 1: warning: out of memory" in done.stderr
+    for rank, limited in ((0, False), (1, True)):
+        tokens, difference, got, expected = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert (tokens < 512) == limited
+        assert difference < 1e-6 and got == pytest.approx(expected, rel=1e-5)
