@@ -46,6 +46,7 @@ from fastrl.reference import Reference
 from fastrl.rewards import RewardSet
 from fastrl.rollout import Rollout
 from fastrl.task import TaskConfig, default_rewards, load_task
+from fastrl.trained import MasterKind, Offload
 from fastrl.trainer import EvalSet, Schedule, Stopped, Trainer
 from fastrl.types import Problem
 from fastrl.updates import UPDATES
@@ -103,6 +104,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_activations: CheckpointMode = "none"  # selective: keep attention; full: compute all layers again
+    master: MasterKind = "float32"  # split: bfloat16 weights and the 16 bits they lack, 4 bytes instead of 6
+    offload: Offload = "none"  # optimizer: master and state are on the host while sampling; activations: in the forward
     attention: str = "sdpa"  # transformers' attn_implementation
     max_num_seqs: int = 512  # completions the engine decodes together
     threads: int = 0  # CPU threads of torch; 0 = its own choice
@@ -170,6 +173,11 @@ def check_combination(config: TrainConfig) -> None:
         raise ValueError(
             "--checkpoint-activations selective keeps what attention kernels give, and --attention eager has none; use "
             "--attention sdpa, or --checkpoint-activations full"
+        )
+    if config.master == "split" and resolve(config)[1] != torch.bfloat16:
+        raise ValueError(
+            f"--master split keeps what bfloat16 weights lack of float32, but these are {resolve(config)[1]}; use "
+            "--dtype bfloat16, or --master float32"
         )
     for name in ("stop_at_accuracy", "stop_below_accuracy"):
         if getattr(config, name) and not (config.eval and config.eval_every):
@@ -262,18 +270,26 @@ def build(
     )  # fmt: skip
     loaded, grad_dtype = load(), getattr(torch, config.grad_dtype)
     triton = head_kernels(loaded, device, log)
-    policy = Policy(loaded, config.optim, Guard(), temperature=config.temperature, grad_dtype=grad_dtype, triton=triton)
+    memory = dict(grad_dtype=grad_dtype, master=config.master, offload=config.offload)
+    policy = Policy(loaded, config.optim, Guard(), temperature=config.temperature, triton=triton, **memory)
     needs_reference = "ref_logprobs" in config.objective.needs(num_minibatches=2)
     reference = Reference(
         config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature,
         triton=triton,
     ) if needs_reference else None  # fmt: skip
-    critic = Critic(load(), config.critic, grad_dtype) if needs_values(config) else None
+    critic = Critic(load(), config.critic, **memory) if needs_values(config) else None
+    trained = [policy, critic] if critic else [policy]
+
+    def make_room() -> None:
+        for model in trained:
+            model.rest()
+
+    make_room()
     engine = HFEngine.of(loaded, config.max_num_seqs)
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     rollout = Rollout(
         engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
-        grade_truncated=config.grade_truncated,
+        grade_truncated=config.grade_truncated, make_room=make_room,
     )  # fmt: skip
     profiler = None
     if key:
@@ -285,6 +301,8 @@ def build(
     config.allocation.start(task.problems, config.seed, min(config.steps, config.reprofile_every or config.steps))
     if config.allocation.needs_profile:
         log.say(f"allocation: {config.allocation.outlook()}")
+    for model in trained:
+        model.wake()
     return Trainer(
         policy=policy, reference=reference, critic=critic, rollout=rollout, allocator=config.allocation,
         objective=config.objective, update=config.update,

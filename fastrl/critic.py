@@ -13,7 +13,7 @@ from fastrl.guard import Guard
 from fastrl.model import LoadedModel, label_hidden, spread
 from fastrl.optim import OptimConfig
 from fastrl.packing import pack
-from fastrl.trained import TrainedModel
+from fastrl.trained import MasterKind, Offload, TrainedModel
 from fastrl.types import TrainBatch
 from fastrl.updates.base import Accumulate
 from fastrl.updates.single import Single
@@ -59,9 +59,12 @@ class ValueModel(nn.Module):
 class Critic(TrainedModel):
     """A model of its own: weights, gradients, optimizer state and guard are apart from the policy's."""
 
-    def __init__(self, loaded: LoadedModel, config: CriticConfig, grad_dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, loaded: LoadedModel, config: CriticConfig, grad_dtype: torch.dtype = torch.float32, *,
+        offload: Offload = "none", master: MasterKind = "float32",
+    ):  # fmt: skip
         guard = Guard(lr_setting="--critic.optim.lr")
-        super().__init__(ValueModel(loaded.model), config.optim, guard, grad_dtype)
+        super().__init__(ValueModel(loaded.model), config.optim, guard, grad_dtype, master=master, offload=offload)
         self.packs, self.rule = loaded.packs, Single(epochs_per_batch=config.passes)
 
     def score(self, batch: TrainBatch) -> Tensor:
@@ -70,7 +73,8 @@ class Critic(TrainedModel):
         Column s is the value of the text before token s, read off where that token is predicted: label-aligned.
         """
         packed = pack(batch) if self.packs else None
-        hidden = label_hidden(self.model, batch.input_ids, batch.response_mask, packed)
+        with self.saving():
+            hidden = label_hidden(self.model, batch.input_ids, batch.response_mask, packed)
         return spread(self.model(hidden), batch.response_mask)
 
     def backward(self, pieces: Iterable[TrainBatch], loss_sum: ValueLoss, tokens: float) -> dict[str, Tensor]:

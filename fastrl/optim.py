@@ -1,6 +1,7 @@
 """AdamW over a flat shard, by libraries: torch (fused) or bitsandbytes (8-bit, paged). Learning-rate schedules."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,50 @@ def make_optimizer(config: OptimConfig, shard: Tensor) -> torch.optim.Optimizer:
     return cls[config.name]([shard], **settings)
 
 
+class ShardOptimizer:
+    """A library's optimizer over one flat shard, and what a trainer does with its state."""
+
+    def __init__(self, config: OptimConfig, shard: Tensor):
+        self.shard, self.optimizer = shard, make_optimizer(config, shard)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> dict:
+        return self.optimizer.state
+
+    def step(self, gradient: Tensor) -> None:
+        """Move the shard by a gradient of its length."""
+        self.shard.grad = gradient.to(self.shard.dtype)
+        self.optimizer.step()
+        self.shard.grad = None
+
+    def state_names(self) -> list[str]:
+        return list(state_tensors(self.optimizer))
+
+    def resident(self) -> list[Tensor]:
+        """The tensors of the state as they lie on the device."""
+        return list(state_tensors(self.optimizer).values())
+
+    def state_tensors(self, read: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+        """The state by name; read: gives the values of a tensor that may be elsewhere."""
+        return {name: read(tensor) for name, tensor in state_tensors(self.optimizer).items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        load_state_tensors(self.optimizer, tensors)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return snapshot(self.optimizer)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        restore(self.optimizer, state)
+
+    def scale_first_moment(self, factor: float) -> None:
+        scale_first_moment(self.optimizer, factor)
+
+
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state over its one shard, as named tensors; scalars become one-element tensors."""
     state = optimizer.state.get(optimizer.param_groups[0]["params"][0], {})
@@ -68,10 +113,15 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `state_tensors` returned."""
-    plain = {name: t.item() if name == "step" and t.dtype == torch.int64 else t for name, t in tensors.items()}
+    plain = {name: t.item() if name == "step" and t.dtype == torch.int64 else own(t) for name, t in tensors.items()}
     state = optimizer.state_dict()
     state["state"] = {0: plain} if plain else {}
     optimizer.load_state_dict(state)
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A tensor that may go on as an optimizer's: the memory of one that was read from a file may be the file's."""
+    return tensor if tensor.untyped_storage().resizable() else tensor.clone()
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

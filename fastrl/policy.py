@@ -7,7 +7,7 @@ from fastrl.guard import Guard
 from fastrl.model import LoadedModel, token_logprobs, token_policy_loss
 from fastrl.optim import OptimConfig
 from fastrl.packing import pack
-from fastrl.trained import TrainedModel
+from fastrl.trained import MasterKind, Offload, TrainedModel
 from fastrl.types import TrainBatch
 
 
@@ -15,8 +15,9 @@ class Policy(TrainedModel):
     def __init__(
         self, loaded: LoadedModel, optim: OptimConfig, guard: Guard, *,
         temperature: float = 1.0, grad_dtype: torch.dtype = torch.float32, triton: bool = False,
+        master: MasterKind = "float32", offload: Offload = "none",
     ):  # fmt: skip
-        super().__init__(loaded.model, optim, guard, grad_dtype)
+        super().__init__(loaded.model, optim, guard, grad_dtype, master=master, offload=offload)
         self.tokenizer, self.pad_id, self.packs = loaded.tokenizer, loaded.pad_id, loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton
 
@@ -36,10 +37,11 @@ class Policy(TrainedModel):
         """
         advantage, w = settings.pop("advantage"), settings.pop("w") / count
         vectors = dict(advantage=advantage, w=w, old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs)
-        out, logprobs = token_policy_loss(
-            self.model, batch.input_ids, batch.response_mask, vectors, inv_temperature=self.inv_temperature,
-            num_tokens=len(self.tokenizer), packed=pack(batch) if self.packs else None, **settings,
-        )  # fmt: skip
+        with self.saving():
+            out, logprobs = token_policy_loss(
+                self.model, batch.input_ids, batch.response_mask, vectors, inv_temperature=self.inv_temperature,
+                num_tokens=len(self.tokenizer), packed=pack(batch) if self.packs else None, **settings,
+            )  # fmt: skip
         sums = out.named()
         # a token that is not finite has no part in the fused loss; autograd would pass it on, and the guard see it
         self.flat.grads[:1] += torch.where(sums["nonfinite"] > 0, torch.nan, 0.0)
@@ -52,8 +54,9 @@ class Policy(TrainedModel):
 
     def logprobs(self, batch: TrainBatch, need_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Label-aligned log-probabilities and entropy of a microbatch, [B, S] nats, differentiable."""
-        return token_logprobs(
-            self.model, batch.input_ids, batch.response_mask, inv_temperature=self.inv_temperature,
-            num_tokens=len(self.tokenizer), need_entropy=need_entropy, head_grad_in_place=True,
-            packed=pack(batch) if self.packs else None, triton=self.triton,
-        )  # fmt: skip
+        with self.saving():
+            return token_logprobs(
+                self.model, batch.input_ids, batch.response_mask, inv_temperature=self.inv_temperature,
+                num_tokens=len(self.tokenizer), need_entropy=need_entropy, head_grad_in_place=True,
+                packed=pack(batch) if self.packs else None, triton=self.triton,
+            )  # fmt: skip

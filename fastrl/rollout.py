@@ -22,6 +22,7 @@ class Rollout:
     seed: int
     grade_truncated: bool = False  # grade completions cut off by max_new_tokens instead of giving them 0
     canary: Callable[[], dict[str, float]] | None = None  # run once for each version of the weights; may raise
+    make_room: Callable[[], None] = lambda: None  # before the engine takes its memory
     spans: Spans = field(default_factory=Spans)
     statuses: dict[str, int] = field(default_factory=dict, init=False)  # outcomes of the last run, by class
     reward_metrics: dict[str, float] = field(default_factory=dict, init=False)
@@ -66,6 +67,7 @@ class Rollout:
             )
             for (problem, group_size), first in zip(plan, firsts or [0] * len(plan), strict=True)
         ]
+        self.make_room()
         with self.engine.generate_phase():
             if self.canary and self.checked_version != self.engine.policy_version:
                 self.canary_metrics = self.canary()

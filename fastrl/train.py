@@ -39,7 +39,7 @@ from fastrl.types import CheckpointError, EngineError, NumericsError
 FREE_ON_RESUME = {
     "steps", "max_minutes", "stop_at_accuracy", "stop_below_accuracy", "eval", "eval_k", "eval_every", "eval_limit",
     "save_every", "keep", "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers",
-    "max_num_seqs", "allow_change", "profile",
+    "max_num_seqs", "allow_change", "offload", "profile",
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def resume(trainer: Trainer, wanted: str, config: TrainConfig) -> None:
         return
     for path in candidates:
         try:
-            state, tensors = checkpoint.load(path, device=str(trainer.policy.device))
+            state, tensors = checkpoint.load(path)
         except CheckpointError as error:
             if wanted != "auto" or path == candidates[-1]:
                 raise

@@ -1,23 +1,25 @@
 """Weights under training: one flat buffer, this rank's float32 shard of it, an optimizer and a guard over the shard."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastrl import ranks
+from fastrl.activations import saved_on_host
 from fastrl.flat import FlatParams
 from fastrl.guard import Guard
-from fastrl.optim import (
-    OptimConfig,
-    load_state_tensors,
-    make_optimizer,
-    restore,
-    scale_first_moment,
-    snapshot,
-    state_tensors,
-)
+from fastrl.host import HostCopies
+from fastrl.optim import OptimConfig, ShardOptimizer
+from fastrl.split_master import join, split
+from fastrl.split_optim import SplitOptimizer
+
+Offload = Literal["none", "optimizer", "activations", "optimizer,activations"]
+MasterKind = Literal["float32", "split"]
+PART = 2**24  # elements that are in a wider type at a time
 
 
 @dataclass(slots=True)
@@ -29,26 +31,69 @@ class Gradient:
 
 
 class TrainedModel:
-    """Update rules see `master` (this rank's flat shard), the steps of an optimizer step, and `publish()`.
+    """Update rules see this rank's flat shard, the steps of an optimizer step, and `publish()`.
 
     With float32 weights on one rank, `master` is the weight buffer itself; otherwise it is a float32 copy of the shard
-    and `publish` writes it back and gathers the other ranks' shards. An update rule that moves `master` with the
-    operations of fastrl.ops gives them `weights_bf16` to write in the same pass.
+    and `publish` writes it back and gathers the other ranks' shards. A split `master` is the shard of the bfloat16
+    weights, and `low` what they lack of float32. An update rule reads the shard by `values()`, and writes it by
+    `assign()` or by the operations of fastrl.ops, which are given `low`, or `weights_bf16` to write in the same pass.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, guard: Guard, grad_dtype: torch.dtype = torch.float32):
-        self.model = model
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, guard: Guard, grad_dtype: torch.dtype = torch.float32, *,
+        master: MasterKind = "float32", offload: Offload = "none",
+    ):  # fmt: skip
+        self.model, self.offload = model, offload
         self.flat = FlatParams(model, ranks=ranks.size(), grad_dtype=grad_dtype)
         own = self.flat.weights.chunk(ranks.size())[ranks.rank()]
-        self.master = own if own.dtype in (torch.float32, torch.float64) else own.float()
-        self.own_weights = own
+        self.own_weights, self.low = own, None
+        if master == "split":
+            self.master, self.low = own, torch.zeros_like(own, dtype=torch.int16)
+            self.optimizer = SplitOptimizer(optim, own, self.low)
+        else:
+            self.master = own if own.dtype in (torch.float32, torch.float64) else own.float()
+            self.optimizer = ShardOptimizer(optim, self.master)
         self.device = self.master.device
-        self.optim, self.guard = optim, guard
-        self.optimizer = make_optimizer(optim, self.master)
+        self.optim, self.guard, self.host = optim, guard, HostCopies()
         self.policy_version = 0  # weight updates published so far
 
     def zero_grad(self) -> None:
         self.flat.zero_grads()
+
+    def rest(self) -> None:
+        """Until `wake`, only the weights are needed: gradients have no memory, and what is offloaded is on the host."""
+        self.flat.drop_grads()
+        if "optimizer" in self.offload:
+            beside_weights = self.master if self.low is None else self.low
+            if beside_weights is not self.own_weights:
+                self.host.put(beside_weights)
+            for tensor in self.optimizer.resident():
+                self.host.put(tensor)
+
+    def wake(self) -> None:
+        """Master and optimizer state are back, bit for bit, and gradients are zero."""
+        self.host.back()
+        self.flat.zero_grads()
+
+    def saving(self) -> AbstractContextManager:
+        """Around a forward: where its activations go."""
+        return saved_on_host(self.flat.weights if "activations" in self.offload else None)
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """A copy of this rank's shard, float32 (or float64)."""
+        return self.master.clone() if self.low is None else join(self.master, self.low)
+
+    @torch.no_grad()
+    def assign(self, values: Tensor) -> None:
+        """Set this rank's shard; not published."""
+        if self.low is None:
+            self.master.copy_(values)
+            return
+        for high, low, own in zip(*(x.split(PART) for x in (self.master, self.low, values)), strict=True):
+            parts = split(own.to(self.device))
+            high.copy_(parts[0])
+            low.copy_(parts[1])
 
     @torch.no_grad()
     def gradient(self) -> Gradient:
@@ -70,9 +115,7 @@ class TrainedModel:
         limit = self.optim.max_grad_norm
         if limit and norm > limit:
             gradient.shard.mul_(limit / norm)
-        self.master.grad = gradient.shard.to(self.master.dtype)
-        self.optimizer.step()
-        self.master.grad = None
+        self.optimizer.step(gradient.shard)
         self.publish()
         return {"grad_norm": norm, "skipped": 0.0}
 
@@ -82,8 +125,8 @@ class TrainedModel:
 
     @property
     def weights_bf16(self) -> Tensor | None:
-        """This rank's shard of the model's weights, where they are bfloat16: `master` rounded, once published."""
-        return self.own_weights if self.own_weights.dtype == torch.bfloat16 else None
+        """This rank's shard of the model's weights, where they are `master` rounded to bfloat16, once published."""
+        return self.own_weights if self.own_weights.dtype == torch.bfloat16 and self.low is None else None
 
     @torch.no_grad()
     def publish(self, written: bool = False) -> None:
@@ -106,13 +149,13 @@ class TrainedModel:
 
     def optimizer_snapshot(self) -> dict[str, Tensor]:
         """A copy of the optimizer's state, for `optimizer_restore`."""
-        return snapshot(self.optimizer)
+        return self.optimizer.snapshot()
 
     def optimizer_restore(self, state: dict[str, Tensor]) -> None:
-        restore(self.optimizer, state)
+        self.optimizer.restore(state)
 
     def scale_first_moment(self, factor: float) -> None:
-        scale_first_moment(self.optimizer, factor)
+        self.optimizer.scale_first_moment(factor)
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Sums over this rank's shard -> over all shards."""
@@ -123,7 +166,7 @@ class TrainedModel:
         norms = [torch.linalg.vector_norm(values(part), dtype=torch.float64) for part in self.tensor_slices()]
         squares = self.all_sum(torch.stack(norms).square())
         sizes = squares.new_tensor([slot.numel for slot in self.flat.slots.values()])
-        return (squares / sizes).sqrt().to(self.master.dtype)
+        return (squares / sizes).sqrt().to(torch.promote_types(self.master.dtype, torch.float32))
 
     def tensor_slices(self) -> list[slice]:
         """Where the tensors of the model lie in this rank's shard, in order; a tensor that lies elsewhere is empty.
@@ -137,18 +180,26 @@ class TrainedModel:
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's shard of everything that the next optimizer step reads."""
-        yield "master", self.master
-        for name, tensor in state_tensors(self.optimizer).items():
+        read = self.host.read
+        if self.low is None:
+            yield "master", read(self.master)
+        else:
+            yield "master", join(self.master.cpu(), read(self.low).cpu())
+        for name, tensor in self.optimizer.state_tensors(read).items():
             yield f"optimizer.{name}", tensor
+
+    def state_names(self) -> list[str]:
+        """The names that `state_tensors` gives."""
+        return ["master", *(f"optimizer.{name}" for name in self.optimizer.state_names())]
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `state_tensors` gave, and publish it."""
-        self.master.copy_(tensors["master"])
+        self.wake()
+        self.assign(tensors["master"])
         prefix = "optimizer."
-        load_state_tensors(
-            self.optimizer, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        )
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self.optimizer.load_state_tensors(own)
         version = self.policy_version
         self.publish()
         self.policy_version = version

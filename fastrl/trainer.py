@@ -130,6 +130,7 @@ class Trainer:
         self.mismatch = {}
         learned = self.fit_critic(batch) if self.critic else {}
         with self.rollout.spans("update"):
+            self.policy.wake()
             parts = [partial(self.accumulate, part) for part in minibatches(batch, self.num_minibatches)]
             metrics = self.update.update(self.policy, parts) | learned
         self.rollout.engine.weights_changed()
@@ -217,8 +218,10 @@ class Trainer:
             return averages(self.fitting.run(backward), tokens)
 
         with self.rollout.spans("critic"):
+            self.critic.wake()
             self.critic.set_lr(self.critic.optim.lr_at(self.completed, self.schedule.steps))
             metrics = self.critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])
+            self.critic.rest()
             return metrics | {"critic/explained_variance": explained_variance(batch)}
 
     def microbatches(self, minibatch: TrainBatch) -> Iterator[tuple[bool, torch.Tensor, TrainBatch]]:
@@ -348,6 +351,10 @@ class Trainer:
         if self.critic:
             yield from ((f"critic.{name}", tensor) for name, tensor in self.critic.state_tensors())
 
+    def state_names(self) -> list[str]:
+        critic = self.critic.state_names() if self.critic else []
+        return [*self.policy.state_names(), *(f"critic.{name}" for name in critic)]
+
     def state_dict(self) -> dict:
         """Everything but tensors and generators that the next step depends on."""
         return {
@@ -358,7 +365,7 @@ class Trainer:
             "tokens_per_microbatch": self.fitting.tokens,
             "policy_version": self.policy.policy_version,
             "engine_policy_version": self.rollout.engine.policy_version,
-            "tensors": [name for name, _ in self.state_tensors()],
+            "tensors": self.state_names(),
             "allocator": self.allocator.state_dict(),
             "update": self.update.state_dict(),
             "guard": self.policy.guard.state_dict(),

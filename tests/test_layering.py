@@ -8,18 +8,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["types", "config", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
-    ["packing", "activations", "flat_definition", "flat_backends", "memory_parts"],
-    ["ops", "flat", "optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
+    ["packing", "activations", "host", "optim", "flat_definition", "flat_backends", "memory_parts"],
+    ["ops", "flat", "split_optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
     [
         "objectives", "updates", "allocation", "trained", "batching", "engine", "memory_advice", "memory_watch",
         "model_shapes",
-    ],  # fmt: skip
+    ],
     ["policy", "reference", "critic", "rollout", "fitting", "checkpoint", "task", "profile_data", "planning"],
     ["trainer", "profiling", "canary"],
     ["build"],
     ["comparison"],
     ["train", "profile", "evaluate", "plan", "compare", "report", "doctor"],
-]
+]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

@@ -36,7 +36,13 @@ class Descent:
     def optimizer_step(self) -> dict[str, float]:
         return self.apply(self.gradient())
 
-    weights_bf16 = None
+    weights_bf16 = low = None
+
+    def values(self) -> Tensor:
+        return self.master.clone()
+
+    def assign(self, values: Tensor) -> None:
+        self.master.copy_(values)
 
     def publish(self, written: bool = False) -> None:
         pass

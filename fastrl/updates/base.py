@@ -20,14 +20,15 @@ class UpdateRule(Protocol):
     per_coordinate: bool
 
     def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
-        """Change `policy.master` by the gradients that the closures leave in the gradient buffer; return metrics.
+        """Change this rank's shard by the gradients that the closures leave in the gradient buffer; return metrics.
 
         Among the metrics: what `policy.optimizer_step()` returned last, and num_backward_passes.
 
         An accumulate() zeroes the gradients, runs its minibatch at the current weights and returns its metrics. It may
         be called any number of times and never samples. The rule calls `policy.optimizer_step()` after each gradient it
-        uses and `policy.publish()` after it has moved `policy.master` itself: `policy.publish(written=True)` if it has
-        moved `policy.weights_bf16`, where that is not None, along with it.
+        uses and `policy.publish()` after it has moved the shard itself: by `policy.assign()`, or by operations of
+        fastrl.ops on `policy.master` and `policy.low`; `policy.publish(written=True)` if it has moved
+        `policy.weights_bf16`, where that is not None, along with it. `policy.values()` is a copy of the shard.
         """
 
     def state_dict(self) -> dict: ...

@@ -106,11 +106,11 @@ class GXPO:
         return means | {"update/gate_z": self.watch.z, "update/stopped": float(not self.active)}
 
     def extrapolated_step(self, policy, accumulate: Accumulate) -> dict[str, float]:
-        anchor = policy.master.clone()
+        anchor = policy.values()
         state = policy.optimizer_snapshot() if self.opt_state == "restore" else None
 
         def take_back(passes: int) -> dict[str, float]:
-            policy.master.copy_(anchor)
+            policy.assign(anchor)
             policy.publish()
             if state is not None:
                 policy.optimizer_restore(state)
@@ -123,7 +123,7 @@ class GXPO:
             return take_back(1)
         policy.apply(first)
         # after `apply`, so that r sees both gradients as they were clipped
-        probe = policy.master - anchor if self.ratio == "coord_adamw" else first.shard.clone()
+        probe = policy.values().sub_(anchor) if self.ratio == "coord_adamw" else first.shard.clone()
         g0 = first.shard.clone() if self.gate == "cosine" else None
         accumulate()
         second = policy.gradient()
@@ -145,7 +145,7 @@ class GXPO:
 
     def reposition(self, policy, anchor: Tensor, probe: Tensor, g1: Tensor) -> dict[str, float]:
         """Move policy.master, and bfloat16 weights, from theta_2 to theta~; metrics of the move, over all ranks."""
-        theta, weights = policy.master, policy.weights_bf16
+        theta, low, weights = policy.master, policy.low, policy.weights_bf16
         lr, decay = policy.lr, policy.optim.weight_decay
         if self.ratio == "tensor":
             sums = self.reposition_by_tensor(policy, anchor, probe, g1)
@@ -158,13 +158,13 @@ class GXPO:
                 theta, anchor, self.lookahead, self.alpha, grads=None if adamw else (probe, g1),
                 u0=probe if adamw else None, lr=lr, weight_decay=decay, ratio_min=self.ratio_min,
                 ratio_max=self.ratio_max, scale_max=self.scale_max, threshold=threshold, segment=segment,
-                out_bf16=weights,
+                low=low, out_bf16=weights,
             ).sums  # fmt: skip
         stats = FlatStats(policy.all_sum(sums)).named()
         multiplier = self.alpha * stats["scale"] / stats["elements"]
         refused = multiplier < self.min_effective_multiplier
         if refused:
-            interpolate_(theta, anchor, 0.0, out_bf16=weights)
+            interpolate_(theta, anchor, 0.0, low=low, out_bf16=weights)
         active = max(1.0, stats["active"])
         return {
             "update/multiplier": multiplier,
@@ -183,11 +183,11 @@ class GXPO:
         ratio = (inner / (square + 1e-300)).clamp(-1.0, 1.5)
         largest = self.lookahead / 2 + 1 if self.scale_max is None else self.scale_max
         scale = torch.where((ratio + 1).abs() > TINY, series(ratio, self.lookahead), 1.0).clamp(1.0, largest)
-        weights = policy.weights_bf16
+        low, weights = policy.low, policy.weights_bf16
         total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=g0.device)
         for part, own, r in zip(slices, scale.tolist(), ratio.tolist(), strict=True):
-            half = None if weights is None else weights[part]
-            moved = interpolate_(policy.master[part], anchor[part], self.alpha * own, out_bf16=half).sums
+            halves = {name: half[part] for name, half in (("low", low), ("out_bf16", weights)) if half is not None}
+            moved = interpolate_(policy.master[part], anchor[part], self.alpha * own, **halves).sums
             n = part.stop - part.start
             extra = {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}
             total += moved + moved.new_tensor([extra.get(name, 0.0) for name in FlatStats.NAMES])

@@ -73,11 +73,11 @@ class SFPO:
         alpha, fast = self.alpha_now, []
         report = {"update/alpha": alpha}
         if alpha > 0:
-            anchor = policy.master.clone()
+            anchor = policy.values()
             state = policy.optimizer_snapshot() if self.opt_state == "restore" else None
             fast = [one_pass(policy, minibatches) for _ in range(self.lookahead)]
             weights = policy.weights_bf16
-            sums = interpolate_(policy.master, anchor, alpha, out_bf16=weights).sums
+            sums = interpolate_(policy.master, anchor, alpha, low=policy.low, out_bf16=weights).sums
             moved = FlatStats(policy.all_sum(sums)).named()
             policy.publish(written=weights is not None)
             if state is not None:
