@@ -106,6 +106,7 @@ class TrainConfig:
     checkpoint_activations: CheckpointMode = "none"  # selective: keep attention; full: compute all layers again
     master: MasterKind = "float32"  # split: bfloat16 weights and the 16 bits they lack, 4 bytes instead of 6
     offload: Offload = "none"  # optimizer: master and state are on the host while sampling; activations: in the forward
+    reference_on_host: bool = False  # its weights are on the device while they score, and on the host otherwise
     attention: str = "sdpa"  # transformers' attn_implementation
     max_num_seqs: int = 512  # completions the engine decodes together
     threads: int = 0  # CPU threads of torch; 0 = its own choice
@@ -275,7 +276,7 @@ def build(
     needs_reference = "ref_logprobs" in config.objective.needs(num_minibatches=2)
     reference = Reference(
         config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature,
-        triton=triton,
+        triton=triton, on_host=config.reference_on_host,
     ) if needs_reference else None  # fmt: skip
     critic = Critic(load(), config.critic, **memory) if needs_values(config) else None
     trained = [policy, critic] if critic else [policy]

@@ -3,24 +3,45 @@
 import torch
 from torch import Tensor
 
+from fastrl.flat import FlatParams
 from fastrl.model import load_model, token_logprobs
 from fastrl.packing import pack
 from fastrl.types import TrainBatch
 
 
 class Reference:
-    """Log-probabilities of the model the run started from, at the policy's temperature."""
+    """Log-probabilities of the model the run started from, at the policy's temperature.
+
+    on_host: its weights are on the host, pinned on CUDA, and on the device only from `score` to `rest`.
+    """
 
     def __init__(
-        self, name: str, *, dtype: torch.dtype, device: str, attention: str, temperature: float, triton: bool = False
-    ):
+        self, name: str, *, dtype: torch.dtype, device: str, attention: str, temperature: float, triton: bool = False,
+        on_host: bool = False,
+    ):  # fmt: skip
         loaded = load_model(name, dtype=dtype, device=device, attention=attention)
         self.model, self.num_tokens = loaded.model.requires_grad_(False), len(loaded.tokenizer)
         self.packs = loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton
+        self.weights = self.kept = None
+        if on_host:
+            self.weights = FlatParams(self.model, grad_dtype=None).weights  # one transfer instead of one per tensor
+            self.kept = self.weights.cpu().pin_memory() if self.weights.is_cuda else self.weights.clone()
+            self.rest()
+
+    def rest(self) -> None:
+        """Until the next score: weights that are kept on the host have no memory on the device."""
+        if self.weights is not None:
+            self.weights.untyped_storage().resize_(0)
+
+    def wake(self) -> None:
+        if self.weights is not None and not self.weights.untyped_storage().nbytes():
+            self.weights.untyped_storage().resize_(self.kept.untyped_storage().nbytes())
+            self.weights.copy_(self.kept)
 
     def score(self, batch: TrainBatch) -> Tensor:
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""
+        self.wake()
         values, _ = token_logprobs(
             self.model, batch.input_ids, batch.response_mask, inv_temperature=self.inv_temperature,
             num_tokens=self.num_tokens, packed=pack(batch) if self.packs else None, triton=self.triton,

@@ -155,6 +155,8 @@ class Trainer:
         }  # fmt: skip
         for name in sorted(needs):
             setattr(batch, name, self.fitting.run(partial(self.scores, models[name], batch)))
+        if self.reference:
+            self.reference.rest()
 
     def scores(self, model: Policy | Reference | Critic, batch: TrainBatch) -> torch.Tensor:
         values = torch.zeros_like(batch.rollout_logprobs)

@@ -100,6 +100,20 @@ def test_a_checkpoint_is_the_same_in_any_phase(rule, tmp_path):
     assert torch.equal(trainer.policy.flat.weights, other.policy.flat.weights)
 
 
+def test_a_reference_on_the_host_is_on_the_device_while_it_scores(tmp_path):
+    """A CPU has no other memory to bring them to, so what shows is that the buffer the model reads is empty between."""
+    here, expected, _ = trained(tmp_path / "here", "--kl", "0.05")
+    away, *_ = trained(tmp_path / "away", "--kl", "0.05", "--reference-on-host", count=0)
+    sizes, read = [], away.reference.model.base_model.register_forward_hook
+    read(lambda *_: sizes.append(away.reference.weights.untyped_storage().nbytes()))
+    assert all(p.untyped_storage().nbytes() == 0 for p in away.reference.model.parameters())
+    actual = [{k: v for k, v in away.step().items() if not k.startswith(TIMES)} for _ in range(3)]
+    assert json.dumps(actual) == json.dumps(expected) and expected[-1]["kl"] > 0
+    assert len(sizes) >= 3 and set(sizes) == {2 * away.reference.weights.numel()}
+    assert all(p.untyped_storage().nbytes() == 0 for p in away.reference.model.parameters())
+    assert here.reference.model.base_model.norm.weight.untyped_storage().nbytes() > 0
+
+
 def test_tensors_that_share_a_storage_move_once_and_small_ones_stay():
     both, small = torch.arange(4000.0), torch.ones(3)
     first, second = both[:2000], both[2000:].view(50, 40)
