@@ -15,11 +15,14 @@ from fastrl.activations import CheckpointMode
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
+from fastrl.canary import PROMPT_TOKENS, TOKENS, Canary
 from fastrl.config import all_flags, as_dict, parse
 from fastrl.critic import Critic, CriticConfig
-from fastrl.engine.base import Sampling
-from fastrl.engine.hf import HFEngine
+from fastrl.engine.base import Engine, Sampling
+from fastrl.engine.opening import EngineName, open_engine, pick_engine
+from fastrl.engine.vllm import VllmConfig, VllmEngine
 from fastrl.fitting import Fitting
+from fastrl.flat_backends import backend_on
 from fastrl.guard import Guard
 from fastrl.kernels.parity import head_fault
 from fastrl.log import LOGGERS, RunLog
@@ -83,6 +86,7 @@ class TrainConfig:
     )
     max_new_tokens: int = 512  # a completion is cut off there
     temperature: float = 1.0
+    old_logprobs: Literal["recompute", "engine"] = "recompute"  # engine: those it sampled with; saves a forward
     grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
 
     profile: str = ""  # file, where one is needed; empty: found or made in the folder `profiles` beside the run's
@@ -108,6 +112,8 @@ class TrainConfig:
     offload: Offload = "none"  # optimizer: master and state are on the host while sampling; activations: in the forward
     reference_on_host: bool = False  # its weights are on the device while they score, and on the host otherwise
     attention: str = "sdpa"  # transformers' attn_implementation
+    engine: EngineName = "auto"  # hf, vllm; auto: vllm on a GPU where it is installed
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     max_num_seqs: int = 512  # completions the engine decodes together
     threads: int = 0  # CPU threads of torch; 0 = its own choice
 
@@ -119,6 +125,7 @@ class TrainConfig:
     rollouts_every: int = 25  # steps between rollouts/step_N.jsonl files; 0 = never
     resume: str = ""  # auto: the newest checkpoint of the run folder; or a checkpoint folder
     allow_change: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
+    canary: bool = True  # with vLLM, score fixed tokens by both after every update, and stop where they differ
     dry_run: bool = False  # print the resolved configuration and the plan, then stop
 
     @property
@@ -169,6 +176,11 @@ def check_combination(config: TrainConfig) -> None:
         raise ValueError(
             f"--optim.name {config.optim.name} moves coordinates in blocks of 8-bit moments, but --update.ratio "
             f"{config.update.ratio} reads them one by one; use --update.ratio tensor, or --optim.name adamw"
+        )
+    if config.old_logprobs == "engine" and getattr(config.objective, "is_correction", "none") != "none":
+        raise ValueError(
+            f"--is-correction {config.objective.is_correction} weighs by old against the engine's log-probabilities, "
+            "which --old-logprobs engine makes equal; leave one of them out"
         )
     if config.checkpoint_activations == "selective" and config.attention == "eager":
         raise ValueError(
@@ -286,11 +298,15 @@ def build(
             model.rest()
 
     make_room()
-    engine = HFEngine.of(loaded, config.max_num_seqs)
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    longest = longest_sequence([*task.problems, *(p for e in evals for p in e.problems)], config, loaded)
+    engine = make_engine(config, loaded, policy, longest, log)
+    watched = config.canary and isinstance(engine, VllmEngine)  # the other engine has no weights of its own
+    canary = Canary.of(engine, policy, config.temperature, task.problems, longest) if watched else None
     rollout = Rollout(
         engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
-        grade_truncated=config.grade_truncated, make_room=make_room,
+        grade_truncated=config.grade_truncated, canary=canary and canary.check,
+        make_room=make_room,
     )  # fmt: skip
     profiler = None
     if key:
@@ -307,6 +323,7 @@ def build(
     return Trainer(
         policy=policy, reference=reference, critic=critic, rollout=rollout, allocator=config.allocation,
         objective=config.objective, update=config.update,
+        old_from_engine=config.old_logprobs == "engine",
         completions_per_step=config.allocation.budget(config.problems_per_step), num_minibatches=config.minibatches,
         fitting=Fitting(tokens=tokens, say=log.say),
         schedule=Schedule(
@@ -321,6 +338,33 @@ def build(
     )  # fmt: skip
 
 
+def longest_sequence(problems: list[Problem], config: TrainConfig, loaded: LoadedModel) -> int:
+    """Tokens the engine must hold: of a prompt and its completion, or of the canary where the model is made for it."""
+    longest = max(len(p.prompt_ids) for p in problems) + config.max_new_tokens
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or longest
+    return max(longest, min(limit, PROMPT_TOKENS + TOKENS))
+
+
+def make_engine(config: TrainConfig, loaded: LoadedModel, policy: Policy, max_model_len: int, log: RunLog) -> Engine:
+    device, dtype, tokens = resolve(config)
+    name = pick_engine(config.engine, device)
+    kv_bytes = int(config.vllm.kv_gib * 2**30)
+    if name == "vllm" and not kv_bytes and device.startswith("cuda"):
+        try:
+            kv_bytes = memory_plan(config, dtype, tokens).kv_bytes
+        except NoPlan as error:
+            raise ValueError(
+                f"--vllm.kv-gib must be given, for the memory of this model has no plan: {error}"
+            ) from None
+    engine = open_engine(
+        name, loaded, policy.flat, config.vllm, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len,
+        kv_bytes=kv_bytes, num_ranks=ranks.size(), seed=config.seed + ranks.rank(),
+    )  # fmt: skip
+    size = f" with {kv_bytes / 2**30:.1f} GiB of KV cache" if kv_bytes else ""
+    log.say(f"engine: {name}" + (f" {engine.version}, over the trainer's weights{size}" if name == "vllm" else ""))
+    return engine
+
+
 def head_kernels(loaded: LoadedModel, device: str, log: RunLog) -> bool:
     """Whether the head runs on its Triton kernels: on a GPU, if they give what torch gives. Says which."""
     head = loaded.model.get_output_embeddings().weight
@@ -329,6 +373,7 @@ def head_kernels(loaded: LoadedModel, device: str, log: RunLog) -> bool:
     if importlib.util.find_spec("triton") is None:
         log.say("kernels: Triton is not installed; the head runs in torch, slower and with more memory")
         return False
+    log.say(f"kernels: flat updates run on {backend_on(torch.device(device))}")
     fault = head_fault(head)
     log.say(
         f"kernels: WARNING: the head runs in torch, slower and with more memory, for its Triton kernels failed: {fault}"

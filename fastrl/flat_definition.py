@@ -10,6 +10,7 @@ from fastrl.split_master import join, split
 
 BLOCK = 1024  # elements; tensors start at multiples of it, so a block belongs to one tensor
 CHUNK = 1 << 20  # elements worked on at a time, so temporaries do not grow with the model
+NORM_CHUNK = 1 << 24  # elements; few enough launches for a shard of billions
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +110,20 @@ def direction(start: Tensor, step: Tensor, lr: float, weight_decay: float) -> Te
     return torch.zeros_like(step) if lr == 0 else -(step + lr * weight_decay * start) / lr
 
 
-def chunks(shard: Tensor) -> Iterator[slice]:
-    return (slice(start, start + CHUNK) for start in range(0, len(shard), CHUNK))
+def chunks(shard: Tensor, size: int = CHUNK) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, len(shard), size))
 
 
 def spread(threshold: Tensor, segment: Tensor, part: slice) -> Tensor:
     """The threshold of each element of a chunk, up to the end of its last block."""
     blocks = segment[part.start // BLOCK : part.stop // BLOCK]
     return threshold[blocks.long()].repeat_interleave(BLOCK)
+
+
+def squared_norm(shard: Tensor) -> Tensor:
+    """[n] -> [] float64; only a chunk of the shard is copied to float64."""
+    sums = [square_sum(shard[part]) for part in chunks(shard, NORM_CHUNK)]
+    return torch.stack(sums).sum() if sums else shard.new_zeros((), dtype=torch.float64)
 
 
 def square_sum(x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ ENGINE_LOGITS = 16  # bytes per sequence and word: four float32 copies of a samp
 HF_LOGITS = 24  # the same of engine/hf.py's draw(): logits, logprobs and two float64 vectors
 HF_GROWTH = 1.5  # engine/cache.py makes room ahead
 SLAB = 4 * CHUNK_ELEMENTS  # logits alive where only log-probabilities are asked for
-NORM = 8  # bytes per element of the shard: TrainedModel.gradient() has it in float64 for the norm
-ALIGN = 1024  # as fastrl.flat.ALIGN
+NORM = 8  # bytes per element of a chunk of the shard, in float64 for the norm
+ALIGN, NORM_CHUNK = 1024, 1 << 24  # as fastrl.flat and fastrl.flat_definition have them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,16 +201,14 @@ def engine_bytes(model: ModelShape, s: MemorySettings) -> int:
 
 def step_bytes(model: ModelShape, s: MemorySettings) -> int:
     """What an optimizer step allocates beside what is there: the largest of its moments, one after the other."""
-    total = buffer(model.elements, s.ranks)
-    shard, grad = total // s.ranks, torch.promote_types(s.grad_dtype, s.dtype).itemsize
-    several = s.ranks > 1
+    shard = buffer(model.elements, s.ranks) // s.ranks
+    grad, several = torch.promote_types(s.grad_dtype, s.dtype).itemsize, s.ranks > 1
     reduced = several * shard * grad if s.cuda else 0  # the shard of the sum
     precision = max(4, s.dtype.itemsize)
     moments = [
-        total * grad * (several and s.cuda),  # reduce-scatter of a list flattens it
-        NORM * shard if s.dtype != torch.float64 else 0,
+        NORM * min(shard, NORM_CHUNK) if s.dtype != torch.float64 else 0,
         precision * shard if grad != precision else 0,  # the gradient as the optimizer takes it
-        several * (total + shard) * s.dtype.itemsize,  # all-gather to a list flattens it
+        0 if s.cuda else several * shard * s.dtype.itemsize,  # gloo gathers from a copy
     ]
     return reduced + max(moments)
 

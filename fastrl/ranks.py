@@ -84,15 +84,15 @@ def reduce_shard(full: Tensor) -> Tensor:
         dist.all_reduce(full)
         return full.chunk(size())[rank()]
     shard = torch.empty(full.numel() // size(), dtype=full.dtype, device=full.device)
-    dist.reduce_scatter(shard, list(full.chunk(size())))
+    dist.reduce_scatter_tensor(shard, full)  # the form with a list of slices copies them all
     return shard
 
 
 def gather_shards(full: Tensor) -> None:
     """Fill `full` [P] on every rank from the slices that each rank has written into its own part."""
     if size() > 1:
-        own = full.chunk(size())[rank()].clone()
-        dist.all_gather(list(full.chunk(size())), own)
+        own = full.chunk(size())[rank()]
+        dist.all_gather_into_tensor(full, own if full.is_cuda else own.clone())  # NCCL gathers in place
 
 
 def gather_rows(table: Tensor) -> Tensor:

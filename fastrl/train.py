@@ -39,7 +39,7 @@ from fastrl.types import CheckpointError, EngineError, NumericsError
 FREE_ON_RESUME = {
     "steps", "max_minutes", "stop_at_accuracy", "stop_below_accuracy", "eval", "eval_k", "eval_every", "eval_limit",
     "save_every", "keep", "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers",
-    "max_num_seqs", "allow_change", "offload", "reference_on_host", "profile",
+    "max_num_seqs", "allow_change", "offload", "reference_on_host", "profile", "canary",
 }  # fmt: skip
 
 
@@ -190,6 +190,8 @@ def main(argv: list[str]) -> int:
         raise
     finally:
         rewards.close()
+        if trainer is not None:
+            trainer.rollout.engine.close()
         ranks.stop()
     return code
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastrl import ranks
 from fastrl.activations import saved_on_host
 from fastrl.flat import FlatParams
+from fastrl.flat_definition import squared_norm
 from fastrl.guard import Guard
 from fastrl.host import HostCopies
 from fastrl.optim import OptimConfig, ShardOptimizer
@@ -99,7 +100,7 @@ class TrainedModel:
     def gradient(self) -> Gradient:
         """Reduce the gradient buffer over ranks. Once per accumulated gradient."""
         shard = ranks.reduce_shard(self.flat.grads)
-        square = ranks.all_sum_(torch.linalg.vector_norm(shard, dtype=torch.float64).square())
+        square = ranks.all_sum_(squared_norm(shard))
         return Gradient(shard, square.sqrt().item())
 
     @torch.no_grad()
@@ -163,8 +164,7 @@ class TrainedModel:
 
     def tensor_rms(self, values: Callable[[slice], Tensor]) -> Tensor:
         """values(part of this rank's shard) -> root mean square within each tensor of the model, [tensors]."""
-        norms = [torch.linalg.vector_norm(values(part), dtype=torch.float64) for part in self.tensor_slices()]
-        squares = self.all_sum(torch.stack(norms).square())
+        squares = self.all_sum(torch.stack([squared_norm(values(part)) for part in self.tensor_slices()]))
         sizes = squares.new_tensor([slot.numel for slot in self.flat.slots.values()])
         return (squares / sizes).sqrt().to(torch.promote_types(self.master.dtype, torch.float32))
 
