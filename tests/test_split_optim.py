@@ -1,0 +1,169 @@
+"""A master in two halves against one in float32: the same bits after the same gradients, in less memory."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_trainer
+from safetensors.torch import load_file
+
+from fastrl import checkpoint, trained
+from fastrl.build import configure
+from fastrl.split_master import split
+from fastrl.split_optim import SplitOptimizer
+from fastrl.train import check_same
+from fastrl.types import CheckpointError
+
+SMALL = ["--dtype", "bfloat16", "--problems-per-step", 2, "--group-size", 2, "--eval-limit", 4, "--lr", 1e-3]
+RULES = {
+    "single": [],
+    "sfpo": ["--update", "sfpo", "--lookahead", 2],
+    "sfpo restore": ["--update", "sfpo", "--lookahead", 2, "--opt-state", "restore"],
+    "sfpo scale": ["--update", "sfpo", "--lookahead", 2, "--opt-state", "scale"],
+    "gxpo": ["--update", "gxpo"],
+    "gxpo coord_grad": ["--update", "gxpo", "--ratio", "coord_grad", "--opt-state", "keep"],
+    "gxpo tensor": ["--update", "gxpo", "--ratio", "tensor", "--min-effective-multiplier", 0.1],
+    "gxpo refused": ["--update", "gxpo", "--min-effective-multiplier", 99],
+    "8 bit": ["--optim.name", "adamw8bit"],
+    "bfloat16 gradients": ["--grad-dtype", "bfloat16"],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(trained, "SplitOptimizer", partial(SplitOptimizer, chunk=300_000))
+
+
+def updated(folder, flags, master, steps=5, bad=()):
+    """Steps of an update rule on random gradients, which do not depend on the weights -> trainer, metrics."""
+    trainer = make_trainer(folder, *SMALL, *flags, "--master", master)
+    policy, generator = trainer.policy, torch.Generator().manual_seed(0)
+    mask = torch.zeros(len(policy.flat.grads))
+    for slot in policy.flat.slots.values():
+        mask[slot.offset : slot.offset + slot.numel] = 1.0
+    direction, calls = torch.randn(len(mask), generator=generator) * 1e-3 * mask, []
+
+    def accumulate():
+        calls.append(1)
+        noise = torch.randn(len(mask), generator=generator) * 5e-4 * mask
+        policy.flat.grads.copy_(direction + noise)
+        if len(calls) in bad:
+            policy.flat.grads[0] = torch.inf
+        return {"loss": 0.0, "entropy": 1.0}
+
+    metrics = []
+    for step in range(steps):
+        policy.set_lr(1e-3 / (step + 1))
+        metrics.append(trainer.update.update(policy, [accumulate]))
+    return trainer, metrics
+
+
+@pytest.mark.parametrize(
+    "rule, bad",
+    [*((rule, ()) for rule in RULES), ("single", (2,)), ("sfpo restore", (5,)), ("gxpo", (5,)), ("gxpo", (6,))],
+)
+def test_the_same_bits_as_a_float32_master(rule, bad, tmp_path):
+    """bad: which gradients are not finite."""
+    whole, expected = updated(tmp_path / "whole", RULES[rule], "float32", bad=bad)
+    halves, actual = updated(tmp_path / "halves", RULES[rule], "split", bad=bad)
+    assert len(halves.policy.optimizer.parts) == 3
+    assert actual == expected and sum(m["num_backward_passes"] for m in actual) >= 5
+    before, after = dict(whole.policy.state_tensors()), dict(halves.policy.state_tensors())
+    assert list(before) == list(after) and len(before) > 3
+    for name in before:
+        assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]), name
+    one, other = whole.policy.flat.weights, halves.policy.flat.weights
+    # halfway between two bfloat16 values float32 goes to the even one, and the halves away from zero
+    tie = (whole.policy.master.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(one[~tie], other[~tie])
+    assert tie.float().mean() < 1e-3
+    assert other.data_ptr() == halves.policy.master.data_ptr()
+
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_split_optim import updated
+from fastrl import ranks
+ranks.start("cpu")
+found = {{}}
+for master in ("float32", "split"):
+    policy = updated(Path({folder!r}) / f"{{master}}{{ranks.rank()}}", ["--update", "gxpo"], master)[0].policy
+    found[master] = dict(policy.state_tensors()) | {{"weights": policy.flat.weights}}
+torch.save(found | {{"low": policy.low}}, Path({folder!r}) / f"{{ranks.rank()}}.pt")
+ranks.barrier()
+ranks.stop()
+ranks.leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_each_rank_has_the_lower_half_of_its_shard(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["split"]["weights"], second["split"]["weights"])
+    for found in (first, second):
+        assert 2 * len(found["low"]) == len(found["split"]["weights"])
+        for name in set(found["split"]) - {"weights"}:
+            assert torch.equal(found["split"][name], found["float32"][name]), name
+    master = torch.cat([first["split"]["master"], second["split"]["master"]])
+    assert torch.equal(split(master)[0], first["split"]["weights"])
+    assert not torch.equal(first["split"]["master"], second["split"]["master"])
+
+
+def test_bytes_per_parameter(tmp_path):
+    policy = updated(tmp_path, [], "split", steps=1)[0].policy
+    P = policy.flat.weights.numel()
+    assert policy.master.untyped_storage().data_ptr() == policy.flat.weights.untyped_storage().data_ptr()
+    assert policy.low.dtype == torch.int16 and policy.low.untyped_storage().nbytes() == 2 * P
+    assert sum(t.untyped_storage().nbytes() for t in policy.optimizer.resident() if t.numel() > 1) == 8 * P
+    buffers = {part.shard.untyped_storage().data_ptr(): part.shard.untyped_storage() for part in policy.optimizer.parts}
+    assert len(buffers) == 1 and next(iter(buffers.values())).nbytes() < 1.01 * 4 * P / 3
+
+
+@pytest.mark.parametrize("rule", ["single", "8 bit"])
+@pytest.mark.parametrize("then, now", [("split", "split"), ("split", "float32"), ("float32", "split")])
+def test_a_run_goes_on_with_either_master(rule, then, now, tmp_path):
+    first, _ = updated(tmp_path / "first", RULES[rule], then, steps=2)
+    first.save()
+    stored = load_file(first.last_checkpoint / "optim-rank0.safetensors")
+    assert stored["master"].dtype == torch.float32 and len(stored["master"]) == len(first.policy.master)
+    second = make_trainer(tmp_path / "second", *SMALL, *RULES[rule], "--master", now)
+    with checkpoint.generators_kept():
+        state, tensors = checkpoint.load(first.last_checkpoint)
+    if then != now:
+        with pytest.raises(CheckpointError, match=f"master was {then} and is now {now}"):
+            check_same(state["config"], second.config, {"out"}, tmp_path)
+    check_same(state["config"], second.config, {"out", "master"}, tmp_path)
+    second.load_state_dict(state, tensors)
+    direction = torch.randn(len(first.policy.flat.grads), generator=torch.Generator().manual_seed(9)) * 1e-3
+    for trainer in (first, second):
+        for factor in (1.0, 0.5):
+            trainer.policy.set_lr(1e-3)
+            trainer.policy.flat.grads.copy_(direction * factor)
+            trainer.policy.optimizer_step()
+    one, other = dict(first.policy.state_tensors()), dict(second.policy.state_tensors())
+    for name in one:
+        assert torch.equal(one[name].cpu(), other[name].cpu()), name
+    if then == now:
+        assert torch.equal(first.policy.flat.weights, second.policy.flat.weights)
+
+
+def test_a_training_step_with_it(tmp_path):
+    trainer = make_trainer(tmp_path, *SMALL, "--master", "split", "--objective", "ppo", "--update", "sfpo")
+    before = trainer.policy.flat.weights.clone()
+    assert trainer.step()["grad_norm"] > 0
+    assert trainer.critic.low is not None and not torch.equal(before, trainer.policy.flat.weights)
+
+
+def test_only_bfloat16_weights_have_halves():
+    with pytest.raises(ValueError, match="these are torch.float32; use --dtype bfloat16, or --master float32"):
+        configure(["--master", "split"])
