@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from fastrl import __version__, ranks
+from fastrl import __version__, liger, ranks
 from fastrl.activations import CheckpointMode
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.base import Allocation
@@ -111,6 +111,7 @@ class TrainConfig:
     master: MasterKind = "float32"  # split: bfloat16 weights and the 16 bits they lack, 4 bytes instead of 6
     offload: Offload = "none"  # optimizer: master and state are on the host while sampling; activations: in the forward
     reference_on_host: bool = False  # its weights are on the device while they score, and on the host otherwise
+    liger: bool = False  # Liger's kernels for norms, rotary positions and gated MLPs, on a GPU
     attention: str = "sdpa"  # transformers' attn_implementation
     engine: EngineName = "auto"  # hf, vllm; auto: vllm on a GPU where it is installed
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -187,6 +188,8 @@ def check_combination(config: TrainConfig) -> None:
             "--checkpoint-activations selective keeps what attention kernels give, and --attention eager has none; use "
             "--attention sdpa, or --checkpoint-activations full"
         )
+    if config.liger:
+        liger.check(model_config(config.model).model_type, resolve(config)[0])
     if config.master == "split" and resolve(config)[1] != torch.bfloat16:
         raise ValueError(
             f"--master split keeps what bfloat16 weights lack of float32, but these are {resolve(config)[1]}; use "
@@ -279,7 +282,7 @@ def build(
     key, profile_path, _ = profile_of(config, task.problems) if needs_profile(config) else (None, None, "")
     load = partial(
         load_model, config.model, dtype=dtype, device=device, attention=config.attention,
-        checkpoint=config.checkpoint_activations,
+        checkpoint=config.checkpoint_activations, liger=config.liger,
     )  # fmt: skip
     loaded, grad_dtype = load(), getattr(torch, config.grad_dtype)
     triton = head_kernels(loaded, device, log)
@@ -288,7 +291,7 @@ def build(
     needs_reference = "ref_logprobs" in config.objective.needs(num_minibatches=2)
     reference = Reference(
         config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature,
-        triton=triton, on_host=config.reference_on_host,
+        triton=triton, on_host=config.reference_on_host, liger=config.liger,
     ) if needs_reference else None  # fmt: skip
     critic = Critic(load(), config.critic, **memory) if needs_values(config) else None
     trained = [policy, critic] if critic else [policy]

@@ -11,6 +11,7 @@ from torch.nn.functional import embedding
 from fastrl import packing
 from fastrl.activations import CheckpointMode, checkpoint_layers
 from fastrl.kernels.linear_logprob import linear_logprob
+from fastrl.liger import patch
 from fastrl.packing import Packing
 
 EMBEDDED = "embedded"  # the model that ships with the package
@@ -113,8 +114,9 @@ def load_tokenizer(name: str):
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa", checkpoint: CheckpointMode = "none"
-) -> LoadedModel:
+    name: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa", checkpoint: CheckpointMode = "none",
+    liger: bool = False,
+) -> LoadedModel:  # fmt: skip
     """Weights of a model in `dtype` on `device`, in train mode without dropout, with its tokenizer and stop ids.
 
     Raises ValueError when the model or its tokenizer cannot be loaded, or the model has no LM head.
@@ -138,6 +140,8 @@ def load_model(
             module.p = 0.0
     if attention == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(packing.register())
+    if liger:
+        patch(model)
     checkpoint_layers(model, checkpoint)
     stop = model.generation_config.eos_token_id if isinstance(model.generation_config, GenerationConfig) else None
     eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}

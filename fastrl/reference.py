@@ -17,9 +17,9 @@ class Reference:
 
     def __init__(
         self, name: str, *, dtype: torch.dtype, device: str, attention: str, temperature: float, triton: bool = False,
-        on_host: bool = False,
+        on_host: bool = False, liger: bool = False,
     ):  # fmt: skip
-        loaded = load_model(name, dtype=dtype, device=device, attention=attention)
+        loaded = load_model(name, dtype=dtype, device=device, attention=attention, liger=liger)
         self.model, self.num_tokens = loaded.model.requires_grad_(False), len(loaded.tokenizer)
         self.packs = loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton
