@@ -109,7 +109,7 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
     state = [phase for phase in PHASES if not (phase == "generate" and "optimizer" in s.offload)]
     parts: dict[str, tuple[Iterable[str], int]] = {
         "weights": (whole, policy["weights"]),
-        "gradients": (PHASES if s.gradients_kept else PHASES[1:], policy["gradients"]),
+        "gradients": (PHASES[1:], policy["gradients"]),
         "master": (state, policy["master"]),
         "optimizer": (state, policy["optimizer"]),
         "snapshots": (("backward", "step"), snapshot_bytes(shard, s)),
@@ -118,14 +118,18 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
         host["master"], host["optimizer"] = policy["master"], policy["optimizer"]
     if s.optimizer.startswith("paged"):
         host["optimizer"] = optimizer_bytes(shard, s.optimizer)
-    if s.critic_optimizer:
-        parts["critic"] = (whole, sum(trained(model.critic_elements, s.critic_optimizer, s).values()))
     if s.reference:
         # on the host it comes for as long as it scores
         parts["reference"] = (("score",) if s.reference_on_host else whole, model.parameters * s.dtype.itemsize)
         if s.reference_on_host:
             host["reference"] = model.parameters * s.dtype.itemsize
     table = {name: dict.fromkeys(phases, size) for name, (phases, size) in parts.items()}
+    if s.critic_optimizer:
+        critic = trained(model.critic_elements, s.critic_optimizer, s)
+        held = {"weights": whole, "gradients": PHASES[1:], "master": state, "optimizer": state}
+        table["critic"] = {phase: sum(critic[name] for name in held if phase in held[name]) for phase in PHASES}
+        if "optimizer" in s.offload:
+            host["critic"] = critic["master"] + critic["optimizer"]
     kept = checkpoints(model, s)
     if "activations" in s.offload:
         host["activations"] = kept

@@ -21,7 +21,8 @@ HF_LOGITS = 24  # the same of engine/hf.py's draw(): logits, logprobs and two fl
 HF_GROWTH = 1.5  # engine/cache.py makes room ahead
 SLAB = 4 * CHUNK_ELEMENTS  # logits alive where only log-probabilities are asked for
 NORM = 8  # bytes per element of a chunk of the shard, in float64 for the norm
-ALIGN, NORM_CHUNK = 1024, 1 << 24  # as fastrl.flat and fastrl.flat_definition have them
+SPLIT_STEP = 20  # the same of a split master's step: joined, moved, and the bits of both halves
+ALIGN, CHUNK = 1024, 1 << 24  # as fastrl.flat, fastrl.flat_definition and fastrl.split_optim have them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,6 @@ class MemorySettings:
     max_num_batched_tokens: int = 8192
     kv_bytes: int = 0  # asked for; 0 = what is left
     kv_kept: bool = False  # while training
-    gradients_kept: bool = True  # while sampling
 
     @property
     def tokens(self) -> int:
@@ -203,11 +203,14 @@ def step_bytes(model: ModelShape, s: MemorySettings) -> int:
     """What an optimizer step allocates beside what is there: the largest of its moments, one after the other."""
     shard = buffer(model.elements, s.ranks) // s.ranks
     grad, several = torch.promote_types(s.grad_dtype, s.dtype).itemsize, s.ranks > 1
+    chunk = min(shard, CHUNK)
     reduced = several * shard * grad if s.cuda else 0  # the shard of the sum
     precision = max(4, s.dtype.itemsize)
     moments = [
-        NORM * min(shard, NORM_CHUNK) if s.dtype != torch.float64 else 0,
-        precision * shard if grad != precision else 0,  # the gradient as the optimizer takes it
+        NORM * chunk if s.dtype != torch.float64 else 0,
+        # the gradient as the optimizer takes it; of a split master a chunk at a time, beside one joined and split again
+        (SPLIT_STEP if s.master == "split" else 0) * chunk
+        + (precision * (chunk if s.master == "split" else shard) if grad != precision else 0),
         0 if s.cuda else several * shard * s.dtype.itemsize,  # gloo gathers from a copy
     ]
     return reduced + max(moments)

@@ -45,9 +45,7 @@ class PlanConfig(TrainConfig):
     card: str = "h100"  # h100, h200, or its GiB
     table: bool = False  # Qwen2.5 1.5B, 3B and 7B on both cards, in markdown
 
-    master: Literal["float32", "split"] = "float32"
-    offload: Literal["none", "optimizer", "optimizer,activations"] = "none"
-    reference_on_host: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "bfloat16"  # what `auto` is on a GPU
 
     def __post_init__(self):
         TrainConfig.__post_init__(self)

@@ -17,24 +17,23 @@ def memory_settings(
     """
     objective, update, needs = config.objective, config.update, config.objective.needs(config.minibatches)
     critic, reference = "values" in needs, "ref_logprobs" in needs
-    cuda, engine = device.startswith("cuda"), getattr(config, "engine", "auto")
-    engine = ("vllm" if cuda else "hf") if engine == "auto" else engine
-    settings, offload = getattr(config, "vllm", None), getattr(config, "offload", "none")
+    cuda, offload = device.startswith("cuda"), config.offload
+    engine = ("vllm" if cuda else "hf") if config.engine == "auto" else config.engine
     return MemorySettings(
         context=context or config.task.max_prompt_tokens + config.max_new_tokens,
         tokens_per_microbatch=tokens_per_microbatch,
         least_rows=1 if objective.splits_groups else config.allocation.max_group_size,
         sequences=-(-config.allocation.budget(config.problems_per_step) // ranks), ranks=ranks, capacity=capacity,
         cuda=cuda, dtype=dtype, grad_dtype=getattr(torch, config.grad_dtype),
-        optimizer=config.optim.name, master=getattr(config, "master", "float32"),
+        optimizer=config.optim.name, master=config.master,
         critic_optimizer=config.critic.optim.name if critic else None, reference=reference,
-        reference_on_host=getattr(config, "reference_on_host", False),
+        reference_on_host=config.reference_on_host,
         scores=bool(needs) or objective.needs_current,
         copies=update.copies, holds_state=update.holds_state, per_coordinate=update.per_coordinate,
         checkpoint=config.checkpoint_activations, offload=() if offload == "none" else tuple(offload.split(",")),
         attention=config.attention, engine=engine, max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=getattr(settings, "max_num_batched_tokens", 8192),
-        kv_bytes=int(getattr(settings, "kv_gib", 0.0) * GIB), kv_kept=getattr(settings, "kv", "release") == "keep",
+        max_num_batched_tokens=config.vllm.max_num_batched_tokens, kv_bytes=int(config.vllm.kv_gib * GIB),
+        kv_kept=config.vllm.kv == "keep",
     )  # fmt: skip
 
 

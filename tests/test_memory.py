@@ -218,7 +218,7 @@ def test_the_designs_tables(name, design):
     s = MemorySettings(
         context=16384, tokens_per_microbatch=16384, sequences=256, max_num_seqs=256, optimizer="adamw8bit",
         master="float32" if design == "D" else "split", grad_dtype=torch.bfloat16, checkpoint="full",
-        offload=("optimizer",) if design == "F" else (), gradients_kept=False,
+        offload=("optimizer",) if design == "F" else (),
     )  # fmt: skip
     plan, (fixed, peak, on_h100, on_h200) = plan_memory(shape, s), expected[design]
     assert plan.parts["weights"]["generate"] / GIB == pytest.approx(expected["weights"], abs=0.05)
