@@ -3,11 +3,15 @@
     rows   p p p a a        flat   p p p a a b        every layer but attention works token by token and sees this
            p p p b
 
-Attention is between the tokens of a row: queries, keys and values are gathered into right-padded rows, where causal
-attention needs no mask, and its outputs are gathered back. Neither padding nor a repeated prompt costs more than that.
+Attention is between the tokens of a row: queries, keys and values are gathered into rows and its outputs gathered back.
+On a GPU the rows stand one after the other and each is attended to in its own length, so padding costs nothing at all.
+Elsewhere, which is the definition, they are right-padded, where causal attention needs no mask.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +31,9 @@ class Packing:
     position_ids: Tensor  # [1, N] int64, the column of each token
     place: Tensor  # [B, S] int64, which flat token stands at column s of row b; any in the padding
     home: Tensor  # [N] int64, b * S + s of one place where each flat token stands
+    rows: Tensor  # [M] int64, `place` without the padding, row after row
+    row_starts: Tensor  # [B + 1] int32, where each row begins among the M, and M
+    row_home: Tensor  # [N] int64, one place among the M where each flat token stands
 
 
 def pack(batch: TrainBatch) -> Packing:
@@ -36,14 +43,20 @@ def pack(batch: TrainBatch) -> Packing:
     _, inverse = batch.group.unique(return_inverse=True)
     first = torch.full((B,), B, device=device).scatter_reduce(0, inverse, row, "amin")[inverse]
     shared = (column < batch.prompt_lengths[:, None]) & (first != row)[:, None]
-    kept = (column < batch.lengths()[:, None] - 1) & ~shared
+    real = column < batch.lengths()[:, None] - 1
+    kept = real & ~shared
     number = (kept.flatten().cumsum(0) - 1).clamp(min=0).view(B, S)
     home = kept.flatten().nonzero()[:, 0]
+    place = torch.where(shared, number[first], number)
+    lengths = torch.cat([real.new_zeros(1, dtype=torch.int64), real.sum(dim=1)])
     return Packing(
         input_ids=batch.input_ids[:, :-1].flatten()[home][None],
         position_ids=(home % max(1, S))[None],
-        place=torch.where(shared, number[first], number),
+        place=place,
         home=home,
+        rows=place[real],
+        row_starts=lengths.cumsum(0).int(),
+        row_home=(real.flatten().cumsum(0) - 1)[home],
     )
 
 
@@ -63,6 +76,16 @@ def attention(
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     B, S = packing.place.shape
+    kernel = ragged_kernel(query)
+    if kernel is not None:
+        inputs = (embedding(packing.rows, x[0].transpose(0, 1).flatten(1)).view(-1, x.shape[1], x.shape[3])
+                  for x in (query, key, value))  # fmt: skip
+        out = kernel(
+            *inputs, packing.row_starts, packing.row_starts, S, S, scale=kwargs.get("scaling"),
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        return embedding(packing.row_home, out.flatten(1)).view(1, -1, *out.shape[1:]), None
 
     def rows(x: Tensor) -> Tensor:
         heads, _, d = x.shape[1:]
@@ -73,6 +96,24 @@ def attention(
         mask = query.new_ones(S, S, dtype=torch.bool).tril().triu(1 - sliding_window)[None, None]
     out, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), mask, **kwargs)
     return embedding(packing.home, out.reshape(B * S, -1)).view(1, -1, *out.shape[2:]), None
+
+
+def ragged_kernel(query: Tensor) -> Callable | None:
+    """Attention over rows of their own lengths, where it can take queries [1, heads, N, d]; else None."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if not (query.is_cuda and half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0):
+        return None
+    return varlen_attn() if torch.cuda.get_device_capability(query.device) >= (8, 0) else None
+
+
+@cache
+def varlen_attn() -> Callable | None:
+    """PyTorch's own, in versions whose it can share keys between heads and look back through a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn as attend
+    except ImportError:
+        return None
+    return attend if {"scale", "window_size", "enable_gqa"} <= inspect.signature(attend).parameters.keys() else None
 
 
 def register() -> str:

@@ -1,11 +1,14 @@
 """Packing by hand, and packed log-probabilities and gradients against padded ones."""
 
+import dataclasses
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 from test_batching import completion, group, numbered
 
+from fastrl import packing as packing_module
 from fastrl.batching import make_batch, select
 from fastrl.model import load_model, token_logprobs
 from fastrl.packing import ATTENTION, pack, supports
@@ -93,6 +96,78 @@ def test_packed_equals_padded(kind, sliding, float64_norms):
     assert packed[0].abs().max() > 1
     for one, other in zip(packed, padded, strict=True):
         assert (one - other).abs().max() <= 1e-12
+
+
+def by_row(query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa):
+    """What a kernel over rows of their own lengths computes, row by row: [M, heads, d] -> [M, heads, d]."""
+    assert torch.equal(starts, key_starts) and starts.dtype == torch.int32
+    bounds, out = starts.tolist(), []
+    assert max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) <= longest == longest_key
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        q, k, v = (x[a:b].transpose(0, 1)[None] for x in (query, key, value))
+        far = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        mask = (far >= 0) & ((far <= window_size[0]) | (window_size[0] < 0)) & (-far <= window_size[1])
+        out.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+            )
+        )
+    return torch.cat([x[0].transpose(0, 1) for x in out])
+
+
+def attended(packing, dtype, device, window, key_heads=2):
+    """-> output of packed attention and the gradients of query, key and value."""
+    generator = torch.Generator().manual_seed(0)
+    N, d = packing.input_ids.shape[1], 16
+    inputs = [torch.randn(1, heads, N, d, generator=generator) for heads in (4, key_heads, key_heads)]
+    inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4 // key_heads, True
+    out, _ = packing_module.attention(module, *inputs, None, packing=packing, sliding_window=window, scaling=0.3)
+    (out * torch.linspace(-1, 1, out.numel(), device=device, dtype=dtype).view_as(out)).sum().backward()
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_of_their_own_length_equal_padded_ones(window, key_heads, monkeypatch):
+    packing = pack(numbered([9, 2, 4, 1, 6, 3], [2, 0, 2, 0, 5, 5]))
+    expected = attended(packing, torch.float64, "cpu", window, key_heads)
+    monkeypatch.setattr(packing_module, "ragged_kernel", lambda query: by_row)
+    actual = attended(packing, torch.float64, "cpu", window, key_heads)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape and (one - other).abs().max() <= 1e-12
+    assert expected[0].abs().max() > 1e-1
+
+
+def test_rows_by_hand():
+    packing = pack(batch_of(GROUPS))
+    assert packing.rows.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 4, 5, 6, 7, 6, 8]
+    assert packing.row_starts.tolist() == [0, 4, 7, 12, 14, 16]
+    assert packing.rows[packing.row_home].tolist() == list(range(9))
+
+
+def test_packed_model_with_rows_of_their_own_length(sliding, monkeypatch, float64_norms):
+    expected, _ = both(sliding)
+    monkeypatch.setattr(packing_module, "ragged_kernel", lambda query: by_row)
+    actual, padded = both(sliding, "selective")
+    for one, other, third in zip(actual, expected, padded, strict=True):
+        assert (one - other).abs().max() <= 1e-12 and (one - third).abs().max() <= 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_attends_as_padded_rows_do(window, monkeypatch):
+    packing = pack(numbered([9, 2, 4, 1, 6, 3], [2, 0, 2, 0, 5, 5]))
+    on_gpu = dataclasses.replace(packing, **{f.name: getattr(packing, f.name).cuda() for f in fields(packing)})
+    assert packing_module.varlen_attn() is not None
+    kernel = attended(on_gpu, torch.bfloat16, "cuda", window)
+    monkeypatch.setattr(packing_module, "ragged_kernel", lambda query: None)
+    rows = attended(on_gpu, torch.bfloat16, "cuda", window)
+    truth = attended(on_gpu, torch.float32, "cuda", window)
+    for mine, plain, wanted in zip(kernel, rows, truth, strict=True):
+        assert (mine - wanted).abs().max() <= 2 * (plain - wanted).abs().max() + 1e-3
 
 
 def test_the_window_matters(sliding):
