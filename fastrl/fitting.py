@@ -41,6 +41,7 @@ class Fitting:
         Raises torch.OutOfMemoryError when a single sequence (or a group that must stay together) does not fit.
         """
         while True:
+            self.whole = True  # before the first microbatch there is nothing to cut
             try:
                 return work()
             except torch.OutOfMemoryError:

@@ -16,9 +16,12 @@ class HostCopies:
         self.free: dict[int, list[Tensor]] = {}  # number of bytes -> host buffers of earlier copies, pinned on CUDA
 
     def put(self, tensor: Tensor) -> None:
-        """Move the whole storage of a tensor to the host; small ones, and those that page themselves, stay."""
+        """Move the whole storage of a tensor to the host; small ones, and memory that is not torch's own, stay.
+
+        The states of a paged optimizer are such memory: they move by themselves.
+        """
         storage = tensor.untyped_storage()
-        if tensor.numel() < LEAST or storage._cdata in self.away or getattr(tensor, "is_paged", False):
+        if tensor.numel() < LEAST or storage._cdata in self.away or not storage.resizable():
             return
         size = storage.nbytes()
         unused = self.free.get(size)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers import TIMES, make_trainer
 
+from fastrl.fitting import Fitting
+
 SMALL = ["--problems-per-step", 6, "--group-size", 4, "--dtype", "float64", "--eval-limit", 4, "--sample-every", 0]
 SETTINGS = {
     "grpo": ["--kl", "0.05", "--minibatches", 2, "--update.epochs-per-batch", 2],
@@ -91,6 +93,17 @@ def test_scores_and_critic_too(model, tmp_path, float64_norms):
 def test_a_sequence_that_does_not_fit_alone_ends_the_run(tmp_path):
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         steps(tmp_path, "--tokens-per-microbatch", 64, limits=[("policy", 3, "forward")])
+
+
+def test_without_a_microbatch_there_is_nothing_to_cut():
+    fitting = Fitting(tokens=64, say=print)
+
+    def work():
+        raise torch.OutOfMemoryError("gradients")
+
+    with pytest.raises(torch.OutOfMemoryError, match="gradients"):
+        fitting.run(work)
+    assert fitting.tokens == 64
 
 
 def test_the_limit_is_kept_by_a_checkpoint_unless_it_was_set_anew(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy
 import pytest
 import torch
 from helpers import TIMES, make_trainer
@@ -115,12 +116,12 @@ def test_a_reference_on_the_host_is_on_the_device_while_it_scores(tmp_path):
 
 
 def test_tensors_that_share_a_storage_move_once_and_small_ones_stay():
-    both, small = torch.arange(4000.0), torch.ones(3)
+    both, small, foreign = torch.arange(4000.0), torch.ones(3), torch.from_numpy(numpy.ones(5000))
     first, second = both[:2000], both[2000:].view(50, 40)
     host = HostCopies()
-    for tensor in (first, second, small):
+    for tensor in (first, second, small, foreign):
         host.put(tensor)
-    assert both.untyped_storage().nbytes() == 0 and small.sum() == 3
+    assert both.untyped_storage().nbytes() == 0 and small.sum() == 3 and foreign.sum() == 5000
     assert torch.equal(host.read(second), torch.arange(2000.0, 4000.0).view(50, 40))
     assert host.read(small) is small
     buffer = next(iter(host.away.values()))[1]
