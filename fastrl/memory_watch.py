@@ -29,24 +29,27 @@ class MemoryWatch:
     ):  # fmt: skip
         self.plan, self.device, self.say, self.held = plan, device, say, held
         self.warned: set[str] = set()
+        self.peak = 0  # of torch in this step, bytes
 
     def __call__(self, phase: str) -> dict[str, float]:
         """-> memory/planned_mib/PHASE and memory/measured_mib/PHASE; one warning per phase beyond TOLERANCE.
 
-        On the CPU the tensors that are alive now are measured, and no warning is given: they are no peak.
+        On a GPU also memory/peak_mib, torch's own peak of the step so far. On the CPU the tensors that are alive now
+        are measured, and no warning is given: they are no peak.
         """
+        cuda = self.device.startswith("cuda")
+        if cuda:
+            own = torch.cuda.max_memory_allocated(self.device)
+            self.peak = own if phase == "generate" else max(self.peak, own)
         planned, measured = self.planned(phase), measure(self.device, self.held())
-        if (
-            self.device.startswith("cuda")
-            and phase not in self.warned
-            and abs(measured - planned) > TOLERANCE * planned
-        ):
+        if cuda and phase not in self.warned and abs(measured - planned) > TOLERANCE * planned:
             self.warned.add(phase)
             self.say(
                 f"warning: memory in {phase}: planned {planned / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB "
                 f"({measured / planned - 1:+.0%})"
             )
-        return {f"memory/planned_mib/{phase}": planned / MIB, f"memory/measured_mib/{phase}": measured / MIB}
+        found = {f"memory/planned_mib/{phase}": planned / MIB, f"memory/measured_mib/{phase}": measured / MIB}
+        return found | ({"memory/peak_mib": self.peak / MIB} if cuda else {})
 
     def planned(self, phase: str) -> int:
         return max(self.plan.total(p) for p in self.plan.phases if (p == "generate") == (phase == "generate"))

@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 
-from fastrl.build import TrainConfig, configure
 from fastrl.config import all_flags, run_program
 from fastrl.log import write_json
 from fastrl.memory import CARDS, MemoryPlan, plan_memory
@@ -34,6 +33,7 @@ from fastrl.memory_advice import (
 from fastrl.memory_parts import GIB, MemorySettings, ModelShape
 from fastrl.model_shapes import find_config, known_shapes, model_shape
 from fastrl.planning import memory_settings
+from fastrl.run_config import TrainConfig, configure
 
 TABLE = ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
 

@@ -17,7 +17,6 @@ import torch
 
 from fastrl import ranks
 from fastrl.allocation import ALLOCATORS
-from fastrl.build import EMBEDDED_RECIPE
 from fastrl.config import cli, expand, flags_of, read_toml, run_program
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import EngineName, frozen_engine
@@ -27,6 +26,7 @@ from fastrl.profile_data import Profile, ProfileKey, default_path, read_profile
 from fastrl.profiling import sample_profile
 from fastrl.rewards import RewardSet
 from fastrl.rollout import Rollout
+from fastrl.run_config import EMBEDDED_RECIPE
 from fastrl.task import TaskConfig, default_rewards, load_task
 from fastrl.types import DataError, Problem
 

@@ -19,19 +19,11 @@ from pathlib import Path
 import torch
 
 from fastrl import checkpoint, ranks
-from fastrl.build import (
-    TrainConfig,
-    build,
-    configure,
-    describe,
-    memory_lines,
-    open_rewards,
-    profile_plan,
-    resolve,
-)
+from fastrl.build import build, memory_lines, open_rewards, profile_plan
 from fastrl.config import as_dict, exit_code, fail, run_program
 from fastrl.log import RunLog, versions, write_json
 from fastrl.perf import collector_paused
+from fastrl.run_config import TrainConfig, configure, describe, resolve
 from fastrl.trainer import Stopped, Trainer
 from fastrl.types import CheckpointError, EngineError, NumericsError
 

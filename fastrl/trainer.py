@@ -13,7 +13,6 @@ from fastrl import checkpoint, ranks
 from fastrl.allocation.base import Allocation
 from fastrl.batching import averages, denominator, make_batch, minibatches, select
 from fastrl.critic import Critic, explained_variance
-from fastrl.engine.base import Sampling
 from fastrl.fitting import Fitting
 from fastrl.guard import MismatchWatch
 from fastrl.log import RunLog
@@ -31,6 +30,7 @@ from fastrl.perf import memory_metrics
 from fastrl.policy import Policy
 from fastrl.reference import Reference
 from fastrl.rollout import Rollout
+from fastrl.schedule import EvalSet, Schedule
 from fastrl.types import CheckpointError, Completion, Problem, RolloutGroup, TrainBatch
 from fastrl.updates.base import UpdateRule
 
@@ -55,34 +55,6 @@ class Profiler(Protocol):
 
 
 @dataclass(kw_only=True)
-class Schedule:
-    """When the run does what, in steps; 0 = never."""
-
-    steps: int
-    max_minutes: float
-    eval_every: int
-    stop_at_accuracy: float  # end the run when avg@k of the first evaluation set reaches it
-    stop_below_accuracy: float  # or when it is below that
-    save_every: int
-    keep: int
-    sample_every: int
-    rollouts_every: int
-
-    def judge(self, accuracy: float) -> str:
-        if 0 < self.stop_at_accuracy <= accuracy:
-            return "target"
-        return "collapsed" if accuracy < self.stop_below_accuracy else ""
-
-
-@dataclass(kw_only=True)
-class EvalSet:
-    name: str
-    problems: list[Problem]
-    k: int
-    sampling: Sampling
-
-
-@dataclass(kw_only=True)
 class Trainer:
     policy: Policy
     reference: Reference | None
@@ -102,6 +74,7 @@ class Trainer:
     config: dict  # the resolved configuration, stored in every checkpoint
     old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
     mismatch_watch: MismatchWatch = field(default_factory=MismatchWatch)
+    memory: Callable[[str], dict[str, float]] = lambda phase: {}  # called when a phase has ended: generate, train
     profiler: Profiler | None = None  # where the objective or the allocation reads a profile
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -117,6 +90,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         plan = self.allocator.take(self.completions_per_step)
         groups = self.rollout.run(plan, self.completed)
+        used = self.memory("generate")
         self.leave_if_stopped()
         batch = make_batch(
             groups, self.objective.credit, pad_id=self.policy.pad_id, device=self.policy.device,
@@ -132,7 +106,8 @@ class Trainer:
         with self.rollout.spans("update"):
             self.policy.wake()
             parts = [partial(self.accumulate, part) for part in minibatches(batch, self.num_minibatches)]
-            metrics = self.update.update(self.policy, parts) | learned
+            metrics = self.update.update(self.policy, parts) | learned | used
+            metrics |= self.memory("train")
         self.rollout.engine.weights_changed()
         self.allocator.observe(groups)
         for line in self.mismatch_watch.observe(self.mismatch):
@@ -286,7 +261,7 @@ class Trainer:
                 return "stopped"
             elapsed = time.perf_counter() - begin
             taken, stepping_s = taken + 1, stepping_s + elapsed
-            metrics |= self.rollout.spans.take() | memory_metrics()
+            metrics = memory_metrics() | metrics | self.rollout.spans.take()
             metrics |= {"step_time": elapsed, "perf/tokens_per_s": metrics.pop("perf/tokens") / elapsed}
             left = self.schedule.steps - self.completed
             self.log.step(self.completed, metrics, left * stepping_s / taken)

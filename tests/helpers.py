@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from fastrl.build import AXES, EMBEDDED_RECIPE, TrainConfig, build, open_rewards
+from fastrl.build import build, open_rewards
 from fastrl.config import parse
 from fastrl.log import RunLog
+from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.trainer import Trainer
 
 TIMES = ("timing_s/", "perf/", "memory/", "step_time", "profile/seconds")

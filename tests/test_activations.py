@@ -10,10 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastrl.activations import saved_on_host
 from fastrl.batching import make_batch
-from fastrl.build import configure
 from fastrl.flat import FlatParams
 from fastrl.model import load_model, token_logprobs
 from fastrl.packing import pack
+from fastrl.run_config import configure
 
 MODES = ["none", "selective", "full"]
 

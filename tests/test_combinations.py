@@ -10,9 +10,9 @@ from helpers import make_trainer
 
 from fastrl import checkpoint
 from fastrl.allocation import ALLOCATORS
-from fastrl.build import configure
 from fastrl.data.arithmetic import Arithmetic
 from fastrl.objectives import OBJECTIVES
+from fastrl.run_config import configure
 from fastrl.updates import UPDATES
 
 SMALL = [

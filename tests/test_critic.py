@@ -12,12 +12,12 @@ from test_step import padded, prepared_batch
 
 from fastrl import checkpoint
 from fastrl.batching import averages, cut, make_batch, select
-from fastrl.build import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.config import parse
 from fastrl.critic import Critic, CriticConfig, critic_shapes, explained_variance
 from fastrl.model import load_model, model_config
 from fastrl.objectives.ppo import PPO
 from fastrl.optim import OptimConfig
+from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.train import resume
 from fastrl.types import CheckpointError, NumericsError
 

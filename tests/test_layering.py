@@ -14,8 +14,11 @@ LAYERS = [
         "objectives", "updates", "allocation", "trained", "batching", "engine", "memory_advice", "memory_watch",
         "model_shapes",
     ],
-    ["policy", "reference", "critic", "rollout", "fitting", "checkpoint", "task", "profile_data", "planning"],
-    ["trainer", "profiling", "canary"],
+    [
+        "policy", "reference", "critic", "rollout", "fitting", "checkpoint", "task", "profile_data", "schedule",
+        "planning",
+    ],  # fmt: skip
+    ["trainer", "profiling", "canary", "run_config"],
     ["build"],
     ["comparison"],
     ["train", "profile", "evaluate", "plan", "compare", "report", "doctor"],

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastrl import liger
-from fastrl.build import configure
 from fastrl.model import load_model
+from fastrl.run_config import configure
 
 INSTALLED = importlib.util.find_spec("liger_kernel") is not None
 

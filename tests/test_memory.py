@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastrl.activations import checkpoint_layers
-from fastrl.build import configure, memory_plan
+from fastrl.build import memory_plan
 from fastrl.critic import critic_shapes
 from fastrl.flat import buffer_elements, layout
 from fastrl.guard import Guard
@@ -23,6 +23,7 @@ from fastrl.model import LoadedModel, parameter_shapes
 from fastrl.model_shapes import known_shapes, model_shape
 from fastrl.optim import OptimConfig
 from fastrl.policy import Policy
+from fastrl.run_config import configure
 from fastrl.updates import UPDATES
 
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -311,12 +312,17 @@ def test_the_watch_reports_plan_and_measurement(monkeypatch):
     assert train["memory/measured_mib/train"] - alone["memory/measured_mib/train"] == 4 and not said
     monkeypatch.setattr("fastrl.memory_watch.measure", lambda device, held: int(1.06 * plan.total("generate")))
     on_gpu = MemoryWatch(plan, "cuda:0", said.append)
-    assert set(on_gpu("generate")) == {"memory/planned_mib/generate", "memory/measured_mib/generate"}
+    peaks = iter([3 << 20, 3 << 20, 9 << 20, 5 << 20])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    first = on_gpu("generate")
+    assert set(first) == {"memory/planned_mib/generate", "memory/measured_mib/generate", "memory/peak_mib"}
+    assert first["memory/peak_mib"] == 3
     on_gpu("generate")
     assert len(said) == 1 and "memory in generate" in said[0] and "+6%" in said[0]
     monkeypatch.setattr("fastrl.memory_watch.measure", lambda device, held: int(1.04 * plan.total("generate")))
-    MemoryWatch(plan, "cuda:0", said.append)("generate")
-    assert len(said) == 1
+    other = MemoryWatch(plan, "cuda:0", said.append)
+    assert other("generate")["memory/peak_mib"] == other("train")["memory/peak_mib"] == 9
+    assert sum("in generate" in line for line in said) == 1
 
 
 def test_live_bytes_count_a_storage_once():

@@ -89,7 +89,7 @@ def test_old_log_probabilities_may_be_the_engines(tmp_path, monkeypatch, minibat
 
 
 def test_a_correction_of_equal_log_probabilities_is_refused():
-    from fastrl.build import configure
+    from fastrl.run_config import configure
 
     with pytest.raises(ValueError, match="--old-logprobs engine makes equal; leave one of them out"):
         configure(["--old-logprobs", "engine", "--is-correction", "tis"])

@@ -8,10 +8,10 @@ from helpers import make_trainer, rows, step_records
 from test_profiling import SMALL
 
 from fastrl import checkpoint
-from fastrl.build import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.config import parse
 from fastrl.metrics import spearman
 from fastrl.profile_data import read_profile, weights_digest
+from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.train import resume
 from fastrl.types import CheckpointError
 

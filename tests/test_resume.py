@@ -13,8 +13,8 @@ from helpers import make_trainer, rows, step_records
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
-from fastrl.build import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.config import parse
+from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.train import resume
 from fastrl.types import CheckpointError
 

@@ -146,3 +146,17 @@ def test_rewinding_the_log_drops_later_rows(tmp_path):
         log.metrics(step, {"reward": step / 10})
     log.rewind(2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2] and log.previous_reward == 0.2
+
+
+def test_memory_is_looked_at_when_a_phase_has_ended(tmp_path):
+    trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--eval-limit", 4)
+    seen = []
+
+    def watch(phase):
+        seen.append((phase, trainer.policy.flat.grads.untyped_storage().nbytes() > 0))
+        return {f"memory/measured_mib/{phase}": 7.0}
+
+    trainer.memory = watch
+    metrics = trainer.step()
+    assert seen == [("generate", False), ("train", True)]  # gradients have no memory in the first
+    assert metrics["memory/measured_mib/generate"] == metrics["memory/measured_mib/train"] == 7.0

@@ -11,7 +11,7 @@ from helpers import make_trainer
 from safetensors.torch import load_file
 
 from fastrl import checkpoint, trained
-from fastrl.build import configure
+from fastrl.run_config import configure
 from fastrl.split_master import split
 from fastrl.split_optim import SplitOptimizer
 from fastrl.train import check_same

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from fastrl.build import TrainConfig, resolve
 from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
 from fastrl.config import as_dict, cli, expand, flags_of, nearest, read_toml
 from fastrl.model import load_tokenizer
+from fastrl.run_config import TrainConfig, resolve
 
 PRESETS = {"embedded": Path(__file__).parent.parent / "recipes" / "compare_embedded.toml"}
 
