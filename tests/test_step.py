@@ -103,7 +103,8 @@ def test_first_pass_leaves_old_logprobs_and_later_ones_keep_them(packs, tmp_path
     batch = make_batch(groups, trainer.objective.credit, pad_id=trainer.policy.pad_id, max_new_tokens=10)
     silent = trainer.objective.silent(batch)
     assert silent.any() and not silent.all()
-    whole = trainer.policy.score(batch).detach()
+    with torch.no_grad():
+        whole = trainer.policy.score(batch)
     expected = torch.where(batch.response_mask, whole, 0.0).float()
     trainer.accumulate(batch)
     torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
