@@ -4,6 +4,7 @@
 # make check   lint and format
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
 # make gpu     tests and benchmarks of kernels on a GPU, into bench/results
+# make gpu-memory   peak memory of whole runs beside their plan, and the engines, on a GPU with vLLM
 #
 # A machine with an NVIDIA GPU gets the CUDA build of the same torch version when its index serves that one. To take
 # torch from another index: make train PIP="pip --index-url URL".
@@ -15,7 +16,7 @@ PIP ?= pip
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: train test test-vllm check format bench gpu clean
+.PHONY: train test test-vllm check format bench gpu gpu-memory clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
@@ -43,6 +44,7 @@ bench: $(VENV)/.test
 	$(BIN)/python bench/bench_step.py
 	$(BIN)/python bench/bench_grading.py
 	set -e; for name in $(OPERATIONS); do $(BIN)/python bench/bench_$$name.py; done
+	$(BIN)/python bench/peak_memory.py
 
 # PYTHON_GPU: an environment that has torch for CUDA, Triton, pytest and this package
 PYTHON_GPU ?= $(BIN)/python
@@ -59,6 +61,12 @@ gpu:
 		$(PYTHON_GPU) bench/bench_$$name.py --out $(RESULT) || failed="$$failed $$name"; \
 	done; \
 	test -z "$$failed" || { echo "failed: $$failed"; exit 1; }
+
+# whole runs: what they have allocated beside their plan, and the engines
+gpu-memory:
+	mkdir -p bench/results
+	name=engine; $(PYTHON_GPU) bench/bench_engine.py --out $(RESULT)
+	name=peak_memory; $(PYTHON_GPU) bench/peak_memory.py --out $(RESULT)
 
 # torch first and by exact version: a range would let pip take another build of it
 $(VENV)/.train: pyproject.toml

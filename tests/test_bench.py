@@ -15,6 +15,7 @@ import bench_linear_logprob
 import bench_linear_policy_loss
 import bench_policy_loss
 import bench_selective_logprob
+import peak_memory
 import pytest
 import timing
 import torch
@@ -222,3 +223,32 @@ def test_one_script_that_fails_stops_no_other_and_ends_red(tmp_path):
     assert run("true").returncode == 0
     scripts = {path.stem for path in (ROOT / "bench").glob("bench_*.py")}
     assert scripts - {f"bench_{name}" for name in operations()} == {"bench_step", "bench_grading"}
+
+
+def test_peak_memory_without_a_gpu_is_planned(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peak_memory.py", "--case", "GRPO", "--case", "A*-PO", "--case", "GRPO, all"])
+    peak_memory.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["measured"] is False and document["note"] == "planned, not measured"
+    grpo, apo, small = document["rows"]
+    assert grpo["planned_backward_mib"] == pytest.approx(38266, rel=0.01)
+    assert grpo["published_over_apo"] == pytest.approx(42.2 / 41.6) and apo["over_apo"] == 1
+    assert small["over_apo"] < 0.6 and grpo["fits"]
+    assert not any("measured" in key for row in document["rows"] for key in row)
+
+
+@pytest.mark.slow
+def test_peak_memory_runs_the_program_on_random_weights(tmp_path):
+    """As on a GPU, which alone has measurements: a model in a known shape, its tokenizer, two steps."""
+    config = dict(model_type="qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                  num_key_value_heads=1, vocab_size=1000, tie_word_embeddings=True)  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    peak_memory.make_model(str(tmp_path / "config.json"), tmp_path / "model", "cpu")
+    peak_memory.make_problems(tmp_path / "problems.jsonl", 16, 8)
+    cpu = ["--engine", "hf", "--dtype", "float32", "--max-prompt-tokens", "8", "--max-new-tokens", "4",
+           "--reward-workers", "1"]  # fmt: skip
+    arguments = (tmp_path / "model", tmp_path / "problems.jsonl", "math")
+    row = peak_memory.measured_row("GRPO", *arguments, tmp_path / "run", cpu)
+    assert row.get("note") is None and row["step_s"] > 0
+    broken = peak_memory.measured_row("GRPO", *arguments, tmp_path / "other", [*cpu, "--no-such-flag"])
+    assert "there is no option --no-such-flag" in broken["note"]

@@ -1,0 +1,135 @@
+"""Peak memory of whole training runs beside their plan: methods, and savings switched on one by one.
+
+    python bench/peak_memory.py [--model qwen2.5-1.5b] [--setting math] [--case GRPO --case SFPO ...] [--out FILE.json]
+
+Each case is `python -m fastrl.train` in a process of its own for two steps: random weights in the shape of a known
+model, a tokenizer as large as its vocabulary, problems as long as the setting says (math: 256 + 1024 tokens; 16k:
+1024 + 15360). Measured are the phases of `fastrl.memory_watch` on a GPU, as a share of the card and beside the plan; a
+case that does not fit keeps its row, with the plan alone. Without a GPU all figures are planned, and say so.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from timing import finish, show
+from transformers import AutoModelForCausalLM, Qwen2Tokenizer
+
+from fastrl.memory import CARDS
+from fastrl.memory_parts import GIB, MIB
+from fastrl.model_shapes import find_config, known_shapes, model_shape
+from fastrl.plan import PlanConfig, planned, settings_for
+from fastrl.run_config import configure
+
+SETTINGS = {"math": (256, 1024), "16k": (1024, 15360)}  # tokens of a prompt, of a completion
+COMMON = ["--checkpoint-activations", "full", "--problems-per-step", "8", "--kl", "0.001"]
+NO_KL = COMMON[:-2]
+CASES = {
+    "GRPO": [*COMMON, "--group-size", "8"],
+    "PPO": [*COMMON, "--objective", "ppo", "--group-size", "1"],
+    "REBEL": [*COMMON, "--objective", "rebel", "--group-size", "2"],
+    "A*-PO": [*NO_KL, "--objective", "apo", "--group-size", "1", "--num-profile-completions", "2"],
+    "SFPO": [*COMMON, "--group-size", "8", "--update", "sfpo"],
+    "GXPO": [*COMMON, "--group-size", "8", "--update", "gxpo"],
+}
+SAVINGS = {
+    "no checkpointing": ["--checkpoint-activations", "none"], "selective": ["--checkpoint-activations", "selective"],
+    "8-bit AdamW": ["--optim.name", "adamw8bit"], "bfloat16 gradients": ["--grad-dtype", "bfloat16"],
+    "split master": ["--master", "split"], "reference on host": ["--reference-on-host"],
+    "optimizer on host": ["--offload", "optimizer"], "activations on host": ["--offload", "optimizer,activations"],
+    "all": ["--optim.name", "adamw8bit", "--grad-dtype", "bfloat16", "--master", "split", "--reference-on-host"],
+}  # fmt: skip
+CASES |= {f"GRPO, {name}": [*CASES["GRPO"], *flags] for name, flags in SAVINGS.items()}
+PUBLISHED = {  # share of four H100-80GB in use in the backward, MATH, 1.5B / 3B / 7B (arXiv:2505.20686)
+    "A*-PO": (41.6, 49.3, 76.6), "GRPO": (42.2, 49.8, 77.8), "PPO": (42.6, 55.0, 92.8), "REBEL": (63.3, 74.3, 98.8),
+}  # fmt: skip
+PUBLISHED_MODELS = ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
+
+
+def flags_of(case: str, setting: str) -> list[str]:
+    prompt, completion = SETTINGS[setting]
+    return [*CASES[case], "--max-prompt-tokens", str(prompt), "--max-new-tokens", str(completion)]
+
+
+def plan_row(case: str, model: str, setting: str, card: str) -> dict:
+    config = configure(["--model", model, "--data", "gsm8k", "--card", card, *flags_of(case, setting)], PlanConfig)
+    plan = planned(model_shape(model, find_config(model)), settings_for(config, card))
+    phases = {f"planned_{phase}_mib": plan.total(phase) / MIB for phase in ("generate", "backward", "step")}
+    return {"case": case, **phases, "planned_share": plan.total("backward") / (CARDS[card] * GIB), "fits": plan.fits}
+
+
+def make_model(name: str, folder: Path, device: str) -> None:
+    """Random weights, and a tokenizer as large as the vocabulary that knows the ten digits."""
+    config = find_config(name)
+    torch.manual_seed(0)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words = ["<|endoftext|>", *"0123456789"]
+    words += [f"<{i}>" for i in range(len(words), config.vocab_size)]
+    Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token=None).save_pretrained(folder)
+
+
+def make_problems(file: Path, count: int, tokens: int) -> None:
+    """Prompts of digits, one token each, all different."""
+    rows = [{"prompt": f"{i:02d}".ljust(tokens, "7"), "answer": "1"} for i in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measured_row(case: str, model: Path, data: Path, setting: str, out: Path, extra: list[str]) -> dict:
+    """Two steps of the program; the second one's memory metrics, or a note on why there are none."""
+    command = [sys.executable, "-m", "fastrl.train", "--model", model, "--data", data, "--reward", "exact",
+               "--steps", "2", "--out", out, *flags_of(case, setting), *extra]  # fmt: skip
+    ran = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if ran.returncode:
+        said = [line for line in ran.stderr.splitlines() if "rror" in line] or ["no message"]
+        return {"note": said[-1][:90]}
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "grad_norm" in row][-1]
+    found = {f"measured_{phase}_mib": last.get(f"memory/measured_mib/{phase}") for phase in ("generate", "train")}
+    return {**found, "torch_peak_mib": last.get("memory/peak_mib"), "step_s": last["step_time"]}
+
+
+def ratios(rows: list[dict], model: str, key: str) -> None:
+    """Each method over A*-PO, ours and the published one."""
+    base = next((row[key] for row in rows if row["case"] == "A*-PO" and row.get(key)), None)
+    for row in rows:
+        if base and row.get(key):
+            row["over_apo"] = row[key] / base
+        if row["case"] in PUBLISHED and model in PUBLISHED_MODELS:
+            at = PUBLISHED_MODELS.index(model)
+            row["published_over_apo"] = PUBLISHED[row["case"]][at] / PUBLISHED["A*-PO"][at]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen2.5-1.5b", choices=[n for n in known_shapes() if "qwen" in n])
+    parser.add_argument("--setting", choices=SETTINGS, default="math")
+    parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all if not given")
+    parser.add_argument("--card", choices=CARDS, default="h100", help="for the plan")
+    parser.add_argument("--out", default="")
+    args, extra = parser.parse_known_args()
+    gpu = torch.cuda.is_available()
+    rows = [plan_row(case, args.model, args.setting, args.card) for case in args.case or CASES]
+    if gpu:
+        total = torch.cuda.mem_get_info()[1] / MIB
+        with tempfile.TemporaryDirectory() as folder:
+            model, data = Path(folder) / "model", Path(folder) / "problems.jsonl"
+            make_model(args.model, model, "cuda")
+            torch.cuda.empty_cache()
+            make_problems(data, 16, SETTINGS[args.setting][0])
+            for number, row in enumerate(rows):
+                row |= measured_row(row["case"], model, data, args.setting, Path(folder) / str(number), extra)
+                if row.get("measured_train_mib"):
+                    row["measured_share"] = row["measured_train_mib"] / total
+    ratios(rows, args.model, "measured_train_mib" if gpu else "planned_backward_mib")
+    show(rows)
+    finish("peak_memory", rows, args.out, measured=gpu, model=args.model, setting=args.setting,
+           note="" if gpu else "planned, not measured")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
