@@ -1,4 +1,4 @@
-"""Seconds per stage of the default run's step, beside a plain Hugging Face loop; and seconds to the first step.
+"""Seconds and MiB per stage of the default run's step, beside a plain Hugging Face loop; seconds to the first step.
 
     python bench/bench_step.py [--steps 20] [--out bench/results/FILE.json]
 
@@ -24,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from helpers import make_trainer
 
 from fastrl.batching import make_batch
+from fastrl.build import memory_plan
 from fastrl.log import versions
+from fastrl.memory_watch import MemoryWatch
 from fastrl.model import load_model
+from fastrl.run_config import configure
 from fastrl.trainer import Trainer
 
 
@@ -139,9 +142,15 @@ def main() -> None:
                     times.setdefault(f"fastrl {name}", []).append(value)
                 for name, value in rival.items():
                     times.setdefault(f"plain {name}", []).append(value)
+        trainer.memory = MemoryWatch(memory_plan(configure([]), torch.float32, 2048), "cpu", print)
+        used = trainer.step()  # not timed: the tensors that are alive are counted at the end of each phase
+        memory = {name.removeprefix("memory/"): mib for name, mib in used.items() if name.startswith("memory/")}
     rows = {name: quantiles(values) for name, values in times.items()}
     for name, row in rows.items():
         print(f"{name:16} {row['median_s']:8.4f} s   [{row['p20_s']:.4f}, {row['p80_s']:.4f}]")
+    for phase in ("generate", "train"):
+        planned, held = (memory[f"{kind}_mib/{phase}"] for kind in ("planned", "measured"))
+        print(f"{phase:16} {held:8.1f} MiB at its end, planned peak {planned:.1f} MiB")
     ratio = rows["plain step"]["median_s"] / rows["fastrl step"]["median_s"]
     print(f"plain step / fastrl step: {ratio:.2f}")
     starts, imports = seconds_to_first_step(args.starts)
@@ -150,6 +159,7 @@ def main() -> None:
     document = {
         "bench": "step", "device": "cpu", "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "steps": args.steps, "gradient_error": error, "rows": rows,
+        "memory_mib": memory,
         "ratio_plain_to_fastrl": ratio, "first_step_s": starts, "imports_s": imports,
         "versions": versions(),
     }  # fmt: skip
