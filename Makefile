@@ -1,5 +1,6 @@
 # make train   set up and run the embedded job (any CPU)
 # make test    set up and run the whole test suite
+# make soak    further cases of the same tests, for a night
 # make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
 # make check   lint and format
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
@@ -16,13 +17,16 @@ PIP ?= pip
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: train test test-vllm check format bench gpu gpu-memory clean
+.PHONY: train test soak test-vllm check format bench gpu gpu-memory clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+soak: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak $(ARGS)
 
 # each engine takes a core and 1 GiB for its cache
 test-vllm: $(VENV_VLLM)/.vllm

@@ -106,10 +106,10 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
     policy = trained(model.elements, s.optimizer, s)
     host: dict[str, int] = {}
     whole = dict.fromkeys(PHASES)
-    state = [phase for phase in PHASES if not (phase == "generate" and "optimizer" in s.offload)]
+    state = PHASES[2:] if "optimizer" in s.offload else PHASES
     parts: dict[str, tuple[Iterable[str], int]] = {
         "weights": (whole, policy["weights"]),
-        "gradients": (PHASES[1:], policy["gradients"]),
+        "gradients": (PHASES[2:], policy["gradients"]),
         "master": (state, policy["master"]),
         "optimizer": (state, policy["optimizer"]),
         "snapshots": (("backward", "step"), snapshot_bytes(shard, s)),
@@ -126,7 +126,8 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
     table = {name: dict.fromkeys(phases, size) for name, (phases, size) in parts.items()}
     if s.critic_optimizer:
         critic = trained(model.critic_elements, s.critic_optimizer, s)
-        held = {"weights": whole, "gradients": PHASES[1:], "master": state, "optimizer": state}
+        # its gradients have memory while it learns, in the place of the policy's
+        held = {"weights": whole, "master": state, "optimizer": state}
         table["critic"] = {phase: sum(critic[name] for name in held if phase in held[name]) for phase in PHASES}
         if "optimizer" in s.offload:
             host["critic"] = critic["master"] + critic["optimizer"]

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from fastrl.build import build, open_rewards
 from fastrl.config import parse
 from fastrl.log import RunLog
@@ -19,6 +21,15 @@ def make_trainer(folder: Path, *args: object, stop_requested=lambda: False) -> T
     log = RunLog(folder, total_steps=config.steps)
     log.open()
     return build(config, log, open_rewards(config), stop_requested)
+
+
+def mostly_later(values, *now):
+    """Parameters of a test, of which those that are not in `now` only run in `make soak`."""
+    return [value if value in now else pytest.param(*listed(value), marks=pytest.mark.soak) for value in values]
+
+
+def listed(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def rows(folder: Path) -> list[dict]:
