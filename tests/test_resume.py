@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import make_trainer, rows, step_records
+from helpers import make_trainer, mostly_later, rows, step_records
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
@@ -64,7 +64,7 @@ def straight(workplace):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [7, 20, 33])
+@pytest.mark.parametrize("cut", mostly_later([7, 20, 33], 20))
 def test_a_run_cut_in_two_equals_one_that_was_not(cut, straight, workplace):
     name = f"cut{cut}"
     train(workplace, "--name", name, "--steps", cut)

@@ -114,6 +114,7 @@ ranks.leave(0)
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_other_ranks_get_the_weights_that_a_move_has_written(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
