@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastrl.engine.kv_cache import KvPages
+from fastrl.engine.vllm import VllmConfig
 from fastrl.types import EngineError
 
 
@@ -97,3 +98,15 @@ def test_on_a_cpu_there_is_nothing_to_give_back():
     pages.release()
     pages.restore()
     assert pages.mapped and (pages.tensors[0] == 1).all() and pages.nbytes == 16
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (dict(kv_gib=-1.0), "--vllm.kv-gib must be at least 0, got -1.0"),
+        (dict(max_num_batched_tokens=0), "--vllm.max-num-batched-tokens must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        VllmConfig(**setting)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy
 import torch
@@ -37,10 +38,16 @@ class VllmConfig:
     """The vLLM engine. `max_num_seqs` is the run's."""
 
     kv_gib: float = 0.0  # of KV cache; 0 = what the memory plan leaves
-    kv: str = "release"  # release: its pages are free while training; keep: they are not
+    kv: Literal["release", "keep"] = "release"  # whether its pages are free while training
     max_num_batched_tokens: int = 8192  # per forward of the engine
     cuda_graphs: bool = True  # of decoding
     compile: bool = False  # torch.compile in the engine: slower to start, a little faster
+
+    def __post_init__(self):
+        if not self.kv_gib >= 0:
+            raise ValueError(f"--vllm.kv-gib must be at least 0, got {self.kv_gib}")
+        if self.max_num_batched_tokens < 1:
+            raise ValueError(f"--vllm.max-num-batched-tokens must be at least 1, got {self.max_num_batched_tokens}")
 
 
 class VllmEngine:
