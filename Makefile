@@ -1,6 +1,7 @@
 # make train   set up and run the embedded job (any CPU)
 # make test    set up and run the whole test suite
 # make soak    further cases of the same tests, for a night
+# make reliability   every trial that docs/reliability.md counts (hours), into bench/results/reliability.json
 # make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
 # make check   lint and format
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
@@ -17,7 +18,7 @@ PIP ?= pip
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: train test soak test-vllm check format bench gpu gpu-memory clean
+.PHONY: train test soak reliability test-vllm check format bench gpu gpu-memory clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
@@ -27,6 +28,9 @@ test: $(VENV)/.test
 
 soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak $(ARGS)
+
+reliability: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m promise --reliability bench/results/reliability.json $(ARGS)
 
 # each engine takes a core and 1 GiB for its cache
 test-vllm: $(VENV_VLLM)/.vllm

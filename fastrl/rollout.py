@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastrl import ranks
+from fastrl import faults, ranks
 from fastrl.engine.base import Engine, Request, Sampling, sampling_seed
 from fastrl.metrics import evaluation_table
 from fastrl.perf import Spans
@@ -72,6 +72,7 @@ class Rollout:
             if self.canary and self.checked_version != self.engine.policy_version:
                 self.canary_metrics = self.canary()
                 self.checked_version = self.engine.policy_version
+            faults.at("generate")
             sampled = self.engine.sample(requests, sampling)
         flat = [c for completions in sampled for c in completions]
         texts = self.tokenizer.batch_decode([c.token_ids for c in flat], skip_special_tokens=True)
@@ -85,6 +86,7 @@ class Rollout:
 
     def score(self, groups: list[RolloutGroup]) -> None:
         """Fill `reward` and `rewards`; a completion cut off by the length limit earns 0 unless grade_truncated."""
+        faults.at("grade")
         rows = [(g.problem, c) for g in groups for c in g.completions]
         truncated = [c.finish_reason == "length" and not self.grade_truncated for _, c in rows]
         graded = [row for row, cut_off in zip(rows, truncated, strict=True) if not cut_off]

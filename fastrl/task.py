@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fastrl import faults
 from fastrl.data import describe_prompt, encode_prompts, find_dataset
 from fastrl.rewards import RewardSet
 from fastrl.types import DataError, Problem
@@ -41,6 +42,7 @@ def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: Rew
     Raises DataError when nothing is left or the tokenizer cannot write the prompts, ValueError on an unknown template.
     """
     dataset = find_dataset(data)
+    faults.at("dataset")
     loaded = dataset.load(split, config.data_dir)
     problems = loaded.problems[:limit] if limit else loaded.problems
     report = [f"data: {dataset.name} ({split}): {len(problems)} problems, {loaded.mapping}"]

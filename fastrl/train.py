@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fastrl import checkpoint, ranks
+from fastrl import checkpoint, faults, ranks
 from fastrl.build import build, memory_lines, open_rewards, profile_plan
 from fastrl.config import as_dict, exit_code, fail, run_program
 from fastrl.log import RunLog, versions, write_json
@@ -125,6 +125,7 @@ def summary(log: RunLog) -> list[str]:
 def main(argv: list[str]) -> int:
     started = time.monotonic()
     config = configure(argv)
+    planned = faults.from_environment().planned
     device, dtype, tokens = resolve(config)
     rewards = open_rewards(config)
     lines = describe(config, device, tokens)
@@ -144,6 +145,8 @@ def main(argv: list[str]) -> int:
     stop = StopFlag(log)
     trainer = None
     try:
+        for fault in planned:
+            log.say(f"WARNING: FASTRL_FAULT is set, this run will be broken on purpose: {fault}")
         for line in lines:
             log.say(line)
         with collector_paused():

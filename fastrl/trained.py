@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastrl import ranks
+from fastrl import faults, ranks
 from fastrl.activations import saved_on_host
 from fastrl.flat import FlatParams
 from fastrl.flat_definition import squared_norm
@@ -116,6 +116,7 @@ class TrainedModel:
         limit = self.optim.max_grad_norm
         if limit and norm > limit:
             gradient.shard.mul_(limit / norm)
+        faults.at("optimizer")
         self.optimizer.step(gradient.shard)
         self.publish()
         return {"grad_norm": norm, "skipped": 0.0}
@@ -137,6 +138,7 @@ class TrainedModel:
         """
         if self.master is not self.own_weights and not written:
             self.own_weights.copy_(self.master)
+        faults.at("allgather")
         ranks.gather_shards(self.flat.weights)
         self.policy_version += 1
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from fastrl import checkpoint, ranks
+from fastrl import checkpoint, faults, ranks
 from fastrl.allocation.base import Allocation
 from fastrl.batching import averages, denominator, make_batch, minibatches, select
 from fastrl.critic import Critic, explained_variance
@@ -163,6 +163,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         seen = torch.zeros_like(minibatch.rollout_logprobs)
         for learns, rows, part in self.microbatches(minibatch):
+            faults.at("forward")
             loss, logprobs, metrics = self.forward(part, count, learns)
             if learns:
                 loss.backward()
@@ -289,6 +290,7 @@ class Trainer:
         """avg@k, pass@k and maj@k of every evaluation set, into the log and onto the console."""
         for eval_set in self.eval_sets:
             start = time.perf_counter()
+            faults.at("eval")
             with checkpoint.generators_kept():  # how often a run is evaluated must not change how it trains
                 _, table = self.rollout.evaluate(eval_set.problems, eval_set.k, eval_set.sampling)
             scores = evaluation_metrics(ranks.gather_rows(table))

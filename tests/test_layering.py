@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["types", "config", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
+    ["types", "config", "faults", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
     ["packing", "activations", "host", "liger", "optim", "flat_definition", "flat_backends", "memory_parts"],
     ["ops", "flat", "split_optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
     [

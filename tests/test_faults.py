@@ -1,0 +1,93 @@
+"""The switch that breaks the program on purpose: what it reads, when it acts, and that unset it does nothing."""
+
+import errno
+import math
+
+import pytest
+import torch
+
+from fastrl import faults
+from fastrl.faults import Fault, Faults
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Set FASTRL_FAULT for this process."""
+
+    def plan(text: str, rank: int = 0) -> None:
+        monkeypatch.setenv("FASTRL_FAULT", text)
+        monkeypatch.setenv("RANK", str(rank))
+        faults.from_environment.cache_clear()
+
+    yield plan
+    monkeypatch.undo()
+    faults.from_environment.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text, number, rank, first, last",
+    [
+        ("kill@save.manifest:3", 1, None, 3, 3),
+        ("nan@grad:rank1:12", 1, 1, 12, 12),
+        ("sleep=2.5@generate", 2.5, None, 1, 1),
+        ("-inf@reward:2+", 1, None, 2, math.inf),
+        ("x=1e3@grad:4-7", 1000, None, 4, 7),
+    ],
+)
+def test_what_is_read(text, number, rank, first, last):
+    fault = Fault.parse(text)
+    assert str(fault) == text
+    assert (fault.number, fault.rank, fault.first, fault.last) == (number, rank, first, last)
+
+
+@pytest.mark.parametrize("text", ["kill", "kill@", "explode@save", "kill@save:x", "kill@save:rank:3", "nan@a b"])
+def test_what_cannot_be_read_is_said(text):
+    with pytest.raises(ValueError, match="FASTRL_FAULT: .* is not ACTION@POINT"):
+        Fault.parse(text)
+
+
+def test_a_fault_happens_at_its_visits_and_at_its_rank_only():
+    happened = Faults([Fault.parse("fail@a:2-3"), Fault.parse("fail@b")], rank=0)
+    assert [len(happened.now("a")) for _ in range(5)] == [0, 1, 1, 0, 0]
+    assert [len(happened.now("b")) for _ in range(3)] == [1, 0, 0]
+    assert not Faults([Fault.parse("fail@a:rank1")], rank=0).planned
+    assert Faults([Fault.parse("fail@a:rank1")], rank=1).planned
+
+
+def test_errors_are_those_of_the_system(planned):
+    planned("full@disk,eio@disk:2,fail@disk:3")
+    for number in (errno.ENOSPC, errno.EIO):
+        with pytest.raises(OSError) as error:
+            faults.at("disk")
+        assert error.value.errno == number
+    with pytest.raises(RuntimeError, match="at disk"):
+        faults.at("disk")
+    faults.at("disk")
+
+
+def test_values_change_in_place_and_numbers_are_returned(planned):
+    planned("nan@grad:2,x=10@grad:3,-inf@reward")
+    values = torch.arange(1.0, 5.0).view(2, 2)
+    assert faults.through("grad", values).tolist() == [[1, 2], [3, 4]]
+    faults.through("grad", values)
+    assert values[0, 0].isnan() and values.view(-1)[1:].tolist() == [2, 3, 4]
+    faults.through("grad", values)
+    assert values.view(-1)[1:].tolist() == [20, 30, 40]
+    assert faults.through("reward", 0.5) == -math.inf
+    assert faults.through("reward", 0.5) == 0.5
+
+
+def test_without_the_variable_nothing_is_counted(planned):
+    planned("")
+    faults.at("save")
+    assert faults.through("grad", 1.0) == 1.0
+    assert not faults.from_environment().visits
+
+
+def test_the_program_says_aloud_that_it_is_set(run_fastrl):
+    done = run_fastrl("train", "--steps", 1, FASTRL_FAULT="fail@forward")
+    assert done.returncode == 1
+    assert "WARNING: FASTRL_FAULT is set, this run will be broken on purpose: fail@forward" in done.stdout
+    assert "RuntimeError: FASTRL_FAULT at forward" in done.stderr
+    done = run_fastrl("train", "--steps", 1, FASTRL_FAULT="fail@")
+    assert done.returncode == 2 and done.stderr.startswith("fastrl: error: FASTRL_FAULT: 'fail@' is not ACTION@POINT")
