@@ -1,12 +1,13 @@
 """From rollout groups to padded batches, and from batches to pieces that fit in memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-from fastrl import ranks
+from fastrl import faults, ranks
 from fastrl.types import Problem, RolloutGroup, TrainBatch
 
 ATTENTION_SLACK = 4  # padded tokens of attention, which are cheap, for each token of all other layers
@@ -16,7 +17,11 @@ def make_batch(
     groups: list[RolloutGroup], credit: Callable[[Tensor, Problem], Tensor], *, pad_id: int, max_new_tokens: int,
     device: str = "cpu",
 ) -> TrainBatch:  # fmt: skip
-    """Groups -> one batch of their completions, right-padded; credit(rewards [G], problem) -> [G] runs per group."""
+    """Groups -> one batch of their completions, right-padded; credit(rewards [G], problem) -> [G] runs per group.
+
+    Where the engine's log-probabilities are not finite, or None, its tokens are no sample of the policy: such a row's
+    credit is NaN, whatever reads them, so that no step is taken on it.
+    """
     rows = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]
     lengths = [len(prompt) + len(c.token_ids) for prompt, c in rows]
     S = max(lengths, default=1)
@@ -24,28 +29,37 @@ def make_batch(
         [[*p, *c.token_ids] + [pad_id] * (S - n) for (p, c), n in zip(rows, lengths, strict=True)], dtype=torch.int64
     )
     rollout = torch.tensor(
-        [[0.0] * len(p) + c.rollout_logprobs + [0.0] * (S - n) for (p, c), n in zip(rows, lengths, strict=True)]
-    )
+        [
+            [0.0] * len(p) + numbers(c.rollout_logprobs) + [0.0] * (S - n)
+            for (p, c), n in zip(rows, lengths, strict=True)
+        ]
+    ).view(len(rows), S)
     column = torch.arange(S)
     end = torch.tensor(lengths, dtype=torch.int64)[:, None]
     start = torch.tensor([len(p) for p, _ in rows], dtype=torch.int64)[:, None]
     sizes = torch.tensor([len(g.completions) for g in groups], dtype=torch.int64)
     empty = torch.zeros(0)
+    credits = faults.through("credit", torch.cat([credit(g.rewards, g.problem) for g in groups] or [empty]))
     batch = TrainBatch(
         input_ids=ids.view(len(rows), S),
         attention_mask=column < end,
         response_mask=(column >= start) & (column < end),
-        rollout_logprobs=rollout.view(len(rows), S),
+        rollout_logprobs=rollout,
         group=torch.repeat_interleave(torch.arange(len(groups)), sizes),
         group_size=torch.repeat_interleave(sizes, sizes),
         reward=torch.cat([g.rewards for g in groups] or [empty]),
-        credit=torch.cat([credit(g.rewards, g.problem) for g in groups] or [empty]),
+        credit=credits.masked_fill_(~rollout.isfinite().all(dim=1), torch.nan),
         truncated=torch.tensor([c.finish_reason == "length" for _, c in rows], dtype=torch.bool),
         prompt_lengths=start[:, 0],
         max_new_tokens=max_new_tokens,
     )
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return replace(batch, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def numbers(logprobs: list[float | None]) -> list[float]:
+    """None is NaN; a list without any is returned itself."""
+    return [math.nan if x is None else x for x in logprobs] if None in logprobs else logprobs
 
 
 def select(batch: TrainBatch, rows: Tensor) -> TrainBatch:
@@ -126,8 +140,9 @@ def minibatches(batch: TrainBatch, count: int) -> list[TrainBatch]:
 
 def averages(sums: dict[str, Tensor], count: float) -> dict[str, float]:
     """Sums over this rank's rows -> over those of all ranks, divided by `count`."""
-    totals = ranks.all_sum_(torch.stack(list(sums.values()))) / count
-    return dict(zip(sums, totals.tolist(), strict=True))
+    own = torch.stack(list(sums.values())).tolist() if sums else []  # a rank may have no rows
+    totals = ranks.all_counts(dict(zip(sums, own, strict=True)))
+    return {name: total / count for name, total in totals.items()}
 
 
 def denominator(batch: TrainBatch, normalizer: str) -> float:

@@ -72,13 +72,15 @@ def build(
     loaded, grad_dtype = load(), getattr(torch, config.grad_dtype)
     triton = head_kernels(loaded, device, log)
     memory = dict(grad_dtype=grad_dtype, master=config.master, offload=config.offload)
-    policy = Policy(loaded, config.optim, Guard(), temperature=config.temperature, triton=triton, **memory)
+    guard = Guard(spike_sigma=config.spike_sigma)
+    policy = Policy(loaded, config.optim, guard, temperature=config.temperature, triton=triton, **memory)
     needs_reference = "ref_logprobs" in config.objective.needs(num_minibatches=2)
     reference = Reference(
         config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature,
         triton=triton, on_host=config.reference_on_host, liger=config.liger,
     ) if needs_reference else None  # fmt: skip
-    critic = Critic(load(), config.critic, **memory) if needs_values(config) else None
+    spikes = dict(spike_sigma=config.spike_sigma)
+    critic = Critic(load(), config.critic, **memory, **spikes) if needs_values(config) else None
     trained = [policy, critic] if critic else [policy]
 
     def make_room() -> None:
@@ -117,7 +119,7 @@ def build(
         schedule=Schedule(
             steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
             stop_at_accuracy=config.stop_at_accuracy, stop_below_accuracy=config.stop_below_accuracy,
-            save_every=config.save_every, keep=config.keep,
+            stop_on_collapse=config.stop_on_collapse, save_every=config.save_every, keep=config.keep,
             sample_every=config.sample_every, rollouts_every=config.rollouts_every,
         ),
         eval_sets=[EvalSet(name=e.name, problems=e.problems, k=config.eval_k, sampling=sampling) for e in evals],

@@ -6,8 +6,9 @@ ACTION@POINT[:rankR][:N | :N+ | :N-M]    at the Nth visit of POINT in this proce
     sleep=SECONDS, hang   stand still; hang has no end
     full, eio, denied     OSError: no space left, input/output error, permission denied
     fail                  RuntimeError
-    nan, inf, -inf, x=F   a value at that point becomes that, or F times what it was; of a tensor its first element,
-                          for x all
+    nan, inf, -inf, none  a value at that point becomes that; of a list its first element, of a tensor the first one
+                          that is not zero
+    x=F                   it becomes F times what it was
 
 A switch for tests: without the variable every call returns at once. `train` says aloud that it is set.
 """
@@ -28,12 +29,12 @@ from torch import Tensor
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 ERRORS = {"full": errno.ENOSPC, "eio": errno.EIO, "denied": errno.EACCES}
-VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "none": None}
 FORM = re.compile(
     r"(?P<action>-?[a-z]+)(=(?P<number>-?[0-9.e+]+))?@(?P<point>[a-z._]+)(:rank(?P<rank>\d+))?"
     r"(:(?P<first>\d+)(?P<on>\+|-(?P<last>\d+))?)?", re.ASCII,
 )  # fmt: skip
-Value = TypeVar("Value", float, Tensor)
+Value = TypeVar("Value", float, list, Tensor)
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,15 @@ class Fault:
             time.sleep(self.number if self.action == "sleep" else 1e9)
 
     def change(self, value: Value) -> Value:
+        if isinstance(value, list):
+            return [self.change(x) for x in value[:1]] + value[1:]
         if not isinstance(value, Tensor):
             return value * self.number if self.action == "x" else VALUES.get(self.action, value)
         if self.action == "x":
             return value.mul_(self.number)
         if self.action in VALUES:
-            value.view(-1)[:1] = VALUES[self.action]
+            first = int(value.detach().reshape(-1).ne(0).byte().argmax())
+            value.view(-1)[first : first + 1] = VALUES[self.action]
         return value
 
 

@@ -1,6 +1,7 @@
-"""What a run is stopped for: gradients that are not finite, and an engine that samples from something else."""
+"""What a run is stopped for: steps that are not finite or out of proportion, and an engine that samples otherwise."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastrl.types import EngineError, NumericsError
@@ -8,40 +9,101 @@ from fastrl.types import EngineError, NumericsError
 
 @dataclass
 class Guard:
-    """Skip a step whose gradient norm is not finite; give up after `max_in_a_row` of them.
+    """Whether to take an optimizer step; counts what is refused, and gives up when that goes on.
 
-    The norm is already reduced over ranks, so every rank decides the same. It is tested before clipping, because
-    clipping by a NaN norm would turn every gradient into NaN. A norm of exactly zero means that no completion carried a
-    signal: nothing to learn, so the step is left out too, and weights, moments and decay stay as they are.
+    Refused are a loss or a gradient norm that is not finite, and spikes: above mean + `spike_sigma` standard deviations
+    of the last WINDOW steps that were taken, once there are FEWEST of them, and FACTOR times what is usual among those.
+    Both numbers are already reduced over ranks, so every rank decides the same. The norm is tested before clipping,
+    because clipping by a NaN norm would turn every gradient into NaN. A norm of exactly zero means that no completion
+    carried a signal: nothing to learn, so the step is left out too, and weights, moments and decay stay as they are.
+
+    An update rule may take many optimizer steps on one batch. All are tested, and all are one training step when it
+    comes to giving up: a single bad batch is bad in each of its passes.
     """
 
-    max_in_a_row: int = 3
+    max_in_a_row: int = 3  # training steps
+    max_recent: int = 10  # training steps of the last RECENT
+    spike_sigma: float = 6.0  # 0: spikes pass
     lr_setting: str = "--optim.lr"  # what to lower when it gives up
-    skipped: int = field(default=0, init=False)  # not finite, over the whole run
-    in_a_row: int = field(default=0, init=False)
-    empty: int = field(default=0, init=False)  # exactly zero, over the whole run
+    skipped: int = field(default=0, init=False)  # optimizer steps refused, over the whole run
+    empty: int = field(default=0, init=False)  # norm exactly zero, over the whole run
+    in_a_row: int = field(default=0, init=False)  # training steps
+    bad_steps: list[int] = field(default_factory=list, init=False)  # numbers of the recent ones
+    window: list[list[float]] = field(default_factory=list, init=False)  # loss and norm of steps taken, oldest first
+    refused: list[str] = field(default_factory=list, init=False)  # why, in this training step
+    last: list[str] = field(default_factory=list, init=False)  # why, in the last step that had any
 
-    def admit(self, grad_norm: float) -> bool:
-        """Whether to take the step. Raises NumericsError when too many in a row were refused."""
-        if math.isfinite(grad_norm):
-            self.in_a_row = 0
-            self.empty += grad_norm == 0
-            return grad_norm > 0
-        self.skipped += 1
-        self.in_a_row += 1
+    WINDOW, FEWEST, RECENT = 128, 64, 1000
+    FACTOR = 4.0
+
+    def admit(self, grad_norm: float, loss: float = 0.0) -> bool:
+        """Whether to take the step."""
+        reason = self.fault(grad_norm, loss)
+        if reason:
+            self.skipped += 1
+            self.refused.append(reason)
+        elif grad_norm == 0:
+            self.empty += 1
+        else:
+            self.window = [*self.window, [loss, grad_norm]][-self.WINDOW :]
+        return not reason and grad_norm > 0
+
+    def fault(self, grad_norm: float, loss: float) -> str:
+        """What is wrong with a step, in words; empty if nothing is."""
+        values = {"loss": loss, "grad_norm": grad_norm}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+        if not self.spike_sigma or grad_norm == 0 or len(self.window) < self.FEWEST:
+            return ""
+        for (name, value), past in zip(values.items(), zip(*self.window, strict=True), strict=True):
+            mean, sigma = spread(past)
+            usual = math.sqrt(sum(x * x for x in past) / len(past))
+            if value > max(mean + self.spike_sigma * sigma, self.FACTOR * usual):
+                return (
+                    f"{name} {value:.4g} is a spike: the last {len(past)} steps had {mean:.4g} on average and a "
+                    f"standard deviation of {sigma:.3g}"
+                )
+        return ""
+
+    def end_step(self, step: int) -> list[str]:
+        """Close training step number `step`; why optimizer steps of it were refused."""
+        reasons, self.refused = self.refused, []
+        self.in_a_row = self.in_a_row + 1 if reasons else 0
+        self.bad_steps = [n for n in self.bad_steps if n > step - self.RECENT] + ([step] if reasons else [])
+        self.last = reasons or self.last
+        return reasons
+
+    def give_up(self) -> None:
+        """Raise NumericsError if too many training steps were refused."""
         if self.in_a_row >= self.max_in_a_row:
-            raise NumericsError(
-                f"the gradient norm was not finite in {self.in_a_row} optimizer steps in a row (now {grad_norm}). "
-                f"The weights are those of the last good step; lower {self.lr_setting}, or resume from an earlier "
-                "checkpoint"
-            )
-        return False
+            count = f"{self.in_a_row} steps in a row"
+        elif len(self.bad_steps) > self.max_recent:
+            count = f"{len(self.bad_steps)} of the last {self.RECENT} steps"
+        else:
+            return
+        spikes = "; --spike-sigma 0 lets spikes pass" if "spike" in self.last[-1] else ""
+        raise NumericsError(
+            f"{count} were refused, the last because {self.last[-1]}. The weights are those of the last good step. "
+            f"The batches are in the run's folder `bad`; lower {self.lr_setting}, or resume from an earlier checkpoint"
+            f"{spikes}"
+        )
 
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "empty": self.empty}
+    def state_dict(self) -> dict:
+        return {
+            "skipped": self.skipped, "empty": self.empty, "in_a_row": self.in_a_row, "bad_steps": self.bad_steps,
+            "window": self.window,
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped, self.in_a_row, self.empty = state["skipped"], state["in_a_row"], state["empty"]
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped, self.empty, self.in_a_row = state["skipped"], state["empty"], state["in_a_row"]
+        self.bad_steps, self.window = list(state["bad_steps"]), list(state["window"])
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (of a population)."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / len(values))
 
 
 @dataclass
@@ -81,3 +143,9 @@ class MismatchWatch:
             "--is-correction tis weighs tokens by the ratio"
             for name in found
         ]  # fmt: skip
+
+    def state_dict(self) -> dict:
+        return {"in_a_row": self.in_a_row, "warned": sorted(self.warned)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.in_a_row, self.warned = state["in_a_row"], set(state["warned"])

@@ -177,6 +177,17 @@ def sampling_mismatch(difference: torch.Tensor) -> dict[str, float]:
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
+def one_token_rows(batch: TrainBatch, *, share: float = 0.8, fewest: int = 8) -> Tensor:
+    """[]: completions of at least `fewest` tokens of which one token makes up `share` (above a half) or more."""
+    column = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    mask = batch.attention_mask & (column >= batch.prompt_lengths[:, None])
+    length = mask.sum(dim=1)
+    # a token in more than half of the positions is their median
+    ids = batch.input_ids.double().masked_fill(~mask, torch.nan)
+    same = (ids == ids.nanmedian(dim=1, keepdim=True).values).sum(dim=1)
+    return ((same >= share * length) & (length >= fewest)).sum()
+
+
 def rollout_rows(groups: list[RolloutGroup], batch: TrainBatch) -> list[dict]:
     """What was sampled in a step, one dict per completion."""
     rows = [(g.problem, c) for g in groups for c in g.completions]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from fastrl import packing
+from fastrl import faults, packing
 from fastrl.activations import CheckpointMode, checkpoint_layers
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.liger import patch
@@ -182,7 +182,7 @@ def token_policy_loss(
     """
     from fastrl.kernels.linear_policy_loss import linear_policy_loss  # needs Triton
 
-    hidden = label_hidden(model, input_ids, response_mask, packed)
+    hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
     weight = model.get_output_embeddings().weight
     chosen = {name: None if x is None else x[response_mask].float() for name, x in vectors.items()}
     out = linear_policy_loss(
@@ -204,7 +204,7 @@ def token_logprobs(
     gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
     packed: the packing of input_ids, if the model can use it. triton: take the kernels for the head.
     """
-    hidden = label_hidden(model, input_ids, response_mask, packed)
+    hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
     weight = model.get_output_embeddings().weight
     in_place = head_grad_in_place and torch.is_grad_enabled()
     values, entropy, _ = linear_logprob(

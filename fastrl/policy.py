@@ -46,8 +46,9 @@ class Policy(TrainedModel):
         # a token that is not finite has no part in the fused loss; autograd would pass it on, and the guard see it
         self.flat.grads[:1] += torch.where(sums["nonfinite"] > 0, torch.nan, 0.0)
         metrics = {
-            "entropy": out.entropy.sum(), "policy_kl": sums["policy_kl"], "clip_ratio/low_mean": sums["clip_low"],
-            "clip_ratio/high_mean": sums["clip_high"], "clip_ratio/region_mean": sums["clip_low"] + sums["clip_high"],
+            "entropy": out.entropy.sum(), "policy_kl": sums["policy_kl"], "log_ratio_capped_frac": sums["capped"],
+            "clip_ratio/low_mean": sums["clip_low"], "clip_ratio/high_mean": sums["clip_high"],
+            "clip_ratio/region_mean": sums["clip_low"] + sums["clip_high"],
             **({} if batch.ref_logprobs is None else {"kl": sums["kl"]}),
         }  # fmt: skip
         return out.loss, logprobs, metrics

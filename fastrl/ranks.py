@@ -71,9 +71,16 @@ def all_counts(counts: dict[str, float]) -> dict[str, float]:
     """Sum dicts of numbers over ranks; a name that some rank lacks counts as 0 there."""
     if size() == 1:
         return counts
-    parts: list[dict[str, float]] = [{} for _ in range(size())]
-    dist.all_gather_object(parts, counts)
+    parts = gather(counts)
     return {name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys(n for p in parts for n in p)}
+
+
+def gather(value: object) -> list:
+    """What every rank has, in rank order, on every rank; anything that can be pickled."""
+    parts: list = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(parts, value)
+    return parts
 
 
 def reduce_shard(full: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ class Rollout:
             faults.at("generate")
             sampled = self.engine.sample(requests, sampling)
         flat = [c for completions in sampled for c in completions]
+        for completion in flat[:1]:
+            completion.rollout_logprobs = faults.through("rollout_logprobs", completion.rollout_logprobs)
         texts = self.tokenizer.batch_decode([c.token_ids for c in flat], skip_special_tokens=True)
         for completion, text in zip(flat, texts, strict=True):
             completion.text = text
@@ -98,8 +100,9 @@ class Rollout:
             completion_ids=[c.token_ids for _, c in graded],
             columns=columns,
         )
+        total = faults.through("reward", scores.total)
         for i, (_, completion) in enumerate(graded):
-            completion.reward = scores.total[i]
+            completion.reward = total[i]
             completion.rewards = {name: values[i] for name, values in scores.each.items()}
         self.statuses = {**scores.statuses, "truncated": sum(truncated)}
         self.reward_metrics = scores.metrics

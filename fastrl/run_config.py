@@ -1,5 +1,6 @@
 """The settings of a training run: one dataclass, what is refused, what is decided where a setting is `auto`."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class TrainConfig:
     eval_every: int = 0
     stop_at_accuracy: float = 0.0  # end the run when avg@k of the first of them reaches it; 0 = never
     stop_below_accuracy: float = 0.0  # or when it is below that: the policy has collapsed; 0 = never
+    stop_on_collapse: bool = False  # or at the first warning that the policy collapses or games its reward
+    spike_sigma: float = 6.0  # a loss or gradient norm that many deviations above the usual is no step; 0 = it is
     eval_limit: int = 0  # use only the first problems of each; 0 = all
     save_every: int = 0  # steps between checkpoints; one is always written at the end
     keep: int = 2  # newest checkpoints to keep, at least 2
@@ -115,6 +118,10 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", self.name) or set(self.name) == {"."}:
             raise ValueError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', got {self.name!r}")
+        if not 0 <= self.spike_sigma < math.inf:
+            raise ValueError(
+                f"--spike-sigma must be at least 0, got {self.spike_sigma}; 6 is usual, 0 lets spikes pass"
+            )
         if not 0 < self.temperature <= 100:
             raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
         for name in ("stop_at_accuracy", "stop_below_accuracy"):

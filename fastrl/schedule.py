@@ -15,6 +15,7 @@ class Schedule:
     eval_every: int
     stop_at_accuracy: float  # end the run when avg@k of the first evaluation set reaches it
     stop_below_accuracy: float  # or when it is below that
+    stop_on_collapse: bool  # end the run at the first warning of fastrl.health
     save_every: int
     keep: int
     sample_every: int

@@ -29,7 +29,8 @@ from fastrl.types import CheckpointError, EngineError, NumericsError
 
 # what may differ between a run and its continuation; everything else would change what is being trained
 FREE_ON_RESUME = {
-    "steps", "max_minutes", "stop_at_accuracy", "stop_below_accuracy", "eval", "eval_k", "eval_every", "eval_limit",
+    "steps", "max_minutes", "stop_at_accuracy", "stop_below_accuracy", "stop_on_collapse", "eval", "eval_k",
+    "eval_every", "eval_limit",
     "save_every", "keep", "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers",
     "max_num_seqs", "allow_change", "offload", "reference_on_host", "profile", "canary",
 }  # fmt: skip

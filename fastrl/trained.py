@@ -1,5 +1,6 @@
 """Weights under training: one flat buffer, this rank's float32 shard of it, an optimizer and a guard over the shard."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ PART = 2**24  # elements that are in a wider type at a time
 
 @dataclass(slots=True)
 class Gradient:
-    """This rank's slice of the gradient summed over ranks, and the norm of the whole."""
+    """This rank's slice of the gradient summed over ranks, the norm of the whole, and the loss it is of."""
 
     shard: Tensor  # [P / ranks], a view of the gradient buffer; `apply` clips it in place
     norm: float  # before clipping, the same on all ranks
+    loss: float = 0.0  # the same on all ranks
 
 
 class TrainedModel:
@@ -57,6 +59,8 @@ class TrainedModel:
         self.device = self.master.device
         self.optim, self.guard, self.host = optim, guard, HostCopies()
         self.policy_version = 0  # weight updates published so far
+        self.loss = 0.0  # over all ranks, of the gradient in the buffer; whoever accumulates one leaves it here
+        self.own_broken = 0  # gradients of this rank that were not finite, before they were reduced
 
     def zero_grad(self) -> None:
         self.flat.zero_grads()
@@ -99,20 +103,24 @@ class TrainedModel:
     @torch.no_grad()
     def gradient(self) -> Gradient:
         """Reduce the gradient buffer over ranks. Once per accumulated gradient."""
+        faults.through("grad", self.flat.grads)
+        own = squared_norm(self.flat.grads) if ranks.size() > 1 else None  # afterwards no one knows whose it was
         shard = ranks.reduce_shard(self.flat.grads)
         square = ranks.all_sum_(squared_norm(shard))
-        return Gradient(shard, square.sqrt().item())
+        norm = square.sqrt().item()
+        if not math.isfinite(norm):
+            self.own_broken += own is None or not math.isfinite(own.item())
+        return Gradient(shard, norm, self.loss)
 
     @torch.no_grad()
     def apply(self, gradient: Gradient) -> dict[str, float]:
         """Guard, clip, step, publish. Returns grad_norm (before clipping) and skipped (0 or 1).
 
-        A gradient that is not finite, or zero everywhere, leaves parameters and optimizer state untouched on all ranks.
-        Raises NumericsError when the guard has seen too many that are not finite in a row.
+        A gradient that the guard refuses leaves parameters and optimizer state untouched on all ranks.
         """
-        norm = gradient.norm
-        if not self.guard.admit(norm):
-            return {"grad_norm": norm, "skipped": float(norm != 0)}
+        norm, refused = gradient.norm, self.guard.skipped
+        if not self.guard.admit(norm, gradient.loss):
+            return {"grad_norm": norm, "skipped": float(self.guard.skipped - refused)}
         limit = self.optim.max_grad_norm
         if limit and norm > limit:
             gradient.shard.mul_(limit / norm)

@@ -1,5 +1,6 @@
 """The order of things: one step, and the run around it. Knows no algorithm."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,15 +10,17 @@ from typing import Protocol
 
 import torch
 
-from fastrl import checkpoint, faults, ranks
+from fastrl import bad_step, checkpoint, faults, ranks
 from fastrl.allocation.base import Allocation
 from fastrl.batching import averages, denominator, make_batch, minibatches, select
 from fastrl.critic import Critic, explained_variance
 from fastrl.fitting import Fitting
 from fastrl.guard import MismatchWatch
+from fastrl.health import Health
 from fastrl.log import RunLog
 from fastrl.metrics import (
     evaluation_metrics,
+    one_token_rows,
     reward_function_metrics,
     reward_function_sums,
     rollout_metrics,
@@ -74,6 +77,7 @@ class Trainer:
     config: dict  # the resolved configuration, stored in every checkpoint
     old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
     mismatch_watch: MismatchWatch = field(default_factory=MismatchWatch)
+    health: Health = field(default_factory=Health)
     memory: Callable[[str], dict[str, float]] = lambda phase: {}  # called when a phase has ended: generate, train
     profiler: Profiler | None = None  # where the objective or the allocation reads a profile
     stop_requested: Callable[[], bool] = lambda: False
@@ -84,6 +88,7 @@ class Trainer:
     num_backward_passes: int = field(default=0, init=False)
     last_checkpoint: Path | None = field(default=None, init=False)
     mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
+    broken: dict[str, int] = field(default_factory=dict, init=False)  # numbers of this step that were not finite
     latest: tuple[Problem, Completion] | None = field(default=None, init=False)  # shown now and then
     verdict: str = field(default="", init=False)  # of the newest evaluation: "target", "collapsed", or go on
 
@@ -110,9 +115,12 @@ class Trainer:
             metrics |= self.memory("train")
         self.rollout.engine.weights_changed()
         self.allocator.observe(groups)
-        for line in self.mismatch_watch.observe(self.mismatch):
-            self.log.say(line)
-        return metrics | self.observe(groups, batch, metrics)
+        self.keep_refused(groups, batch)
+        self.warn(self.mismatch_watch.observe(self.mismatch))
+        metrics |= self.observe(groups, batch, metrics)
+        if self.warn(self.health.observe(metrics)) and self.schedule.stop_on_collapse:
+            self.verdict = "collapsed"
+        return metrics
 
     def scored(self, batch: TrainBatch) -> frozenset[str]:
         """What the objective needs and no other part has; old log-probabilities may be the engine's."""
@@ -129,7 +137,7 @@ class Trainer:
             "values": self.critic,
         }  # fmt: skip
         for name in sorted(needs):
-            setattr(batch, name, self.fitting.run(partial(self.scores, models[name], batch)))
+            setattr(batch, name, faults.through(name, self.fitting.run(partial(self.scores, models[name], batch))))
         if self.reference:
             self.reference.rest()
 
@@ -155,7 +163,13 @@ class Trainer:
             self.mismatch = sampling_mismatch((seen - minibatch.rollout_logprobs)[minibatch.response_mask])
         if minibatch.old_logprobs is None:  # then this is the first pass of the step, and the next is not
             minibatch.old_logprobs = seen
-        return averages(sums, tokens)
+        if sums:
+            faults.through("loss", sums["loss"])
+        metrics = averages(sums, tokens)
+        self.policy.loss = metrics["loss"]
+        if not math.isfinite(self.policy.loss):
+            bad_step.note(self.broken, sums.get("loss"), seen, minibatch.response_mask)
+        return metrics
 
     def backward(self, minibatch: TrainBatch, count: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Add up the gradient, microbatch by microbatch -> sums of the metrics, logprobs [B, S]. No collectives."""
@@ -193,7 +207,9 @@ class Trainer:
                 pieces = (piece for _, piece in self.fitting.cut(part, packed=self.critic.packs))
                 return self.critic.backward(pieces, self.objective.value_loss_sum, tokens)
 
-            return averages(self.fitting.run(backward), tokens)
+            metrics = averages(self.fitting.run(backward), tokens)
+            self.critic.loss = metrics["loss"]
+            return metrics
 
         with self.rollout.spans("critic"):
             self.critic.wake()
@@ -201,6 +217,22 @@ class Trainer:
             metrics = self.critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])
             self.critic.rest()
             return metrics | {"critic/explained_variance": explained_variance(batch)}
+
+    def keep_refused(self, groups: list[RolloutGroup], batch: TrainBatch) -> None:
+        """Close the step for the guards; where one has refused something, keep the batch in the folder `bad`."""
+        models = {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
+        reasons = {name: model.guard.end_step(self.completed + 1) for name, model in models.items()}
+        if any(reasons.values()):
+            grads = {f"{name} gradient": model.own_broken for name, model in models.items() if model.own_broken}
+            bad_step.write(self.folder, self.completed + 1, reasons, self.broken | grads, groups, batch)
+        self.broken = {}
+        for model in models.values():
+            model.own_broken = 0
+
+    def warn(self, lines: list[str]) -> list[str]:
+        for line in lines:
+            self.log.say(line)
+        return lines
 
     def microbatches(self, minibatch: TrainBatch) -> Iterator[tuple[bool, torch.Tensor, TrainBatch]]:
         """(whether there is anything to learn, row indices, rows); rows without a gradient only go forward."""
@@ -227,6 +259,7 @@ class Trainer:
             self.log.rollouts(self.completed, rollout_rows(groups, batch))
         return {
             **rollout_metrics(table),
+            "completions/one_token_frac": ranks.all_sum_(one_token_rows(batch).double()).item() / len(table),
             **reward_function_metrics(ranks.all_counts(reward_function_sums(groups))),
             **statuses,
             **{name: total / ranks.size() for name, total in ranks.all_counts(self.rollout.reward_metrics).items()},
@@ -234,6 +267,7 @@ class Trainer:
             **self.rollout.canary_metrics,
             "learning_rate": self.policy.optim.lr_at(self.completed - 1, self.schedule.steps),
             "skipped_total": float(self.policy.guard.skipped),
+            **({"critic/skipped_total": float(self.critic.guard.skipped)} if self.critic else {}),
             "empty_total": float(self.policy.guard.empty),
             "num_rollouts": self.num_rollouts,
             "num_tokens": self.num_tokens,
@@ -266,6 +300,9 @@ class Trainer:
             metrics |= {"step_time": elapsed, "perf/tokens_per_s": metrics.pop("perf/tokens") / elapsed}
             left = self.schedule.steps - self.completed
             self.log.step(self.completed, metrics, left * stepping_s / taken)
+            for model in (self.policy, self.critic):
+                if model:
+                    model.guard.give_up()
             self.every(self.schedule.sample_every, self.show_sample)
             last = self.completed >= self.schedule.steps
             out_of_time = 0 < self.schedule.max_minutes * 60 < time.monotonic() - started
@@ -299,7 +336,7 @@ class Trainer:
             values |= {"num_rollouts": self.num_rollouts, "timing_s/eval": time.perf_counter() - start}
             self.log.metrics(self.completed, values)
             if eval_set is self.eval_sets[0]:
-                self.verdict = self.schedule.judge(scores[f"avg@{k}"])
+                self.verdict = self.verdict or self.schedule.judge(scores[f"avg@{k}"])
             low, high = scores[f"avg@{k}/ci95_low"], scores[f"avg@{k}/ci95_high"]
             self.log.say(
                 f"eval {eval_set.name} at step {self.completed}: avg@{k} {scores[f'avg@{k}']:.3f} "
@@ -348,6 +385,8 @@ class Trainer:
             "allocator": self.allocator.state_dict(),
             "update": self.update.state_dict(),
             "guard": self.policy.guard.state_dict(),
+            "mismatch_watch": self.mismatch_watch.state_dict(),
+            "health": self.health.state_dict(),
             **({"critic_guard": self.critic.guard.state_dict()} if self.critic else {}),
             **({"profile": self.profiler.state_dict()} if self.profiler else {}),
             "config": self.config,
@@ -369,6 +408,8 @@ class Trainer:
         self.allocator.load_state_dict(state["allocator"])
         self.update.load_state_dict(state["update"])
         self.policy.guard.load_state_dict(state["guard"])
+        self.mismatch_watch.load_state_dict(state["mismatch_watch"])
+        self.health.load_state_dict(state["health"])
         self.policy.load_state_tensors(tensors)
         if self.critic:
             prefix = "critic."

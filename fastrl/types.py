@@ -49,7 +49,9 @@ class Problem:
 @dataclass(slots=True, kw_only=True)
 class Completion:
     token_ids: list[int]  # generated ids; the last one is EOS when finish_reason is "stop"
-    rollout_logprobs: list[float]  # nats at the sampling temperature, under the engine that sampled; one per token
+    rollout_logprobs: list[
+        float | None
+    ]  # nats at the sampling temperature, under its engine; None if that has no number
     finish_reason: str  # "stop" | "length" (cut off by max_new_tokens)
     text: str = ""
     reward: float = 0.0  # weighted sum over the reward functions

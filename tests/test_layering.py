@@ -8,11 +8,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["types", "config", "faults", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
-    ["packing", "activations", "host", "liger", "optim", "flat_definition", "flat_backends", "memory_parts"],
+    [
+        "packing", "activations", "host", "liger", "optim", "flat_definition", "flat_backends", "memory_parts",
+        "bad_step",
+    ],
     ["ops", "flat", "split_optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
     [
         "objectives", "updates", "allocation", "trained", "batching", "engine", "memory_advice", "memory_watch",
-        "model_shapes",
+        "model_shapes", "health",
     ],
     [
         "policy", "reference", "critic", "rollout", "fitting", "checkpoint", "task", "profile_data", "schedule",

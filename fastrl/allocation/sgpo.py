@@ -127,6 +127,8 @@ class SGPO(Allocation):
         rewards = [c.reward for g in groups for c in g.completions]
         total, count = ranks.all_sum_(torch.tensor([sum(rewards), len(rewards)], dtype=torch.float64)).tolist()
         reward = total / count
+        if not math.isfinite(reward):
+            return
         if self.best_reward is None or reward > self.best_reward:
             self.best_reward, self.waited = reward, 0
         else:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fastrl.types import Problem, TrainBatch
 
+LARGEST_CAP = 80.0  # nats; exp(88) is the last that float32 holds
+
 
 class Objective(Protocol):
     """A frozen dataclass; its fields are its configuration. It returns sums, the trainer divides once.
@@ -58,7 +60,8 @@ def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
     k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x, never negative; k3+ has k3's value and k2's gradient, which is that of
     KL(policy || reference). As a loss, k1 has expected gradient zero and k3 that of KL(reference || policy).
     """
-    x = log_ratio.clamp(-20, 20)  # exp(20) is finite, exp of a broken reference is not
+    # exp(20) is finite; an infinite log-probability is no number to clamp, and the guard must see it
+    x = torch.where(log_ratio.isfinite(), log_ratio.clamp(-20, 20), torch.nan)
     if kind == "k1":
         return x
     k2 = x.square() / 2

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ranks
-from fastrl.objectives.base import clipped_surrogate, clipped_weight, kl_estimate, masked, old_log_ratio
+from fastrl.objectives.base import LARGEST_CAP, clipped_surrogate, clipped_weight, kl_estimate, masked, old_log_ratio
 from fastrl.types import Problem, TrainBatch
 
 
@@ -62,6 +62,11 @@ class GRPO:
                 raise ValueError(f"--objective.{name.replace('_', '-')} must be >= 0, got {getattr(self, name)}")
         if not self.is_cap >= 1:
             raise ValueError(f"--objective.is-cap must be at least 1, got {self.is_cap}")
+        if self.log_ratio_cap > LARGEST_CAP:
+            raise ValueError(
+                f"--objective.log-ratio-cap must be at most {LARGEST_CAP:g}, where exp is finite, "
+                f"got {self.log_ratio_cap}"
+            )
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
 
@@ -125,8 +130,11 @@ class GRPO:
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch.response_mask
         log_ratio, advantage = old_log_ratio(logprobs, batch), batch.credit[:, None]
+        beyond = log_ratio.detach().abs() > self.log_ratio_cap
         if self.ratio_level == "sequence":
-            mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            # capped before the mean: one infinite token would cancel another to NaN
+            capped = log_ratio.clamp(-self.log_ratio_cap, self.log_ratio_cap)
+            mean = capped.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
             log_ratio = masked(mean.expand_as(log_ratio), mask)
         clips = dict(clip_low=self.clip_low, clip_high=self.clip_high, log_ratio_cap=self.log_ratio_cap)
         if self.surrogate == "cispo":
@@ -135,7 +143,7 @@ class GRPO:
             loss, clipped = clipped_surrogate(log_ratio, advantage, dual_clip=self.dual_clip, **clips)
         if self.is_correction != "none":
             loss = loss * self.sampler_weight(batch)
-        metrics = {"entropy": entropy.detach(), **clipped}
+        metrics = {"entropy": entropy.detach(), **clipped, "log_ratio_capped_frac": beyond}
         if self.entropy:
             loss = loss - self.entropy * entropy
         if batch.ref_logprobs is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ranks
-from fastrl.objectives.base import clipped_surrogate, kl_estimate, masked, old_log_ratio
+from fastrl.objectives.base import LARGEST_CAP, clipped_surrogate, kl_estimate, masked, old_log_ratio
 from fastrl.types import Problem, TrainBatch
 
 
@@ -50,6 +50,11 @@ class PPO:
         for name in ("kl", "entropy"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--objective.{name} must be >= 0, got {getattr(self, name)}")
+        if self.log_ratio_cap > LARGEST_CAP:
+            raise ValueError(
+                f"--objective.log-ratio-cap must be at most {LARGEST_CAP:g}, where exp is finite, "
+                f"got {self.log_ratio_cap}"
+            )
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
 
@@ -78,11 +83,13 @@ class PPO:
 
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch.response_mask
+        log_ratio = old_log_ratio(logprobs, batch)
         loss, clipped = clipped_surrogate(
-            old_log_ratio(logprobs, batch), masked(batch.advantages, mask), clip_low=self.clip_low,
-            clip_high=self.clip_high, dual_clip=self.dual_clip, log_ratio_cap=self.log_ratio_cap,
+            log_ratio, masked(batch.advantages, mask), clip_low=self.clip_low, clip_high=self.clip_high,
+            dual_clip=self.dual_clip, log_ratio_cap=self.log_ratio_cap,
         )  # fmt: skip
-        metrics = {"entropy": entropy.detach(), **clipped}
+        beyond = log_ratio.detach().abs() > self.log_ratio_cap
+        metrics = {"entropy": entropy.detach(), **clipped, "log_ratio_capped_frac": beyond}
         if batch.ref_logprobs is not None:
             metrics["kl"] = kl_estimate(masked(logprobs.detach() - batch.ref_logprobs, mask), "k1")
         if self.entropy:

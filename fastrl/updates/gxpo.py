@@ -24,7 +24,7 @@ from fastrl.updates.base import Accumulate
 from fastrl.updates.gate import Gate
 
 THRESHOLDS = {"grad_norm": 3.0, "entropy": 3.0, "cosine": 0.15, "off": 1.0}
-TINY = 1e-8  # a gradient norm at or below it has no direction
+TINY = 1e-8
 
 
 @dataclass(kw_only=True)
@@ -32,8 +32,9 @@ class GXPO:
     """Defaults are the authors' late code, but for the gate's signal, which is the paper's.
 
     The paper: lookahead 3, 5 or 10, ratio coord_grad, opt_state keep, gate_stat ema, gate_threshold 0.5, gate_warmup 0,
-    gate_patience 1, active_threshold 0 (then 1e-8 for all coordinates). A probe whose gradient is not finite, or zero,
-    ends in one plain step from the anchor, as if nothing had been tried.
+    gate_patience 1, active_threshold 0 (then 1e-8 for all coordinates). Where the guard refuses a probe, or a gradient
+    is zero, the update ends as the plain step from the anchor that it has begun with; where it refuses the corrective
+    step, that plain step is taken anew (with opt_state=keep by moments that have seen the probes).
     """
 
     lookahead: int = 5  # K, virtual steps; the cost does not depend on it
@@ -108,38 +109,32 @@ class GXPO:
     def extrapolated_step(self, policy, accumulate: Accumulate) -> dict[str, float]:
         anchor = policy.values()
         state = policy.optimizer_snapshot() if self.opt_state == "restore" else None
-
-        def take_back(passes: int) -> dict[str, float]:
-            policy.assign(anchor)
-            policy.publish()
-            if state is not None:
-                policy.optimizer_restore(state)
-            metrics = plain_step(policy, accumulate)
-            return metrics | {"num_backward_passes": passes + 1.0, "update/fallback": 1.0}
-
-        accumulate()
+        metrics = accumulate()
         first = policy.gradient()
-        if not usable(first.norm):
-            return take_back(1)
-        policy.apply(first)
+        metrics |= policy.apply(first)
+        if not taken(metrics):
+            return metrics | {"num_backward_passes": 1.0, "update/fallback": 1.0}
         # after `apply`, so that r sees both gradients as they were clipped
         probe = policy.values().sub_(anchor) if self.ratio == "coord_adamw" else first.shard.clone()
         g0 = first.shard.clone() if self.gate == "cosine" else None
-        accumulate()
+        metrics = accumulate()
         second = policy.gradient()
-        if not usable(second.norm):
-            return take_back(2)
-        policy.apply(second)
+        metrics |= policy.apply(second)
+        if not taken(metrics):
+            return metrics | {"num_backward_passes": 2.0, "update/fallback": 1.0}
         report = self.reposition(policy, anchor, probe, second.shard)
         policy.publish(written=policy.weights_bf16 is not None)
         if state is not None:
             policy.optimizer_restore(state)
         metrics = accumulate()
         slow = policy.gradient()
-        if not usable(slow.norm):
-            return take_back(3)
         signal = self.signal(policy, metrics, slow, g0)
         metrics |= policy.apply(slow) | report
+        if not taken(metrics):
+            policy.assign(anchor)
+            policy.publish()
+            skipped = metrics["skipped"] + plain_step(policy, accumulate)["skipped"]
+            return metrics | {"skipped": skipped, "num_backward_passes": 4.0, "update/fallback": 1.0}
         self.after(signal)
         return metrics | {"num_backward_passes": 3.0, "update/fallback": 0.0}
 
@@ -218,8 +213,9 @@ class GXPO:
         self.watch.load_state_dict(state["watch"])
 
 
-def usable(norm: float) -> bool:
-    return math.isfinite(norm) and norm > TINY
+def taken(metrics: dict[str, float]) -> bool:
+    """Whether an optimizer step was, by what `policy.apply` returned."""
+    return not metrics["skipped"] and metrics["grad_norm"] > 0
 
 
 def plain_step(policy, accumulate: Accumulate) -> dict[str, float]:

@@ -5,8 +5,9 @@
     III  theta'      = theta~ - step(grad L(theta~))
 
 Under plain gradient descent theta' = theta_0 - lr (alpha sum_k grad L(theta_k) + grad L(theta~)), eq. 12. K + 1
-backward passes and 4 bytes per parameter for the anchor. The gate watches the entropy of pass III; once it trips, alpha
-is 0 for good (or falls to 0) and the rule is `single` at its cost.
+backward passes and 4 bytes per parameter for the anchor. Where the guard refuses all of pass III the weights are those
+of the anchor again; other steps that it refuses are left out. The gate watches the entropy of pass III; once it trips,
+alpha is 0 for good (or falls to 0) and the rule is `single` at its cost.
 """
 
 import math
@@ -82,10 +83,14 @@ class SFPO:
             policy.publish(written=weights is not None)
             if state is not None:
                 policy.optimizer_restore(state)
-            elif self.opt_state == "scale":
+            elif self.opt_state == "scale" and moved["before_sq"] > 0:
                 policy.scale_first_moment(alpha)
             report["update/displacement"] = math.sqrt(moved["before_sq"])
         slow = one_pass(policy, minibatches)
+        if alpha > 0 and slow["skipped"] == len(minibatches):
+            # the pulled back weights were no place to take a gradient at
+            policy.assign(anchor)
+            policy.publish()
         self.after(slow["entropy"])
         report |= {"update/gate_z": self.watch.z, "update/stopped": float(self.since is not None)}
         summed = {name: slow[name] + sum(p[name] for p in fast) for name in ("skipped", "num_backward_passes")}
