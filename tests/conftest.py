@@ -10,6 +10,8 @@ import promises
 import pytest
 import torch
 
+from fastrl import faults
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -64,3 +66,17 @@ def run_fastrl(tmp_path):
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Set FASTRL_FAULT for this process."""
+
+    def plan(text: str, rank: int = 0) -> None:
+        monkeypatch.setenv("FASTRL_FAULT", text)
+        monkeypatch.setenv("RANK", str(rank))
+        faults.from_environment.cache_clear()
+
+    yield plan
+    monkeypatch.undo()
+    faults.from_environment.cache_clear()

@@ -10,20 +10,6 @@ from fastrl import faults
 from fastrl.faults import Fault, Faults
 
 
-@pytest.fixture
-def planned(monkeypatch):
-    """Set FASTRL_FAULT for this process."""
-
-    def plan(text: str, rank: int = 0) -> None:
-        monkeypatch.setenv("FASTRL_FAULT", text)
-        monkeypatch.setenv("RANK", str(rank))
-        faults.from_environment.cache_clear()
-
-    yield plan
-    monkeypatch.undo()
-    faults.from_environment.cache_clear()
-
-
 @pytest.mark.parametrize(
     "text, number, rank, first, last",
     [
@@ -75,6 +61,16 @@ def test_values_change_in_place_and_numbers_are_returned(planned):
     assert values.view(-1)[1:].tolist() == [20, 30, 40]
     assert faults.through("reward", 0.5) == -math.inf
     assert faults.through("reward", 0.5) == 0.5
+
+
+def test_of_a_list_the_first_changes_and_of_a_tensor_the_first_that_is_not_zero(planned):
+    planned("none@logprobs,nan@credit,inf@nothing")
+    values = [-1.0, -2.0]
+    assert faults.through("logprobs", values) == [None, -2.0] and values == [-1.0, -2.0]
+    credit = torch.tensor([[0.0, 0.0], [0.5, 1.0]])
+    faults.through("credit", credit)
+    assert credit[1, 0].isnan() and credit[0].tolist() == [0, 0] and credit[1, 1] == 1
+    assert faults.through("nothing", torch.zeros(2)).tolist() == [math.inf, 0]
 
 
 def test_without_the_variable_nothing_is_counted(planned):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import make_trainer
+from helpers import make_trainer, mostly_later
 from test_sfpo import SMALL, quadratic, weights_and_state
 from toys import Descent
 
@@ -139,10 +139,13 @@ def test_the_optimizer_after_a_step(opt_state, steps, tmp_path):
         assert torch.allclose(optimizer.state[alone][name], policy.optimizer.state[policy.master][name], rtol=1e-5)
 
 
+@pytest.mark.parametrize("opt_state", mostly_later(["restore", "keep"], "restore"))
+@pytest.mark.parametrize("value", mostly_later([math.nan, math.inf, 0.0], math.nan))
 @pytest.mark.parametrize("broken", [0, 1, 2])
-@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
-def test_a_broken_probe_ends_in_a_plain_step(broken, value, tmp_path):
-    plain, gxpo = make_trainer(tmp_path / "a", *SMALL), make_trainer(tmp_path / "b", *SMALL, "--update", "gxpo")
+def test_a_broken_gradient_ends_in_a_plain_step_or_none(broken, value, opt_state, tmp_path):
+    """First: nothing moves. Second: the first has been a plain step. Third: a plain one is taken from the anchor."""
+    plain = make_trainer(tmp_path / "a", *SMALL)
+    gxpo = make_trainer(tmp_path / "b", *SMALL, "--update", "gxpo", "--opt-state", opt_state)
     for trainer in (plain, gxpo):
         trainer.step()  # so that there is state to put back
     # from the same weights and state
@@ -159,12 +162,17 @@ def test_a_broken_probe_ends_in_a_plain_step(broken, value, tmp_path):
             calls.append(1)
         return {"entropy": 1.0}
 
-    plain.update.update(plain.policy, [lambda: accumulate(plain)])
+    if broken:
+        plain.update.update(plain.policy, [lambda: accumulate(plain)])
     metrics = gxpo.update.update(gxpo.policy, [lambda: accumulate(gxpo)])
-    assert metrics["update/fallback"] == 1.0 and metrics["num_backward_passes"] == len(calls) == broken + 2
-    assert metrics["skipped"] == 0
-    for a, b in zip(weights_and_state(plain), weights_and_state(gxpo), strict=True):
-        assert torch.equal(a, b)
+    assert metrics["update/fallback"] == 1.0
+    assert metrics["num_backward_passes"] == len(calls) == (1, 2, 4)[broken]
+    assert metrics["skipped"] == float(value != 0.0) and metrics["grad_norm"] == pytest.approx(value, nan_ok=True)
+    weights, *state = zip(weights_and_state(plain), weights_and_state(gxpo), strict=True)
+    assert torch.equal(*weights) or (broken == 2 and opt_state == "keep")
+    if broken < 2 or opt_state == "restore":
+        assert all(torch.equal(a, b) for a, b in state)
+    assert all(tensor.isfinite().all() for tensor in weights_and_state(gxpo))
 
 
 def gated_run(norms, **options):

@@ -108,6 +108,7 @@ def test_mismatch_by_hand():
     assert got["sampling/mismatch_kl"] == pytest.approx(0.25)
 
 
+@pytest.mark.promise("B10")
 def test_a_nan_step_is_logged_as_nan_and_changes_nothing(tmp_path):
     trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--eval-limit", 4, "--steps", 2)
     trainer.step()
