@@ -77,7 +77,7 @@ def test_many_bad_passes_of_one_batch_are_one_bad_step():
 @pytest.mark.promise("B2")
 def test_more_than_ten_in_a_thousand_end_the_run():
     guard = Guard()
-    for step in range(1, 5000):
+    for step in range(1, 5001):
         guard.admit(math.nan if step % 100 == 0 else 1.0)
         guard.end_step(step)
         guard.give_up()  # ten of the last thousand
@@ -112,7 +112,7 @@ def test_a_restart_forgets_nothing():
 def test_heavy_tails_are_no_spikes(seed):
     """Norms as a policy gradient has them: log-normal, now and then a hundred times the median."""
     guard, generator = Guard(), random.Random(seed)
-    norms = [generator.lognormvariate(-1.2, 1.2) for _ in range(500)]
+    norms = [generator.lognormvariate(-1.2, 1.5) for _ in range(500)]
     assert sum(guard.admit(norm, generator.gauss(0, 1e-3)) for norm in norms) >= 498
     assert max(norms) > 20 * sorted(norms)[250]
 

@@ -42,7 +42,7 @@ ALARMS = {
     "cut off from the start": (log(cut=lambda n: 0.9), 4, "cut off by the length limit", "--max-new-tokens"),
     "cut off more and more": (log(cut=lambda n: n / STEPS), None, "cut off by the length limit", "--grade-truncated"),
     "reward jumps": (log(reward=lambda n: 0.3 if n < 100 else 0.95), 100, "jumped to 0.95 from 0.3", "--reward"),
-    "reward jumps from nothing": (log(reward=lambda n: 0.0 if n < 80 else 0.5), 80, "jumped to 0.5", "--rollouts-every"),
+    "reward jumps from none": (log(reward=lambda n: 0.0 if n < 80 else 0.5), 80, "jumped to 0.5", "--rollouts-every"),
 }  # fmt: skip
 
 
