@@ -36,7 +36,7 @@ class Guard:
     last: list[str] = field(default_factory=list, init=False)  # why, in the last step that had any
 
     WINDOW, FEWEST, RECENT = 128, 64, 1000
-    FACTOR = 4.0
+    FACTOR = 5.0
 
     def admit(self, grad_norm: float, loss: float = 0.0) -> bool:
         """Whether to take the step."""

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+EIGHT_BIT_LEAST = 4096  # elements
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -41,7 +43,10 @@ class OptimConfig:
 
 
 def make_optimizer(config: OptimConfig, shard: Tensor) -> torch.optim.Optimizer:
-    """An optimizer over one flat float32 (float64 in tests) shard. Raises ValueError when bitsandbytes is missing."""
+    """An optimizer over one flat float32 (float64 in tests) shard.
+
+    Raises ValueError when bitsandbytes is missing, or would not keep 8 bits, which must not depend on the ranks.
+    """
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     if config.name == "adamw":
         # the step count lives on the device with fused, and with it one kernel updates the whole shard
@@ -53,6 +58,11 @@ def make_optimizer(config: OptimConfig, shard: Tensor) -> torch.optim.Optimizer:
             f"--optim.name {config.name} needs bitsandbytes, which is not installed. "
             "Run `pip install bitsandbytes`, or use --optim.name adamw"
         ) from None
+    if len(shard) < EIGHT_BIT_LEAST:
+        raise ValueError(
+            f"--optim.name {config.name}: a rank's shard has {len(shard)} elements, and bitsandbytes keeps the state "
+            f"of fewer than {EIGHT_BIT_LEAST} in float32; use --optim.name adamw, or fewer ranks"
+        )
     cls = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
     return cls[config.name]([shard], **settings)
 

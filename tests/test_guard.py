@@ -19,13 +19,13 @@ def calm(guard: Guard, count: int = 64) -> Guard:
     return guard
 
 
-def test_a_spike_is_above_six_deviations_and_four_times_the_largest():
+def test_a_spike_is_above_six_deviations_and_five_times_the_largest():
     guard = calm(Guard())
-    assert guard.admit(12.0, 0.0) and not guard.admit(48.1, 0.0)  # 4 times 3, 4 times 12
-    assert guard.end_step(1)[0].startswith("grad_norm 48.1 is a spike: the last 65 steps had 2.15 on average")
+    assert guard.admit(15.0, 0.0) and not guard.admit(75.1, 0.0)  # 5 times 3, 5 times 15
+    assert guard.end_step(1)[0].startswith("grad_norm 75.1 is a spike: the last 65 steps had 2.2 on average")
     guard = calm(Guard())
-    assert guard.admit(1.0, 6.0) and not guard.admit(1.0, 24.1) and guard.refused[0].startswith("loss 24.1 is a spike")
-    # four times the largest, 12, is within 6 deviations of 2.5: mean 2 + 6 * 2.5 = 17
+    assert guard.admit(1.0, 7.5) and not guard.admit(1.0, 37.6) and guard.refused[0].startswith("loss 37.6 is a spike")
+    # mean 2 + 15 deviations of 1 = 17, which is more than 5 times 3
     assert calm(Guard(spike_sigma=15.0)).admit(16.9) and not calm(Guard(spike_sigma=15.0)).admit(17.1)
 
 
@@ -38,11 +38,11 @@ def test_the_window_holds_the_last_128_steps_that_were_taken():
     guard = Guard()
     guard.admit(100.0)
     calm(guard, 127)
-    assert guard.admit(390.0)  # four times 100 is the limit as long as 100 is among the last 128
+    assert guard.admit(490.0)  # five times 100 is the limit as long as 100 is among the last 128
     guard = Guard()
     guard.admit(100.0)
     calm(guard, 128)
-    assert not guard.admit(390.0) and not guard.admit(math.nan) and not guard.admit(0.0)
+    assert not guard.admit(490.0) and not guard.admit(math.nan) and not guard.admit(0.0)
     assert len(guard.window) == 128 and max(norm for _, norm in guard.window) == 3.0
     assert guard.skipped == 2 and guard.empty == 1
 
@@ -105,7 +105,7 @@ def test_a_restart_forgets_nothing():
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert again.state_dict() == guard.state_dict()
     assert (again.skipped, again.empty, again.in_a_row, again.bad_steps) == (1, 1, 1, [7])
-    assert not again.admit(12.1)
+    assert not again.admit(15.1)
 
 
 @pytest.mark.parametrize("seed", range(3))

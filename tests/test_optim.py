@@ -10,7 +10,7 @@ import torch
 
 from fastrl.guard import Guard
 from fastrl.model import load_model
-from fastrl.optim import OptimConfig, load_state_tensors, make_optimizer, state_tensors
+from fastrl.optim import OptimConfig, ShardOptimizer, load_state_tensors, make_optimizer, state_tensors
 from fastrl.policy import Policy
 from fastrl.types import NumericsError
 
@@ -267,3 +267,34 @@ def test_missing_bitsandbytes(monkeypatch, name):
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         OptimConfig(**settings)
+
+
+@pytest.mark.promise("B9", trials=3)
+def test_eight_bit_state_is_the_same_on_one_two_and_four_ranks(embedded):
+    """Shards start at multiples of 1024 elements, so at blocks of 256: each has its own scale wherever it lies."""
+    pytest.importorskip("bitsandbytes")
+    config = OptimConfig(name="adamw8bit", lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(1 << 16, generator=generator)
+    gradients = [torch.randn(1 << 16, generator=generator) for _ in range(3)]
+    states = {}
+    for ranks in (1, 2, 4):
+        shards = [shard.clone() for shard in whole.chunk(ranks)]
+        optimizers = [ShardOptimizer(config, shard) for shard in shards]
+        for gradient in gradients:
+            for optimizer, part in zip(optimizers, gradient.chunk(ranks), strict=True):
+                optimizer.step(part)
+        kept = [optimizer.state_tensors() for optimizer in optimizers]
+        names = ("state1", "state2", "absmax1", "absmax2")
+        states[ranks] = [torch.cat(shards), *(torch.cat([state[name] for state in kept]) for name in names)]
+    assert states[1][1].dtype == states[4][1].dtype == torch.uint8
+    for ranks in (2, 4):
+        assert all(torch.equal(a, b) for a, b in zip(states[1], states[ranks], strict=True))
+
+
+@pytest.mark.promise("B9")
+def test_a_shard_that_would_silently_be_kept_in_float32_is_refused():
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="a rank's shard has 2048 elements.*fewer than 4096.*--optim.name adamw"):
+        ShardOptimizer(OptimConfig(name="adamw8bit"), torch.zeros(2048))
+    assert ShardOptimizer(OptimConfig(name="adamw8bit"), torch.zeros(4096)).shard.numel() == 4096
