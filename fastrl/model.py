@@ -161,6 +161,9 @@ def label_hidden(model: nn.Module, input_ids: Tensor, response_mask: Tensor, pac
     and padded ids cannot reach a masked position.
     """
     wanted = response_mask[:, 1:]
+    source = input_ids[:, :-1] if packed is None else packed.input_ids
+    if not source.numel():  # prompts of one token without a completion; attention takes no empty sequence
+        return model.base_model.get_input_embeddings()(source.reshape(-1))
     if packed is None:
         return model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state[wanted]
     return embedding(packed.place[wanted], packing.forward(model, packed))
