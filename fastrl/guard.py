@@ -13,24 +13,24 @@ class Guard:
 
     Refused are a loss or a gradient norm that is not finite, and spikes: above mean + `spike_sigma` standard deviations
     of the last WINDOW steps that were taken, once there are FEWEST of them, and above FACTOR times the largest of them.
-    Norms of policy gradients have heavy tails: of 500 sound steps of the embedded run 64 lie above the first bound, up
-    to a hundred times the median, when a group of right answers holds a rare wrong one. None lies above both.
+    Norms of policy gradients have heavy tails: of 500 sound steps of the embedded run 26 to 64 lie above the first
+    bound, up to a hundred times the median, when a group of right answers holds a rare wrong one. None is above both.
     Both numbers are already reduced over ranks, so every rank decides the same. The norm is tested before clipping,
     because clipping by a NaN norm would turn every gradient into NaN. A norm of exactly zero means that no completion
     carried a signal: nothing to learn, so the step is left out too, and weights, moments and decay stay as they are.
 
     An update rule may take many optimizer steps on one batch. All are tested, and all are one training step when it
-    comes to giving up: a single bad batch is bad in each of its passes.
+    comes to giving up: a single bad batch is bad in each of its passes. A spike now and then is no reason to.
     """
 
     max_in_a_row: int = 3  # training steps
-    max_recent: int = 10  # training steps of the last RECENT
+    max_recent: int = 10  # training steps of the last RECENT, spikes not counted
     spike_sigma: float = 6.0  # 0: spikes pass
     lr_setting: str = "--optim.lr"  # what to lower when it gives up
     skipped: int = field(default=0, init=False)  # optimizer steps refused, over the whole run
     empty: int = field(default=0, init=False)  # norm exactly zero, over the whole run
     in_a_row: int = field(default=0, init=False)  # training steps
-    bad_steps: list[int] = field(default_factory=list, init=False)  # numbers of the recent ones
+    bad_steps: list[int] = field(default_factory=list, init=False)  # numbers of the recent ones that were not finite
     window: list[list[float]] = field(default_factory=list, init=False)  # loss and norm of steps taken, oldest first
     refused: list[str] = field(default_factory=list, init=False)  # why, in this training step
     last: list[str] = field(default_factory=list, init=False)  # why, in the last step that had any
@@ -72,7 +72,8 @@ class Guard:
         """Close training step number `step`; why optimizer steps of it were refused."""
         reasons, self.refused = self.refused, []
         self.in_a_row = self.in_a_row + 1 if reasons else 0
-        self.bad_steps = [n for n in self.bad_steps if n > step - self.RECENT] + ([step] if reasons else [])
+        broken = any("spike" not in reason for reason in reasons)
+        self.bad_steps = [n for n in self.bad_steps if n > step - self.RECENT] + [step] * broken
         self.last = reasons or self.last
         return reasons
 

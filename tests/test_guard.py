@@ -96,6 +96,15 @@ def test_spikes_in_a_row_end_the_run_and_the_flag_is_named():
         guard.give_up()
 
 
+def test_spikes_now_and_then_do_not():
+    guard = calm(Guard())
+    for step in range(100):
+        guard.admit(1e4 if step % 3 else 1.0)
+        guard.end_step(step)
+        guard.give_up()
+    assert guard.skipped == 66 and guard.bad_steps == []
+
+
 def test_a_restart_forgets_nothing():
     guard = calm(Guard(), 100)
     guard.admit(math.nan)

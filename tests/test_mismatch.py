@@ -1,5 +1,6 @@
 """Engine against trainer: what is warned of, what ends a run after three steps, and whose log-probabilities are old."""
 
+import json
 import math
 
 import pytest
@@ -19,6 +20,16 @@ def test_by_hand():
     got = metrics(math.log(2), -math.log(2), 0.0)
     assert got["sampling/token_mult_prob_error/mean"] == pytest.approx(5 / 3)
     assert got["sampling/token_mult_prob_error/median"] == pytest.approx(2.0)
+
+
+def test_the_watch_goes_on_after_a_restart():
+    one, other = MismatchWatch(), MismatchWatch()
+    for _ in range(2):
+        one.observe(metrics(math.nan, 0.0, 0.0))
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other == one and other.in_a_row == 2 and other.warned
+    with pytest.raises(EngineError):
+        other.observe(metrics(math.nan, 0.0, 0.0))
 
 
 def test_a_clean_run_gives_no_alarm():
@@ -58,6 +69,7 @@ def test_three_steps_in_a_row_end_the_run(log_ratios, name):
     assert error.value.exit_code == 5
 
 
+@pytest.mark.promise("B6")
 def test_a_run_whose_trainer_forgets_the_temperature_is_ended(tmp_path):
     trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--eval-limit", 4, "--temperature", 0.3, "--steps", 9)
     trainer.policy.inv_temperature = 1.0

@@ -1,8 +1,10 @@
 """SFPO against its equations on quadratics, and inside the trainer: what the optimizer sees, when it stops."""
 
+import math
+
 import pytest
 import torch
-from helpers import make_trainer
+from helpers import make_trainer, mostly_later
 from test_gate import FLAT
 from toys import Descent
 
@@ -148,3 +150,32 @@ def test_the_slow_pass_takes_its_gradient_where_the_pull_back_ends(tmp_path):
     assert len(seen) == 4 and len(masters) == 5
     assert torch.equal(seen[3], masters[3].bfloat16())
     assert torch.allclose(masters[3] - seen[0], 0.8 * (masters[2] - seen[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("opt_state", mostly_later(["keep", "restore", "scale"], "restore"))
+@pytest.mark.parametrize("broken, skipped", [((3,), 1), ((0, 1, 2, 3), 4), ((1,), 1)])
+def test_a_refused_pass_leaves_the_update_whole(broken, skipped, opt_state, tmp_path):
+    """The slow one: back to the anchor. All: nothing has happened. A fast one: as if there had been one fewer."""
+    trainer = make_trainer(tmp_path, *SMALL, "--update", "sfpo", "--lookahead", 3, "--opt-state", opt_state)
+    policy = trainer.policy
+    trainer.step()  # so that there is state
+    before = [tensor.clone() for tensor in weights_and_state(trainer)]
+    gradient = torch.randn(len(policy.master), generator=torch.Generator().manual_seed(1)) * 1e-4
+    calls = []
+
+    def accumulate():
+        policy.flat.grads.copy_(gradient)
+        if len(calls) in broken:
+            policy.flat.grads[7] = math.nan
+        calls.append(1)
+        return {"entropy": 1.0}
+
+    metrics = trainer.update.update(policy, [accumulate])
+    assert len(calls) == 4 and metrics["skipped"] == skipped
+    now = weights_and_state(trainer)
+    same = [torch.equal(a, b) for a, b in zip(before, now, strict=True)]
+    assert all(tensor.isfinite().all() for tensor in now)
+    if broken == (1,):
+        assert not any(same)
+    else:
+        assert same[0] and (all(same) or (opt_state != "restore" and broken == (3,)))

@@ -54,15 +54,33 @@ def ignored_temperature(engine):
     engine.sample = lambda requests, sampling: sample(requests, Sampling(max_new_tokens=sampling.max_new_tokens))
 
 
+def emptied_weights(engine):
+    """As after a sleep that freed them, without a reload: the right shapes, and nothing in them."""
+    for parameter in engine.runner.get_model().parameters():
+        parameter.data = torch.zeros_like(parameter)
+    engine.check_alias = lambda: None
+
+
+def rounded_head(engine):
+    """A head in another precision than the trainer's."""
+    head = engine.runner.get_model().lm_head.weight
+    head.data = head.data.bfloat16().float()
+    engine.check_alias = lambda: None
+
+
 def raw_logprobs(engine):
     sampler = engine.runner.sampler
     sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = "raw_logprobs"
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize(
     "fault, steps",
-    [(swap_layers, 0), (ignored_temperature, 0), (raw_logprobs, 0), (copied_weights, 1), (kept_prefixes, 1)],
-)
+    [
+        (swap_layers, 0), (ignored_temperature, 0), (raw_logprobs, 0), (emptied_weights, 0), (rounded_head, 0),
+        (copied_weights, 1), (kept_prefixes, 1),
+    ],
+)  # fmt: skip
 def test_a_fault_is_caught_within_one_step(make, fault, steps):
     """Before the first rollout, or where only an update brings it out, before the one after."""
     trainer = make("--temperature", 0.7, "--lr", 1e-3)
@@ -76,6 +94,7 @@ def test_a_fault_is_caught_within_one_step(make, fault, steps):
     assert error.value.exit_code == 5 and trainer.completed == steps
 
 
+@pytest.mark.promise("B6")
 def test_a_lost_alias_is_caught_by_its_address(make):
     trainer = make()
     trainer.step()
@@ -85,6 +104,7 @@ def test_a_lost_alias_is_caught_by_its_address(make):
         trainer.step()
 
 
+@pytest.mark.promise("B6")
 def test_two_hundred_clean_steps_give_no_alarm_and_learn(make):
     trainer = make("--steps", 200, "--problems-per-step", 16, "--group-size", 8, "--lr", 2e-4, "--eval-limit", 32)
     assert trainer.run() == "done"
