@@ -1,5 +1,6 @@
 """Padded batches by hand, and every way of cutting them: each row once, within the budget, same denominators."""
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrl.batching import cut, denominator, make_batch, minibatches, select
+from fastrl.batching import averages, cut, denominator, make_batch, minibatches, select
 from fastrl.types import Completion, Problem, RolloutGroup, TrainBatch
 
 PAD = 99
@@ -225,3 +226,18 @@ def test_denominators_by_hand():
 def test_logprobs_and_ids_must_be_as_many():
     with pytest.raises(ValueError, match="2 token_ids but 1 rollout_logprobs"):
         Completion(token_ids=[1, 2], rollout_logprobs=[-0.5], finish_reason="stop")
+
+
+@pytest.mark.parametrize("broken", [None, math.nan, math.inf, -math.inf])
+def test_no_step_is_taken_on_tokens_that_the_engine_gave_no_number_for(broken):
+    groups = by_hand()
+    groups[1].completions[0].rollout_logprobs[2] = broken
+    batch = make_batch(groups, lambda rewards, _: rewards, pad_id=PAD, max_new_tokens=4)
+    assert batch.credit.isnan().tolist() == [False, False, True, False, False]
+    assert batch.credit[[0, 1, 3, 4]].tolist() == [1.0, 0.5, -2.0, 3.0]
+    found = batch.rollout_logprobs[2, 3]
+    assert found == broken if broken in (math.inf, -math.inf) else found.isnan()
+
+
+def test_sums_of_nothing_are_an_empty_dict():
+    assert averages({}, 3.0) == {}
