@@ -77,7 +77,7 @@ def test_no_rank_takes_a_step_on_a_number_that_is_none(name, rank, tmp_path):
         tmp_path / "run.toml", "--out", tmp_path / "run", "--steps", "19",
     ]  # fmt: skip
     environment = {**os.environ, "FASTRL_FAULT": ",".join(fault for *_, fault in planned)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     folder, bad = tmp_path / "run", {step: named for step, named, _ in planned}
     steps = [row for row in rows(folder) if "reward" in row]
