@@ -30,6 +30,7 @@ from fastrl.model import (
     save_model,
 )
 from fastrl.model_shapes import NoPlan
+from fastrl.perf import Spans
 from fastrl.planning import plan_of
 from fastrl.policy import Policy
 from fastrl.profile_data import ProfileKey, find_profile
@@ -50,8 +51,9 @@ def open_rewards(config: TrainConfig) -> RewardSet:
 
 
 def build(
-    config: TrainConfig, log: RunLog, rewards: RewardSet, stop_requested: Callable[[], bool] = lambda: False
-) -> Trainer:
+    config: TrainConfig, log: RunLog, rewards: RewardSet, stop_requested: Callable[[], bool] = lambda: False,
+    spans: Spans | None = None,
+) -> Trainer:  # fmt: skip
     """Load the data, then the model, and put the parts together."""
     device, dtype, tokens = resolve(config)
     tokenizer = load_tokenizer(config.model)
@@ -93,8 +95,9 @@ def build(
     engine = make_engine(config, loaded, policy, longest, log)
     watched = config.canary and isinstance(engine, VllmEngine)  # the other engine has no weights of its own
     canary = Canary.of(engine, policy, config.temperature, task.problems, longest) if watched else None
+    spans = spans or Spans()
     rollout = Rollout(
-        engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
+        spans=spans, engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
         grade_truncated=config.grade_truncated, canary=canary and canary.check,
         make_room=make_room,
     )  # fmt: skip
@@ -115,7 +118,7 @@ def build(
         objective=config.objective, update=config.update,
         old_from_engine=config.old_logprobs == "engine", memory=memory_watch(config, log),
         completions_per_step=config.allocation.budget(config.problems_per_step), num_minibatches=config.minibatches,
-        fitting=Fitting(tokens=tokens, say=log.say),
+        fitting=Fitting(tokens=tokens, say=log.say, beat=spans.beat),
         schedule=Schedule(
             steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
             stop_at_accuracy=config.stop_at_accuracy, stop_below_accuracy=config.stop_below_accuracy,

@@ -11,6 +11,7 @@ import torch
 
 from fastrl.batching import make_batch
 from fastrl.engine.base import Engine, Request, Sampling, sampling_seed
+from fastrl.engine.checked import sample_checked
 from fastrl.metrics import sampling_mismatch
 from fastrl.policy import Policy
 from fastrl.types import EngineError, Problem, RolloutGroup
@@ -43,7 +44,7 @@ class Canary:
         """The difference, as metrics. Raises EngineError when it is more than rounding makes."""
         request = Request(prompt_ids=self.prompt_ids, seeds=[sampling_seed("canary", i) for i in range(COMPLETIONS)])
         sampling = Sampling(temperature=self.temperature, max_new_tokens=TOKENS)
-        (completions,) = self.engine.sample([request], sampling)
+        (completions,) = sample_checked(self.engine, [request], sampling, len(self.policy.tokenizer))
         problem = Problem(id="canary", prompt="", answer="", prompt_ids=self.prompt_ids)
         group = RolloutGroup(problem=problem, completions=completions, policy_version=self.engine.policy_version)
         batch = make_batch(

@@ -24,6 +24,7 @@ T = TypeVar("T")
 class Fitting:
     tokens: int  # of a microbatch, at most
     say: Callable[[str], None]
+    beat: Callable[[], None] = lambda: None  # called with every microbatch
 
     whole: bool = field(default=False, init=False)  # whether the microbatch at work cannot be cut further
 
@@ -33,6 +34,7 @@ class Fitting:
         """`batching.cut` at the present limit."""
         for rows, part in cut(batch, self.tokens, splits_groups=splits_groups, packed=packed):
             self.whole = (len(part) if splits_groups else len(part.group.unique())) == 1
+            self.beat()
             yield rows, part
 
     def run(self, work: Callable[[], T]) -> T:

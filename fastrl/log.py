@@ -37,6 +37,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         self.previous_reward = math.nan
         self.writers: list[tuple] = []
+        self.ended = False  # whether the last word is written
 
     def open(self, loggers: tuple[str, ...] = ()) -> None:
         """Make the folder and start the optional loggers; before this nothing is written but what `say` prints."""
@@ -102,15 +103,20 @@ class RunLog:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"step_{step:06}.jsonl").write_text(text)
 
-    def status(self, reason: str, step: int, last_checkpoint: str | None, code: int, message: str = "") -> None:
-        """status.json: how the run ended, for whoever cannot see the exit code."""
-        if not self.quiet:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(
-                self.folder / "status.json",
-                {"reason": reason, "step": step, "last_checkpoint": last_checkpoint, "exit_code": code,
-                 "message": message},
-            )  # fmt: skip
+    def status(
+        self, reason: str, step: int, last_checkpoint: str | None, code: int, message: str = "", phase: str = "",
+        *, last_word: bool = False,
+    ) -> None:  # fmt: skip
+        """status.json: how the run ended, for whoever cannot see the exit code.
+
+        last_word: on whatever rank, and nothing that this process says later replaces it.
+        """
+        if self.ended or (self.quiet and not last_word):
+            return
+        self.ended = last_word
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = {"reason": reason, "step": step, "last_checkpoint": last_checkpoint, "exit_code": code}
+        write_json(self.folder / "status.json", {**values, "phase": phase, "message": message})
 
     def curve(self) -> Path | None:
         """Draw reward and evaluation against rollouts into curve.png."""

@@ -3,20 +3,44 @@
 import gc
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 
+class Progress(NamedTuple):
+    """Where a process is. One object, so that a thread that reads it never sees half of a change."""
+
+    phase: str  # the newest one that was entered; "" before the first
+    visit: int  # which time it is, from 1
+    at: float  # of the newest progress, time.monotonic
+
+
 class Spans:
-    """Named wall-clock spans in seconds, summed until taken. Waits for the device, so a span holds its own work."""
+    """Named wall-clock spans in seconds, summed until taken. Waits for the device, so a span holds its own work.
+
+    A span is also a phase of the program, which lasts until the next one is entered: `progress` is what a watchdog
+    reads. What takes long calls `beat` as it goes on.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.visits: Counter[str] = Counter()
+        self.progress = Progress("", 0, time.monotonic())
+
+    def enter(self, phase: str) -> None:
+        self.visits[phase] += 1
+        self.progress = Progress(phase, self.visits[phase], time.monotonic())
+
+    def beat(self) -> None:
+        self.progress = Progress(self.progress.phase, self.progress.visit, time.monotonic())
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self.enter(name)
         start = time.perf_counter()
         try:
             yield

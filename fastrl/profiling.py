@@ -50,6 +50,7 @@ def sample_profile(
             leave()
             begin, done = time.perf_counter(), len(profile.rows)
             part = problems[done : done + at_once]
+            rollout.spans.enter("profile")
             with checkpoint.generators_kept():  # reward functions draw from them: a profile must not change a run
                 rows = sample_rows(rollout, part, N, stream)
             tokens = sum(len(p.prompt_ids) * N + sum(row["lengths"]) for p, row in zip(part, rows, strict=True))

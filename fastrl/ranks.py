@@ -1,22 +1,61 @@
 """Which process of how many this is, and the collectives the trainer needs. Without torchrun: rank 0 of 1."""
 
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrl.types import EngineError
 
-def start(device: str) -> None:
+
+def start(device: str, timeout_s: float = 0.0) -> None:
     """Join the process group that torchrun describes in the environment; nothing to do without it.
 
-    Tensors on the CPU travel by gloo, those on a GPU by NCCL.
+    Tensors on the CPU travel by gloo, those on a GPU by NCCL. timeout_s: how long a collective waits for the others;
+    0 = torch's own limits. Raises EngineError if they do not come.
     """
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        wait = {"timeout": timedelta(seconds=timeout_s)} if timeout_s else {}
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        with reaching_others():
+            store, own, count = next(dist.rendezvous("env://", **wait))
+            dist.init_process_group(backend, store=of_this_start(store), rank=own, world_size=count, **wait)
+
+
+def of_this_start(store: dist.Store) -> dist.Store:
+    """torchrun has one store for all its restarts, in which a new rank can find the address of one that is dead.
+
+    On several boxes the counts of restarts may differ: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+@contextmanager
+def reaching_others() -> Iterator[None]:
+    """Around a collective: one that fails, for a rank is dead or stuck, is an EngineError.
+
+    gloo notices a closed connection at once and raises a plain RuntimeError, as it does when the time is up.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]  # without the line of C++ it comes from
+        raise EngineError(
+            f"rank {os.environ.get('RANK')} of {world_size()} cannot reach the others any more: one of them has ended, "
+            f"or stands still ({said})"
+        ) from error
 
 
 def stop() -> None:
@@ -54,7 +93,8 @@ def size() -> int:
 def all_sum_(values: Tensor) -> Tensor:
     """Replace `values` by their sum over ranks, in place."""
     if size() > 1:
-        dist.all_reduce(values)
+        with reaching_others():
+            dist.all_reduce(values)
     return values
 
 
@@ -63,7 +103,8 @@ def all_max(value: float) -> float:
     if size() == 1:
         return value
     values = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    with reaching_others():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.item()
 
 
@@ -79,7 +120,8 @@ def gather(value: object) -> list:
     """What every rank has, in rank order, on every rank; anything that can be pickled."""
     parts: list = [value] * size()
     if size() > 1:
-        dist.all_gather_object(parts, value)
+        with reaching_others():
+            dist.all_gather_object(parts, value)
     return parts
 
 
@@ -88,10 +130,10 @@ def reduce_shard(full: Tensor) -> Tensor:
     if size() == 1:
         return full
     if not full.is_cuda:  # gloo has no reduce-scatter
-        dist.all_reduce(full)
-        return full.chunk(size())[rank()]
+        return all_sum_(full).chunk(size())[rank()]
     shard = torch.empty(full.numel() // size(), dtype=full.dtype, device=full.device)
-    dist.reduce_scatter_tensor(shard, full)  # the form with a list of slices copies them all
+    with reaching_others():
+        dist.reduce_scatter_tensor(shard, full)  # the form with a list of slices copies them all
     return shard
 
 
@@ -99,7 +141,8 @@ def gather_shards(full: Tensor) -> None:
     """Fill `full` [P] on every rank from the slices that each rank has written into its own part."""
     if size() > 1:
         own = full.chunk(size())[rank()]
-        dist.all_gather_into_tensor(full, own if full.is_cuda else own.clone())  # NCCL gathers in place
+        with reaching_others():
+            dist.all_gather_into_tensor(full, own if full.is_cuda else own.clone())  # NCCL gathers in place
 
 
 def gather_rows(table: Tensor) -> Tensor:
@@ -107,15 +150,18 @@ def gather_rows(table: Tensor) -> Tensor:
     if size() == 1:
         return table
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
-    dist.all_gather(counts, torch.tensor([len(table)]))
+    with reaching_others():
+        dist.all_gather(counts, torch.tensor([len(table)]))
     longest = max(int(c) for c in counts)
     padded = torch.zeros(longest, table.shape[1], dtype=table.dtype)
     padded[: len(table)] = table
     parts = [torch.zeros_like(padded) for _ in range(size())]
-    dist.all_gather(parts, padded)
+    with reaching_others():
+        dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
 
 
 def barrier() -> None:
     if size() > 1:
-        dist.barrier()
+        with reaching_others():
+            dist.barrier()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from fastrl import faults, ranks
 from fastrl.engine.base import Engine, Request, Sampling, sampling_seed
+from fastrl.engine.checked import sample_checked
 from fastrl.metrics import evaluation_table
 from fastrl.perf import Spans
 from fastrl.rewards import RewardSet
@@ -73,11 +74,13 @@ class Rollout:
                 self.canary_metrics = self.canary()
                 self.checked_version = self.engine.policy_version
             faults.at("generate")
-            sampled = self.engine.sample(requests, sampling)
+            self.engine.progress = self.spans.beat
+            sampled = sample_checked(self.engine, requests, sampling, len(self.tokenizer))
         flat = [c for completions in sampled for c in completions]
         for completion in flat[:1]:
             completion.rollout_logprobs = faults.through("rollout_logprobs", completion.rollout_logprobs)
-        texts = self.tokenizer.batch_decode([c.token_ids for c in flat], skip_special_tokens=True)
+        ids = [c.token_ids for c in flat]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of no rows it makes one
         for completion, text in zip(flat, texts, strict=True):
             completion.text = text
         version = self.engine.policy_version

@@ -105,6 +105,7 @@ class TrainConfig:
     rollouts_every: int = 25  # steps between rollouts/step_N.jsonl files; 0 = never
     resume: str = ""  # auto: the newest checkpoint of the run folder; or a checkpoint folder
     allow_change: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
+    hang_timeout: float = 1800.0  # seconds without any progress after which the run ends, with all stacks; 0 = never
     canary: bool = True  # with vLLM, score fixed tokens by both after every update, and stop where they differ
     dry_run: bool = False  # print the resolved configuration and the plan, then stop
 
@@ -122,6 +123,8 @@ class TrainConfig:
             raise ValueError(
                 f"--spike-sigma must be at least 0, got {self.spike_sigma}; 6 is usual, 0 lets spikes pass"
             )
+        if not 0 <= self.hang_timeout <= 1e6:
+            raise ValueError(f"--hang-timeout must be between 0 (never) and 1e6 seconds, got {self.hang_timeout}")
         if not 0 < self.temperature <= 100:
             raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
         for name in ("stop_at_accuracy", "stop_below_accuracy"):

@@ -22,17 +22,18 @@ from fastrl import checkpoint, faults, ranks
 from fastrl.build import build, memory_lines, open_rewards, profile_plan
 from fastrl.config import as_dict, exit_code, fail, run_program
 from fastrl.log import RunLog, versions, write_json
-from fastrl.perf import collector_paused
+from fastrl.perf import Progress, Spans, collector_paused
 from fastrl.run_config import TrainConfig, configure, describe, resolve
 from fastrl.trainer import Stopped, Trainer
 from fastrl.types import CheckpointError, EngineError, NumericsError
+from fastrl.watchdog import Watchdog, longest_wait
 
 # what may differ between a run and its continuation; everything else would change what is being trained
 FREE_ON_RESUME = {
     "steps", "max_minutes", "stop_at_accuracy", "stop_below_accuracy", "stop_on_collapse", "eval", "eval_k",
     "eval_every", "eval_limit",
     "save_every", "keep", "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers",
-    "max_num_seqs", "allow_change", "offload", "reference_on_host", "profile", "canary",
+    "max_num_seqs", "allow_change", "offload", "reference_on_host", "profile", "canary", "hang_timeout",
 }  # fmt: skip
 
 
@@ -98,6 +99,25 @@ def where(trainer: Trainer | None) -> tuple[int, str | None]:
     return trainer.completed, str(trainer.last_checkpoint) if trainer.last_checkpoint else None
 
 
+def leave_status(
+    log: RunLog, trainer: Trainer | None, reason: str, code: int, message: str, phase: str, *, last_word: bool = False
+) -> None:
+    """status.json of a run that was cut short. One that never began leaves what an earlier run has said."""
+    if trainer is not None or not has_run(log.folder):
+        log.status(reason, *where(trainer), code, message, phase, last_word=last_word)
+
+
+def watchdog_of(config: TrainConfig, spans: Spans, log: RunLog, stop: StopFlag) -> Watchdog:
+    def report(progress: Progress, message: str) -> None:
+        code = EngineError.exit_code
+        leave_status(log, stop.trainer, "hang", code, message, progress.phase, last_word=True)
+
+    def others_noticed() -> None:
+        log.ended = True
+
+    return Watchdog(spans, config.hang_timeout, config.folder, report=report, others_noticed=others_noticed)
+
+
 def has_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
 
@@ -139,19 +159,24 @@ def main(argv: list[str]) -> int:
         return 0
     if config.threads:
         torch.set_num_threads(config.threads)
-    ranks.start(device)
+    try:
+        ranks.start(device, longest_wait(config.hang_timeout))
+    except EngineError as error:
+        return fail(error)
     checkpoint.seed_generators(config.seed + ranks.rank())
     quiet = ranks.rank() > 0
     log = RunLog(config.folder, total_steps=config.steps, quiet=quiet)
-    stop = StopFlag(log)
+    stop, spans = StopFlag(log), Spans()
+    watchdog = watchdog_of(config, spans, log, stop)
     trainer = None
     try:
         for fault in planned:
             log.say(f"WARNING: FASTRL_FAULT is set, this run will be broken on purpose: {fault}")
         for line in lines:
             log.say(line)
+        watchdog.start()
         with collector_paused():
-            trainer = stop.trainer = build(config, log, rewards, stop)
+            trainer = stop.trainer = build(config, log, rewards, stop, spans)
         if config.resume:
             resume(trainer, config.resume, config)
         elif not quiet:
@@ -176,11 +201,13 @@ def main(argv: list[str]) -> int:
         )
         ranks.barrier()  # a rank that leaves early would abort the others' last collective
     except BaseException as error:
-        step, saved = where(trainer)
-        if trainer is not None or not has_run(config.folder):  # a run that never began leaves an earlier one alone
-            log.status(type(error).__name__, step, saved, exit_code(error), str(error))
-        if trainer is not None and not quiet:
-            (config.folder / "traceback.txt").write_text(traceback.format_exc())
+        phase = spans.progress.phase
+        if isinstance(error, EngineError) and phase:
+            error.args = (f"{error} (step {where(trainer)[0] + 1}, phase {phase})",)
+        leave_status(log, trainer, type(error).__name__, exit_code(error), str(error), phase)
+        if trainer is not None and config.folder.exists():
+            name = f"traceback-rank{ranks.rank()}.txt" if quiet else "traceback.txt"
+            (config.folder / name).write_text(traceback.format_exc())
         if isinstance(error, (ValueError, EngineError, NumericsError, Stopped)):
             return fail(error)
         raise
@@ -189,6 +216,7 @@ def main(argv: list[str]) -> int:
         if trainer is not None:
             trainer.rollout.engine.close()
         ranks.stop()
+        watchdog.stop()
     return code
 
 

@@ -327,6 +327,7 @@ class Trainer:
         """avg@k, pass@k and maj@k of every evaluation set, into the log and onto the console."""
         for eval_set in self.eval_sets:
             start = time.perf_counter()
+            self.rollout.spans.enter("eval")
             faults.at("eval")
             with checkpoint.generators_kept():  # how often a run is evaluated must not change how it trains
                 _, table = self.rollout.evaluate(eval_set.problems, eval_set.k, eval_set.sampling)

@@ -7,12 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["types", "config", "faults", "log", "perf", "ranks", "kernels", "split_master", "flat_library", "flat_nvrtc"],
+    ["types", "config", "faults", "log", "perf", "kernels", "split_master", "flat_library", "flat_nvrtc"],
     [
-        "packing", "activations", "host", "liger", "optim", "flat_definition", "flat_backends", "memory_parts",
-        "bad_step",
+        "ranks", "packing", "activations", "host", "liger", "optim", "flat_definition", "flat_backends", "memory_parts",
     ],
-    ["ops", "flat", "split_optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets"],
+    [
+        "ops", "flat", "split_optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets", "bad_step",
+        "watchdog",
+    ],
     [
         "objectives", "updates", "allocation", "trained", "batching", "engine", "memory_advice", "memory_watch",
         "model_shapes", "health",

@@ -1,6 +1,7 @@
 """What an engine is: token ids in, sampled token ids with their log-probabilities out. Text is not its business."""
 
 import hashlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +34,7 @@ class Request:
 
 class Engine(Protocol):
     policy_version: int  # weight updates this engine has been told of
+    progress: Callable[[], None]  # set from outside; called by `sample` as it gets on, so that none is taken for stuck
 
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         """For each request one completion per seed. The same seed, weights and batch give the same completion."""

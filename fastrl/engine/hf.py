@@ -4,6 +4,7 @@ A prompt is prefilled once and its cache repeated for its completions. Rows that
 draws from its own counter-based stream, so a completion does not depend on who else is sampled or in which order.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -26,6 +27,7 @@ class HFEngine:
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(eos_ids, device=self.device)
         self.policy_version = 0
+        self.progress: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, loaded, max_num_seqs: int) -> "HFEngine":
@@ -86,6 +88,7 @@ class HFEngine:
         at = torch.arange(len(rows), device=self.device)  # which row of the batch each running row is
         head = self.model.get_output_embeddings().weight[: self.num_tokens]
         for t in range(sampling.max_new_tokens):
+            self.progress()
             token, logprob = draw(chunk_logits(hidden, head), sampling, seeds[at], t)
             ids[at, t], logprobs[at, t] = token, logprob
             ended = torch.isin(token, self.eos_ids) & ~stopped[at]

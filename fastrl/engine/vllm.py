@@ -8,7 +8,7 @@ phases. Log-probabilities are those of the distribution that was sampled from, a
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -99,6 +99,8 @@ class VllmEngine:
                 )  # fmt: skip
         self.core = self.llm.llm_engine.engine_core
         self.runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        self.progress: Callable[[], None] = lambda: None
+        self.llm.llm_engine.step = self.observed(self.llm.llm_engine.step)
         self.pages = KvPages(self.runner.kv_caches if settings.kv == "release" else [])
         self.check_alias()
 
@@ -142,8 +144,24 @@ class VllmEngine:
             )
             for r in requests for seed in r.seeds
         ]  # fmt: skip
-        outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
-        return [[self.completion(next(outputs)) for _ in r.seeds] for r in requests]
+        try:
+            outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
+            return [[self.completion(next(outputs)) for _ in r.seeds] for r in requests]
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"vLLM failed while it sampled: {type(error).__name__}: {error}") from error
+
+    def observed(self, step: Callable[[], list]) -> Callable[[], list]:
+        """A step of the engine, which gives the completions that have ended; only those are progress."""
+
+        def observed_step() -> list:
+            ended = step()
+            if ended:
+                self.progress()
+            return ended
+
+        return observed_step
 
     def completion(self, output) -> Completion:
         (one,) = output.outputs
