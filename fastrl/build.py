@@ -151,7 +151,7 @@ def make_engine(config: TrainConfig, loaded: LoadedModel, policy: Policy, max_mo
             ) from None
     engine = open_engine(
         name, loaded, policy.flat, config.vllm, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len,
-        kv_bytes=kv_bytes, num_ranks=ranks.size(), seed=config.seed + ranks.rank(),
+        kv_bytes=kv_bytes, seed=config.seed + ranks.rank(),
     )  # fmt: skip
     size = f" with {kv_bytes / 2**30:.1f} GiB of KV cache" if kv_bytes else ""
     log.say(f"engine: {name}" + (f" {engine.version}, over the trainer's weights{size}" if name == "vllm" else ""))

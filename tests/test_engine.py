@@ -6,7 +6,10 @@ import torch
 from fastrl.data.arithmetic import Arithmetic
 from fastrl.engine.base import Request, Sampling, sampling_seed
 from fastrl.engine.hf import HFEngine, draw, nucleus, uniform
+from fastrl.engine.vllm_weights import attach
+from fastrl.flat import FlatParams
 from fastrl.model import load_model, token_logprobs
+from fastrl.types import EngineError
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +136,10 @@ def test_sampling_says_what_is_wrong():
         Sampling(max_new_tokens=-1)
     with pytest.raises(ValueError, match="temperature must be between 0 and 100, got nan"):
         Sampling(temperature=float("nan"))
+
+
+def test_an_engine_on_another_device_than_the_weights_is_refused():
+    flat = FlatParams(torch.nn.Sequential(torch.nn.Linear(4, 4, device="meta")), grad_dtype=None)
+    engines = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(EngineError, match="0.weight: vLLM is on cpu, the trained model on meta; .*CUDA_VISIBLE"):
+        attach(engines, flat)

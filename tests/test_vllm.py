@@ -41,7 +41,7 @@ def process_state() -> list:
     """What else in the process depends on: generators, threads, precision."""
     return [
         random.getstate(), numpy.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist(),
-        torch.get_num_threads(), torch.get_float32_matmul_precision(),
+        torch.get_num_threads(), torch.set_num_threads, torch.get_float32_matmul_precision(),
     ]  # fmt: skip
 
 

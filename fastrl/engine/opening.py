@@ -33,7 +33,7 @@ def pick_engine(name: EngineName, device: str) -> Literal["hf", "vllm"]:
 
 def open_engine(
     name: Literal["hf", "vllm"], loaded: LoadedModel, flat: FlatParams | None, settings: VllmConfig, *,
-    max_num_seqs: int, max_model_len: int, kv_bytes: int, num_ranks: int = 1, seed: int = 0,
+    max_num_seqs: int, max_model_len: int, kv_bytes: int, seed: int = 0,
 ) -> Engine:  # fmt: skip
     """An engine over the parameters of `loaded`; for vLLM they must be views of `flat`, made here if not given."""
     if name == "hf":
@@ -41,7 +41,7 @@ def open_engine(
     return VllmEngine(
         loaded.model, flat or FlatParams(loaded.model, grad_dtype=None), settings, eos_ids=loaded.eos_ids,
         num_tokens=len(loaded.tokenizer), max_model_len=max_model_len, max_num_seqs=max_num_seqs, kv_bytes=kv_bytes,
-        num_ranks=num_ranks, seed=seed,
+        seed=seed,
     )  # fmt: skip
 
 

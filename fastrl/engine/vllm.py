@@ -17,6 +17,7 @@ import numpy
 import torch
 from torch import nn
 
+from fastrl import ranks
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.kv_cache import KvPages
 from fastrl.engine.vllm_weights import outside, prepare_cpu, register
@@ -55,9 +56,11 @@ class VllmEngine:
 
     def __init__(
         self, model: nn.Module, flat: FlatParams, settings: VllmConfig, *, eos_ids: tuple[int, ...], num_tokens: int,
-        max_model_len: int, max_num_seqs: int, kv_bytes: int, num_ranks: int = 1, seed: int = 0,
+        max_model_len: int, max_num_seqs: int, kv_bytes: int, seed: int = 0,
     ):  # fmt: skip
         """num_tokens: of the tokenizer; rows of the vocabulary beyond it are not given to vLLM.
+
+        Of several ranks each has an engine of its own, and all make theirs at the same time.
 
         Raises ValueError for a model or a version of vLLM that cannot share weights, EngineError if they do not fit.
         """
@@ -78,11 +81,14 @@ class VllmEngine:
                 kv_cache_memory_bytes=kv_bytes, gpu_memory_utilization=0.05,  # checked at the start, sizes nothing
                 enable_sleep_mode=settings.kv == "release",
             )  # fmt: skip
-        if num_ranks > 1:
+        several = ranks.size() > 1
+        if several:  # each on the GPU of its LOCAL_RANK, over the process group that is there
             options["distributed_executor_backend"] = "external_launcher"
         with process_state_kept():
             if not cuda:
                 prepare_cpu()
+            if several:
+                keep_process_group()
             from vllm import LLM
 
             with tempfile.TemporaryDirectory() as folder:
@@ -229,7 +235,8 @@ def process_state_kept() -> Iterator[None]:
     """vLLM reseeds every generator of the process and sets its threads and matmul precision; here they stay."""
     python, arrays = random.getstate(), numpy.random.get_state()
     cpu, gpu = torch.random.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         yield
@@ -239,6 +246,17 @@ def process_state_kept() -> Iterator[None]:
         torch.random.set_rng_state(cpu)
         for device, state in enumerate(gpu):
             torch.cuda.set_rng_state(state, device)
+        torch.set_num_threads = set_threads  # on a CPU vLLM leaves a function that does nothing
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def keep_process_group() -> None:
+    """An engine that is closed or collected ends the default process group: it shall not where that is the trainer's.
+
+    vLLM's own groups within it then stay for the next engine, and end with it.
+    """
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_distributed_environment = lambda: None

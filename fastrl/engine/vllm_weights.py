@@ -97,6 +97,11 @@ def view_as(old: nn.Parameter, name: str, flat: FlatParams) -> nn.Parameter:
         raise EngineError(
             f"{name}: vLLM wants {old.dtype} {tuple(old.shape)}, the trained model has {view.dtype} {tuple(view.shape)}"
         )
+    if old.device not in (view.device, torch.device("meta")):
+        raise EngineError(
+            f"{name}: vLLM is on {old.device}, the trained model on {view.device}; leave --device to auto, and choose "
+            "a GPU by CUDA_VISIBLE_DEVICES"
+        )
     shared = nn.Parameter(view, requires_grad=False)
     shared.__class__ = old.__class__  # vLLM's subclass knows how such a weight is loaded
     shared.__dict__.update(old.__dict__)
