@@ -105,6 +105,7 @@ def test_a_lost_alias_is_caught_by_its_address(make):
 
 
 @pytest.mark.promise("B6")
+@pytest.mark.timeout(900)  # on a machine that others use too
 def test_two_hundred_clean_steps_give_no_alarm_and_learn(make):
     trainer = make("--steps", 200, "--problems-per-step", 16, "--group-size", 8, "--lr", 2e-4, "--eval-limit", 32)
     assert trainer.run() == "done"

@@ -89,6 +89,8 @@ class VllmEngine:
                 prepare_cpu()
             if several:
                 keep_process_group()
+            else:  # vLLM to 0.27 opens a store of its own, which under torchrun it would wait for torchrun to open
+                os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
             from vllm import LLM
 
             with tempfile.TemporaryDirectory() as folder:
