@@ -33,8 +33,8 @@ from fastrl.comparison.report import (
     weak_points,
 )
 from fastrl.comparison.runs import Run, execute, read
-from fastrl.config import run_program
-from fastrl.log import versions, write_json
+from fastrl.log import say, versions, write_json
+from fastrl.program import run_program
 
 STOPPED = 75
 
@@ -42,18 +42,17 @@ STOPPED = 75
 def do(plan: Plan, runs: list[Run], what: str) -> list[dict]:
     """Execute what is not finished yet; one row of results per run, in the order of the methods."""
     left = [run for run in runs if not run.finished()]
-    print(f"{what}: {len(runs)} runs, {len(left)} to do, {plan.jobs} at a time", flush=True)
+    say(f"{what}: {len(runs)} runs, {len(left)} to do, {plan.jobs} at a time")
     started, done = time.monotonic(), 0
 
     def report(run: Run, seconds: float) -> None:
         nonlocal done
         done += 1
         row = measure(run, plan.config.target)
-        print(
+        say(
             f"[{done}/{len(left)}] {run.label}: accuracy {row['accuracy']:.3f} after {row['spent']['rollouts']:,.0f} "
             f"rollouts and {row['spent']['seconds']:.0f} s of steps; {seconds:.0f} s in all, "
-            f"{time.monotonic() - started:.0f} s since the start",
-            flush=True,
+            f"{time.monotonic() - started:.0f} s since the start"
         )
 
     keep = plan.config.keep_checkpoints
@@ -138,8 +137,8 @@ def main(argv: list[str]) -> int:
     if plan.config.dry_run:
         grid = plan.grid(plan.config.tuning_seeds[0])
         for run in grid or plan.reported(choose(plan, []), {}):
-            print("python -m fastrl.train", shlex.join(run.args), "--out", run.folder)
-        print(f"{len(grid)} runs or more to choose learning rates, {len(plan.methods) * plan.config.seeds} to compare")
+            say(f"python -m fastrl.train {shlex.join(run.args)} --out {run.folder}")
+        say(f"{len(grid)} runs or more to choose learning rates, {len(plan.methods) * plan.config.seeds} to compare")
         return 0
     try:
         tuning: list[dict] = []
@@ -151,11 +150,11 @@ def main(argv: list[str]) -> int:
         runs = plan.reported(chosen, seconds)
         rows = do(plan, runs, "comparison")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", flush=True)
+        say("stopped; the same command goes on from here")
         return STOPPED
     for line in write_results(plan, tuning, rows, runs, ["python", "-m", "fastrl.compare", *argv]):
-        print(line)
-    print(f"{plan.folder}/compare.md, compare.png, rows.json, summary.json")
+        say(line)
+    say(f"{plan.folder}/compare.md, compare.png, rows.json, summary.json")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Configuration: a TOML recipe and the command line -> dataclasses, which are the objects. And how a program ends.
+"""Configuration: a TOML recipe and the command line -> dataclasses, which are the objects.
 
     python -m fastrl.train recipe.toml --objective grpo --optim.lr 1e-4
 
@@ -12,12 +12,14 @@ import dataclasses
 import difflib
 import io
 import re
-import sys
 import tomllib
+import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
+
+from fastrl.checks import check_texts, check_type, refuse_secrets
 
 T = TypeVar("T")
 
@@ -40,6 +42,7 @@ def parse(cls: type[T], argv: Sequence[str], axes: dict[str, dict[str, type]]) -
     args = list(argv)
     recipe: dict = {}
     source = "the command line"
+    refuse_secrets(args, source)
     if args and args[0].endswith(".toml"):
         source = args.pop(0)
         recipe = read_toml(source)
@@ -55,8 +58,8 @@ def read_toml(path: str) -> dict:
     if not file.exists():
         raise ValueError(f"{path}: no such recipe{nearest(file.name, [p.name for p in file.parent.glob('*.toml')])}")
     try:
-        return tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(file.read_bytes().decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -66,6 +69,8 @@ def pick_member(axis: str, choices: dict[str, type], args: list[str], recipe: di
     if not isinstance(section, dict):
         raise ValueError(f"{source}: {axis} must be a section: write [{axis}] and type = {section!r} under it")
     name = section.pop("type", next(iter(choices)))
+    if not isinstance(name, str):
+        raise ValueError(f"{source}: type of [{axis}] must be text, got {name!r}; there are: {', '.join(choices)}")
     flag = f"--{axis}"
     rest = list(args)
     args.clear()
@@ -88,6 +93,7 @@ def pick_member(axis: str, choices: dict[str, type], args: list[str], recipe: di
 def flags_of(recipe: dict, default: object, source: str, prefix: str = "") -> list[str]:
     """A TOML table -> the flags that say the same, so that one parser checks all types."""
     known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default) if f.init}
+    hints = typing.get_type_hints(type(default))
     flags = []
     for key, value in recipe.items():
         name = key.replace("-", "_")
@@ -95,11 +101,15 @@ def flags_of(recipe: dict, default: object, source: str, prefix: str = "") -> li
             hint = elsewhere(name) or nearest(name, known)
             raise ValueError(f"{source}: there is no key {prefix + key!r}{hint}")
         flag = f"--{prefix}{name}".replace("_", "-")
+        if dataclasses.is_dataclass(known[name]) and not isinstance(value, dict):
+            raise ValueError(f"{source}: {prefix}{key} is a section: write [{prefix}{key}] and keys under it")
         if isinstance(value, dict):
             if not dataclasses.is_dataclass(known[name]):
                 raise ValueError(f"{source}: {prefix}{key} is a single value, not a section")
             flags += flags_of(value, known[name], source, f"{prefix}{name}.")
-        elif isinstance(value, bool):
+            continue
+        check_type(f"{source}: {flag}", value, hints[name])
+        if isinstance(value, bool):
             flags.append(flag if value else f"--{prefix}no-{name}".replace("_", "-"))
         else:
             values = value if isinstance(value, list) else [value]
@@ -162,6 +172,7 @@ def cli(default: T, args: list[str], source: str) -> T:
     """Parse flags over a default instance; every complaint becomes one ValueError line."""
     import tyro
 
+    refuse_secrets(args, source)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), warnings.catch_warnings():
@@ -174,11 +185,16 @@ def cli(default: T, args: list[str], source: str) -> T:
     except SystemExit as exit:
         if not exit.code:
             raise
-        raise ValueError(f"{source}: {message(said.getvalue())}; see --help") from None
+        raise ValueError(f"{source}: {message(said.getvalue()):.1000}; see --help") from None
     if unknown:
         flag = unknown[0].partition("=")[0]
+        if not flag.startswith("--"):
+            before = [arg for arg in args[: args.index(unknown[0])] if arg.startswith("--")]
+            behind = f" behind {before[-1]}" if before else ""
+            raise ValueError(f"{source}: {unknown[0]!r} is too much{behind}; see --help")
         hint = elsewhere(flag.lstrip("-").replace("-", "_")) or nearest(flag, all_flags(default))
         raise ValueError(f"{source}: there is no option {flag}{hint}")
+    check_texts(config)
     return config
 
 
@@ -188,7 +204,8 @@ def message(said: str) -> str:
     line = " ".join(words.split())
     line = re.sub(r"^(Value error|Missing argument|Invalid choice|Parsing error)\s+", "", line)
     line = re.sub(r"\s*(Argument helptext:.*)?\s*For full helptext.*$", "", line)
-    # our own checks name the flag themselves
+    # our own checks name the flag themselves, but not the section that theirs is nested in
+    line = re.sub(r"^Error parsing (\S+\.(\w+)): --\2\.", r"--\1.", line)
     return re.sub(r"^Error parsing \S+: (?=--)", "", line).rstrip(".")
 
 
@@ -216,23 +233,3 @@ def as_dict(config: object) -> dict:
             value = {"type": type(value).__name__.lower(), **as_dict(value)}
         out[field.name] = list(value) if isinstance(value, tuple) else value
     return out
-
-
-def exit_code(error: BaseException) -> int:
-    """0 done, 2 configuration, 3 data, 4 numerics, 5 engine or worker lost, 6 checkpoint; 1 for anything unforeseen."""
-    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
-
-
-def fail(error: BaseException) -> int:
-    """Print an error that is meant for the user as one line; its exit code."""
-    print(f"fastrl: error: {error}", file=sys.stderr, flush=True)
-    return exit_code(error)
-
-
-def run_program(main: Callable[[list[str]], int]) -> None:
-    """Run main(argv) and leave with its exit code; set-up errors are one line, bugs keep their traceback."""
-    try:
-        code = main(sys.argv[1:])
-    except ValueError as error:
-        code = fail(error)
-    sys.exit(code)

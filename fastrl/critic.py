@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastrl import ranks
+from fastrl.checks import check_bounds
 from fastrl.guard import Guard
 from fastrl.model import LoadedModel, label_hidden, spread
 from fastrl.optim import OptimConfig
@@ -29,8 +30,7 @@ class CriticConfig:
     passes: int = 1  # over a step's completions, before the policy moves
 
     def __post_init__(self):
-        if self.passes < 1:
-            raise ValueError(f"--critic.passes must be at least 1, got {self.passes}")
+        check_bounds(self, "critic.", passes="[1, 1e4]")
 
 
 class ValueModel(nn.Module):

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fastrl.config import as_dict, parse, run_program
+from fastrl.checks import check_bounds
+from fastrl.config import as_dict, parse
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import EngineName, frozen_engine
 from fastrl.engine.vllm import VllmConfig
-from fastrl.log import versions, write_json
+from fastrl.log import say, versions, write_json
 from fastrl.metrics import evaluation_metrics
-from fastrl.model import EMBEDDED, load_model, load_tokenizer, pick_device
+from fastrl.model import EMBEDDED, Attention, load_model, load_tokenizer, pick_device
+from fastrl.program import run_program
 from fastrl.rewards import RewardSet
 from fastrl.rollout import Rollout
 from fastrl.task import TaskConfig, default_rewards, load_task
@@ -41,16 +43,17 @@ class EvaluateConfig:
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    attention: str = "sdpa"
+    attention: Attention = "sdpa"
     engine: EngineName = "auto"
     vllm: VllmConfig = field(default_factory=VllmConfig)
     max_num_seqs: int = 512
     out: str = ""  # write the JSON document here as well
 
     def __post_init__(self):
-        for name in ("k", "max_num_seqs", "reward_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_bounds(
+            self, limit="[0, 1e9]", k="[1, 1e5]", reward_workers="[1, 1024]", max_new_tokens="[1, 1e7]",
+            temperature="[0, 100]", max_num_seqs="[1, 1e6]", seed="[0, 4e9]",
+        )  # fmt: skip
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -60,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     with RewardSet(list(config.reward) or default_rewards(config.data), workers=config.reward_workers) as rewards:
         tokenizer = load_tokenizer(config.model)
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
-        print("\n".join(task.report), flush=True)
+        say("\n".join(task.report))
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
         opened = frozen_engine(
             config.engine, loaded, config.vllm, task.problems, sampling, max_num_seqs=config.max_num_seqs,
@@ -90,7 +93,7 @@ def table(metrics: dict[str, float]) -> list[str]:
 def main(argv: list[str]) -> int:
     config = parse(EvaluateConfig, argv, {})
     metrics = evaluate(config)
-    print("\n".join(table(metrics)))
+    say("\n".join(table(metrics)))
     document = {"protocol": as_dict(config), "versions": versions(), **metrics}
     print(json.dumps(document))
     if config.out:

@@ -10,13 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 LOGGERS = ("tensorboard", "wandb")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# control characters but newline and tab, and what turns the direction of the text around it
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
     """Model output for a terminal: control characters, escape sequences among them, become visible."""
-    text = CONTROL.sub(lambda m: f"\\x{ord(m.group()):02x}", text)
+    text = CONTROL.sub(lambda m: m.group().encode("unicode_escape").decode(), text)
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def say(text: str) -> None:
+    """Everything that a program prints goes through here."""
+    print(printable(text), flush=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -93,7 +99,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            print(printable(text), flush=True)
+            say(text)
 
     def rollouts(self, step: int, rows: list[dict]) -> None:
         """rollouts/step_NNNNNN.jsonl, one object per completion."""

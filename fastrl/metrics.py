@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastrl.types import RolloutGroup, TrainBatch
 
+MAX_LOST_FRAC = 0.02  # of the graded completions of a step: timeouts and lost processes
+
 
 def rollout_table(groups: list[RolloutGroup], *, first: int = 0, stride: int = 1) -> Tensor:
     """[completions, 4] float64: group number, reward, tokens, cut off.
@@ -70,6 +72,19 @@ def reward_function_metrics(sums: dict[str, float]) -> dict[str, float]:
         metrics[f"rewards/{name}/mean"] = total / n
         metrics[f"rewards/{name}/std"] = math.sqrt(max(0.0, squares - total**2 / n) / max(1.0, n - 1))
     return metrics
+
+
+def lost_grades(statuses: dict[str, float]) -> list[str]:
+    """Completions of a batch by `Grade` status -> a warning when over 2 % of those graded got no grade in time."""
+    graded = sum(n for name, n in statuses.items() if name != "truncated")
+    lost = {name: statuses[name] for name in ("soft_timeout", "hard_timeout", "died") if statuses.get(name)}
+    if sum(lost.values()) <= MAX_LOST_FRAC * graded:
+        return []
+    said = ", ".join(f"{n:.0f} {name}" for name, n in lost.items())
+    return [
+        f"ALARM: {sum(lost.values()):.0f} of {graded:.0f} answers got no grade in time and earn 0: {said}. Look at "
+        "rollouts/ for what the policy writes there; if it is right, more --reward-workers or a lighter verifier"
+    ]
 
 
 def pass_at(k: int, num_correct: int, n: int) -> float:

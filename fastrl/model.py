@@ -1,8 +1,10 @@
 """Loading a Hugging Face causal language model, and the one place where logits are shifted against labels."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,12 @@ from fastrl import faults, packing
 from fastrl.activations import CheckpointMode, checkpoint_layers
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.liger import patch
+from fastrl.model_folder import refuse_auto_map, refuse_code, refuse_pickles
 from fastrl.packing import Packing
 
 EMBEDDED = "embedded"  # the model that ships with the package
+# those of transformers itself: a name with a slash would be code from the hub
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
 @dataclass(slots=True)
@@ -37,11 +42,15 @@ class LoadedModel:
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. Raises ValueError without CUDA."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     on_gpu = device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device; use --device cpu")
+    if on_gpu and torch.device(device).index and torch.device(device).index >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
 
 
@@ -59,18 +68,20 @@ def model_path(name: str) -> str:
         return name
     if not (folder / "config.json").exists():
         raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
+    refuse_code(name, folder)
     return str(folder)
 
 
 def model_config(name: str):
     """The transformers configuration of a model; no weights are read."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     path = model_path(name)
     try:
-        return AutoConfig.from_pretrained(path)
+        refuse_auto_map(name, "config.json", PretrainedConfig.get_config_dict(path)[0])
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: {first_line(error)}") from error
+        raise ValueError(named(name, error)) from error
 
 
 def parameter_shapes(config) -> dict[str, tuple[int, ...]]:
@@ -99,6 +110,7 @@ def save_model(loaded: "LoadedModel", folder: Path) -> None:
 def load_tokenizer(name: str):
     """The tokenizer of a model. Raises ValueError, naming the files that are looked for, when there is none."""
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path = model_path(name)
     if Path(path).is_dir():
@@ -108,9 +120,10 @@ def load_tokenizer(name: str):
                 f"--model {name}: the folder has no tokenizer (none of {', '.join(wanted)}); copy one into it"
             )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        refuse_auto_map(name, "tokenizer_config.json", get_tokenizer_config(path))
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: no tokenizer could be loaded: {first_line(error)}") from error
+        raise ValueError(named(name, error, "no tokenizer could be loaded: ")) from error
 
 
 def load_model(
@@ -127,12 +140,16 @@ def load_model(
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(name)
     path = model_path(name)
+    if Path(path).is_dir():
+        refuse_pickles(name, Path(path))
+    model_config(name)  # refuses what comes with code, before any weights are fetched
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, device_map=None
-        )
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False,
+            device_map=None,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: {first_line(error)}") from error
+        raise ValueError(named(name, error)) from error
     if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
         raise ValueError(f"--model {name}: {type(model).__name__} has no plain LM head")
     for module in model.modules():
@@ -148,6 +165,12 @@ def load_model(
     if not eos:
         raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
     return LoadedModel(model.to(device).train(), tokenizer, tuple(sorted(eos)), path)
+
+
+def named(name: str, error: Exception, before: str = "") -> str:
+    """The message of an error with the flag in front, if it has none yet."""
+    line = first_line(error)
+    return line if line.startswith("--model ") else f"--model {name}: {before}{line}"
 
 
 def first_line(error: Exception) -> str:

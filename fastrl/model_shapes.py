@@ -70,7 +70,7 @@ def find_config(name: str):
         except ValueError as error:
             raise ValueError(f"{error}; known by name: {', '.join(KNOWN)}") from error
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {name}: {first_line(error)}") from error
 

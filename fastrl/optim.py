@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastrl.checks import check_bounds
+
 EIGHT_BIT_LEAST = 4096  # elements
 
 
@@ -27,11 +29,10 @@ class OptimConfig:
     def __post_init__(self):
         if not 0 < self.lr < 1:
             raise ValueError(f"--optim.lr must be between 0 and 1, got {self.lr}; 1e-6 is usual, 1e-4 for tiny models")
-        if not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"--optim.betas must be in [0, 1), got {self.betas}")
-        for field in ("eps", "weight_decay", "max_grad_norm", "warmup"):
-            if not (0 <= getattr(self, field) < math.inf):
-                raise ValueError(f"--optim.{field.replace('_', '-')} must be >= 0, got {getattr(self, field)}")
+        check_bounds(
+            self, "optim.", betas="[0, 1)", eps="[0, 1]", weight_decay="[0, 100]", max_grad_norm="[0, 1e9]",
+            warmup="[0, 1e9]",
+        )  # fmt: skip
 
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of step 0, 1, ... of `total`."""

@@ -17,8 +17,9 @@ from typing import Literal
 
 import torch
 
-from fastrl.config import all_flags, run_program
-from fastrl.log import write_json
+from fastrl.checks import check_bounds
+from fastrl.config import all_flags
+from fastrl.log import say, write_json
 from fastrl.memory import CARDS, MemoryPlan, plan_memory
 from fastrl.memory_advice import (
     advice,
@@ -33,6 +34,7 @@ from fastrl.memory_advice import (
 from fastrl.memory_parts import GIB, MemorySettings, ModelShape
 from fastrl.model_shapes import find_config, known_shapes, model_shape
 from fastrl.planning import memory_settings
+from fastrl.program import run_program
 from fastrl.run_config import TrainConfig, configure
 
 TABLE = ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
@@ -49,10 +51,7 @@ class PlanConfig(TrainConfig):
 
     def __post_init__(self):
         TrainConfig.__post_init__(self)
-        for name, least in (("context", 0), ("gpus", 1), ("tokens_per_microbatch", 0)):
-            if getattr(self, name) < least:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
+        check_bounds(self, context="[0, 1e9]", gpus="[1, 1e6]")
         card_gib(self.card)
 
 
@@ -139,11 +138,11 @@ def trainer_flags() -> set[str]:
 def main(argv: Sequence[str]) -> int:
     config = configure(argv, PlanConfig)
     if config.table:
-        print("\n".join(markdown(config)))
+        say("\n".join(markdown(config)))
         return 0
     plan = planned(model_shape(config.model, find_config(config.model)), settings_for(config, config.card))
     found = document(plan, trainer_flags())
-    print("\n".join([*report(plan, trainer_flags()), json.dumps(found)]))
+    say("\n".join([*report(plan, trainer_flags()), json.dumps(found)]))
     if config.out.endswith(".json"):  # otherwise it is the run's folder
         write_json(Path(config.out), found)
     return 0

@@ -15,15 +15,17 @@ from typing import Literal
 
 import torch
 
-from fastrl import ranks
+from fastrl import log, ranks
 from fastrl.allocation import ALLOCATORS
-from fastrl.config import cli, expand, flags_of, read_toml, run_program
+from fastrl.checks import check_bounds
+from fastrl.config import cli, expand, flags_of, read_toml
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import EngineName, frozen_engine
 from fastrl.engine.vllm import VllmConfig
-from fastrl.model import EMBEDDED, load_model, load_tokenizer, pick_device
+from fastrl.model import EMBEDDED, Attention, load_model, load_tokenizer, pick_device
 from fastrl.profile_data import Profile, ProfileKey, default_path, read_profile
 from fastrl.profiling import sample_profile
+from fastrl.program import run_program
 from fastrl.rewards import RewardSet
 from fastrl.rollout import Rollout
 from fastrl.run_config import EMBEDDED_RECIPE
@@ -49,7 +51,7 @@ class ProfileConfig:
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    attention: str = "sdpa"
+    attention: Attention = "sdpa"
     engine: EngineName = "auto"
     vllm: VllmConfig = field(default_factory=VllmConfig)
     max_num_seqs: int = 512
@@ -59,9 +61,10 @@ class ProfileConfig:
     steps: int = 200  # of the run whose phases are shown
 
     def __post_init__(self):
-        for name in ("num_completions", "max_num_seqs", "reward_workers", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_bounds(
+            self, limit="[0, 1e9]", reward_workers="[1, 1024]", num_completions="[1, 1e5]", max_new_tokens="[1, 1e7]",
+            seed="[0, 4e9]", max_num_seqs="[1, 1e6]", threads="[0, 1024]", steps="[1, 1e9]",
+        )  # fmt: skip
         if not 0 < self.temperature <= 100:
             raise ValueError(f"--temperature must be above 0, as in training, got {self.temperature}")
 
@@ -139,7 +142,7 @@ def outlooks(profile: Profile, seed: int, steps: int) -> list[str]:
 
 def say(text: str) -> None:
     if ranks.rank() == 0:
-        print(text, flush=True)
+        log.say(text)
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,6 @@
 """The settings of a training run: one dataclass, what is refused, what is decided where a setting is `auto`."""
 
-import math
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +14,15 @@ from fastrl.activations import CheckpointMode
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
-from fastrl.config import as_dict, parse
+from fastrl.checks import check_bounds
+from fastrl.config import as_dict, nearest, parse
 from fastrl.critic import CriticConfig
 from fastrl.engine.opening import EngineName
 from fastrl.engine.vllm import VllmConfig
 from fastrl.log import LOGGERS
 from fastrl.model import (
     EMBEDDED,
+    Attention,
     model_config,
     pick_device,
 )
@@ -91,7 +93,7 @@ class TrainConfig:
     offload: Offload = "none"  # optimizer: master and state are on the host while sampling; activations: in the forward
     reference_on_host: bool = False  # its weights are on the device while they score, and on the host otherwise
     liger: bool = False  # Liger's kernels for norms, rotary positions and gated MLPs, on a GPU
-    attention: str = "sdpa"  # transformers' attn_implementation
+    attention: Attention = "sdpa"  # transformers' attn_implementation
     engine: EngineName = "auto"  # hf, vllm; auto: vllm on a GPU where it is installed
     vllm: VllmConfig = field(default_factory=VllmConfig)
     max_num_seqs: int = 512  # completions the engine decodes together
@@ -114,22 +116,22 @@ class TrainConfig:
         return Path(self.out or f"runs/{self.name}")
 
     def __post_init__(self):
-        for name in ("problems_per_step", "minibatches", "steps", "eval_k", "max_num_seqs", "reward_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_bounds(
+            self, limit="[0, 1e9]", reward_workers="[1, 1024]", problems_per_step="[1, 1e6]", minibatches="[1, 1e6]",
+            tokens_per_microbatch="[0, 1e9]", max_new_tokens="[1, 1e7]", num_profile_completions="[1, 1e5]",
+            reprofile_every="[0, 1e9]", steps="[1, 1e9]", max_minutes="[0, 1e7]", eval_k="[1, 1e5]",
+            eval_every="[0, 1e9]", stop_at_accuracy="[0, 1]", stop_below_accuracy="[0, 1]", eval_limit="[0, 1e9]",
+            save_every="[0, 1e9]", keep="[1, 1e6]", max_num_seqs="[1, 1e6]", threads="[0, 1024]", seed="[0, 4e9]",
+            sample_every="[0, 1e9]", rollouts_every="[0, 1e9]", spike_sigma="[0, 1e6]", hang_timeout="[0, 1e6]",
+        )  # fmt: skip
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", self.name) or set(self.name) == {"."}:
             raise ValueError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', got {self.name!r}")
-        if not 0 <= self.spike_sigma < math.inf:
-            raise ValueError(
-                f"--spike-sigma must be at least 0, got {self.spike_sigma}; 6 is usual, 0 lets spikes pass"
-            )
-        if not 0 <= self.hang_timeout <= 1e6:
-            raise ValueError(f"--hang-timeout must be between 0 (never) and 1e6 seconds, got {self.hang_timeout}")
+        fields = {f.name for f in dataclasses.fields(self)}
+        for name in self.allow_change:
+            if name not in fields:
+                raise ValueError(f"--allow-change {name}: there is no such setting{nearest(name, fields)}")
         if not 0 < self.temperature <= 100:
             raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
-        for name in ("stop_at_accuracy", "stop_below_accuracy"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}")
         if 0 < self.stop_at_accuracy <= self.stop_below_accuracy:
             raise ValueError(
                 f"--stop-below-accuracy {self.stop_below_accuracy} must be below --stop-at-accuracy "
@@ -140,6 +142,14 @@ class TrainConfig:
             raise ValueError(
                 f"--log {unknown.pop()}: there is {' and '.join(LOGGERS)}; metrics.jsonl is always written"
             )
+
+
+def check_out(out: str) -> None:
+    """Raise ValueError where a run folder could not be made, or is the root of something larger."""
+    if out and (Path(out).name in ("", "..") or Path(out).expanduser().resolve() in (Path.home(), Path("/"))):
+        raise ValueError(f"--out {out}: name a folder of the run's own, such as runs/mine")
+    if out and (Path(out).is_file() or any(parent.is_file() for parent in Path(out).parents)):
+        raise ValueError(f"--out {out}: there is a file of this name; a run folder must be a folder or new")
 
 
 def configure(argv: Sequence[str], cls: type[TrainConfig] = TrainConfig) -> TrainConfig:
@@ -153,6 +163,7 @@ def configure(argv: Sequence[str], cls: type[TrainConfig] = TrainConfig) -> Trai
 
 def check_combination(config: TrainConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
+    check_out(config.out)
     needed, given = config.objective.min_group_size, config.allocation.min_group_size
     if given < needed:
         raise ValueError(
@@ -201,12 +212,8 @@ def needs_profile(config: TrainConfig) -> bool:
 
 def check_profile(config: TrainConfig) -> None:
     """Refuse settings of a profile that have no use here."""
-    if config.num_profile_completions < 1:
-        raise ValueError(f"--num-profile-completions must be at least 1, got {config.num_profile_completions}")
     if config.profile and not needs_profile(config):
         raise ValueError(f"--profile {config.profile}: this objective and this allocation read none; leave it out")
-    if config.reprofile_every < 0:
-        raise ValueError(f"--reprofile-every must be at least 0, got {config.reprofile_every}")
     if config.reprofile_every and not config.allocation.needs_profile:
         raise ValueError("--reprofile-every is for an allocation that reads a profile, such as --allocation sgpo")
     if config.reprofile_every and config.objective.needs_profile:

@@ -20,9 +20,11 @@ import torch
 
 from fastrl import checkpoint, faults, ranks
 from fastrl.build import build, memory_lines, open_rewards, profile_plan
-from fastrl.config import as_dict, exit_code, fail, run_program
-from fastrl.log import RunLog, versions, write_json
+from fastrl.config import as_dict
+from fastrl.log import RunLog, printable, say, versions, write_json
 from fastrl.perf import Progress, Spans, collector_paused
+from fastrl.program import exit_code, fail, run_program
+from fastrl.requirements import check_versions
 from fastrl.run_config import TrainConfig, configure, describe, resolve
 from fastrl.trainer import Stopped, Trainer
 from fastrl.types import CheckpointError, EngineError, NumericsError
@@ -145,6 +147,7 @@ def summary(log: RunLog) -> list[str]:
 
 def main(argv: list[str]) -> int:
     started = time.monotonic()
+    check_versions()
     config = configure(argv)
     planned = faults.from_environment().planned
     device, dtype, tokens = resolve(config)
@@ -152,10 +155,10 @@ def main(argv: list[str]) -> int:
     lines = describe(config, device, tokens)
     if config.dry_run:
         print(json.dumps(as_dict(config), indent=2))
-        print("\n".join([*lines, *memory_lines(config, dtype, tokens)]))
+        say("\n".join([*lines, *memory_lines(config, dtype, tokens)]))
         with rewards:
             for line in profile_plan(config, rewards):
-                print(line)
+                say(line)
         return 0
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -207,7 +210,7 @@ def main(argv: list[str]) -> int:
         leave_status(log, trainer, type(error).__name__, exit_code(error), str(error), phase)
         if trainer is not None and config.folder.exists():
             name = f"traceback-rank{ranks.rank()}.txt" if quiet else "traceback.txt"
-            (config.folder / name).write_text(traceback.format_exc())
+            (config.folder / name).write_text(printable(traceback.format_exc()))
         if isinstance(error, (ValueError, EngineError, NumericsError, Stopped)):
             return fail(error)
         raise

@@ -20,6 +20,7 @@ from fastrl.health import Health
 from fastrl.log import RunLog
 from fastrl.metrics import (
     evaluation_metrics,
+    lost_grades,
     one_token_rows,
     reward_function_metrics,
     reward_function_sums,
@@ -246,7 +247,8 @@ class Trainer:
     def observe(self, groups: list[RolloutGroup], batch: TrainBatch, metrics: dict[str, float]) -> dict[str, float]:
         """Count the step and describe what was sampled."""
         table = ranks.gather_rows(rollout_table(groups, first=ranks.rank(), stride=ranks.size()))
-        statuses = ranks.all_counts({f"rewards/status/{name}": float(n) for name, n in self.rollout.statuses.items()})
+        counts = ranks.all_counts({name: float(n) for name, n in self.rollout.statuses.items()})
+        self.warn(lost_grades(counts))
         sampled = int(table[:, 2].sum())
         prompts = sum(len(g.problem.prompt_ids) * len(g.completions) for g in groups)
         trained = ranks.all_sum_(torch.tensor([float(prompts)])).item() + sampled
@@ -261,7 +263,7 @@ class Trainer:
             **rollout_metrics(table),
             "completions/one_token_frac": ranks.all_sum_(one_token_rows(batch).double()).item() / len(table),
             **reward_function_metrics(ranks.all_counts(reward_function_sums(groups))),
-            **statuses,
+            **{f"rewards/status/{name}": n for name, n in counts.items()},
             **{name: total / ranks.size() for name, total in ranks.all_counts(self.rollout.reward_metrics).items()},
             **self.mismatch,
             **self.rollout.canary_metrics,

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 
 from fastrl import ranks
+from fastrl.log import printable
 from fastrl.perf import Progress, Spans
 from fastrl.types import EngineError
 
@@ -145,7 +146,7 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file)
         self.await_others()
-        print(f"fastrl: error: hang: {headline}; stacks in {self.folder}", file=sys.stderr, flush=True)
+        print(printable(f"fastrl: error: hang: {headline}; stacks in {self.folder}"), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)
         if notices:
             time.sleep(2 * self.tick)  # others first: an error here about their end would be the wrong last word

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from fastrl import evaluate, train
-from fastrl.config import run_program
 from fastrl.model import model_path
+from fastrl.program import run_program
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ BAD = [
     (["--group-size", "1"], 2, "GRPO compares at least 2 completions of a problem, but --allocation may sample 1"),
     (["--group-size", "0"], 2, "--allocation.group-size must be at least 1, got 0"),
     (["--minibatches", "99"], 2, "--minibatches 99 cannot be cut from --problems-per-step 32"),
-    (["--clip-low", "0"], 2, "--objective.clip-low must be > 0, got 0"),
-    (["--dual-clip", "0.5"], 2, "--objective.dual-clip must be > 1"),
+    (["--clip-low", "0"], 2, "--objective.clip-low must be above 0, got 0"),
+    (["--dual-clip", "0.5"], 2, "--objective.dual-clip must be above 1"),
     (["--name", "../up"], 2, "--name must be 1 to 100 letters, digits"),
     (["--log", "wandbb"], 2, "--log wandbb: there is tensorboard and wandb"),
     (["--data", "nowhere.jsonl"], 3, "nowhere.jsonl"),
@@ -55,8 +55,8 @@ BAD = [
     (["--device", "cuda"], 2, "torch sees no CUDA device"),
     (["--max-prompt-tokens", "3"], 3, "--max-prompt-tokens is 3; raise it"),
     (["--temperature", "0"], 2, "--temperature must be above 0 in training"),
-    (["--stop-at-accuracy", "85", "--eval-every", "5"], 2, "--stop-at-accuracy must be between 0 and 1, got 85.0"),
-    (["--stop-below-accuracy", "-1"], 2, "--stop-below-accuracy must be between 0 and 1, got -1.0"),
+    (["--stop-at-accuracy", "85", "--eval-every", "5"], 2, "--stop-at-accuracy must be at most 1, got 85.0"),
+    (["--stop-below-accuracy", "-1"], 2, "--stop-below-accuracy must be at least 0, got -1.0"),
     (["--stop-below-accuracy", "0.2"], 2, "--stop-below-accuracy looks at evaluations: say of what by --eval"),
     (["--stop-at-accuracy", "0.5", "--stop-below-accuracy", "0.6"], 2, "0.6 must be below --stop-at-accuracy 0.5"),
     (["--stop-at-accuracy", "0.85"], 2, "say of what by --eval, how often by --eval-every"),
@@ -81,6 +81,7 @@ def test_a_model_folder_without_tokenizer(program, no_tokenizer):
     assert code == 2 and "the folder has no tokenizer" in stderr and "Traceback" not in stderr
 
 
+@pytest.mark.promise("D4", trials=1)
 def test_broken_rows_are_listed_and_too_many_end_the_run(program, tmp_path):
     good = [json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) for i in range(9)]
     few = tmp_path / "few.jsonl"

@@ -7,10 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["types", "config", "faults", "log", "perf", "kernels", "split_master", "flat_library", "flat_nvrtc"],
     [
-        "ranks", "packing", "activations", "host", "liger", "optim", "flat_definition", "flat_backends", "memory_parts",
-    ],
+        "types", "checks", "requirements", "faults", "log", "perf", "kernels", "split_master", "flat_library",
+        "flat_nvrtc",
+    ],  # fmt: skip
+    [
+        "config", "program", "model_folder", "ranks", "packing", "activations", "host", "liger", "optim",
+        "flat_definition", "flat_backends", "memory_parts",
+    ],  # fmt: skip
     [
         "ops", "flat", "split_optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets", "bad_step",
         "watchdog",

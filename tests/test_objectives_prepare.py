@@ -150,17 +150,17 @@ def test_registry_and_contract():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"clip_low": 0.0}, "--objective.clip-low must be > 0, got 0.0"),
-        ({"clip_high": -0.1}, "--objective.clip-high must be > 0, got -0.1"),
-        ({"clip_high": math.nan}, "--objective.clip-high must be > 0, got nan"),
-        ({"std_eps": 0}, "--objective.std-eps must be > 0, got 0"),
-        ({"log_ratio_cap": -20.0}, "--objective.log-ratio-cap must be > 0, got -20.0"),
-        ({"kl": -0.1}, "--objective.kl must be >= 0, got -0.1"),
-        ({"entropy": -1e-9}, "--objective.entropy must be >= 0, got -1e-09"),
-        ({"entropy": math.nan}, "--objective.entropy must be >= 0, got nan"),
-        ({"overlong_buffer": -1}, "--objective.overlong-buffer must be >= 0, got -1"),
-        ({"dual_clip": 1.0}, "--objective.dual-clip must be > 1 (or None), got 1.0"),
-        ({"dual_clip": math.nan}, "--objective.dual-clip must be > 1 (or None), got nan"),
+        ({"clip_low": 0.0}, "--objective.clip-low must be above 0, got 0.0"),
+        ({"clip_high": -0.1}, "--objective.clip-high must be above 0, got -0.1"),
+        ({"clip_high": math.nan}, "--objective.clip-high must be above 0 and at most 1e6, got nan"),
+        ({"std_eps": 0}, "--objective.std-eps must be above 0, got 0"),
+        ({"log_ratio_cap": -20.0}, "--objective.log-ratio-cap must be above 0, got -20.0"),
+        ({"kl": -0.1}, "--objective.kl must be at least 0, got -0.1"),
+        ({"entropy": -1e-9}, "--objective.entropy must be at least 0, got -1e-09"),
+        ({"entropy": math.nan}, "--objective.entropy must be at least 0 and at most 1e6, got nan"),
+        ({"overlong_buffer": -1}, "--objective.overlong-buffer must be at least 0, got -1"),
+        ({"dual_clip": 1.0}, "--objective.dual-clip must be above 1, got 1.0"),
+        ({"dual_clip": math.nan}, "--objective.dual-clip must be above 1 and at most 1e6, got nan"),
     ],
 )
 def test_refused_settings(settings, message):

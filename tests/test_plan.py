@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastrl import train
-from fastrl.config import all_flags, run_program
+from fastrl.config import all_flags
 from fastrl.memory import CARDS, plan_memory
 from fastrl.memory_advice import (
     best_tokens,
@@ -25,6 +25,7 @@ from fastrl.memory_advice import (
 from fastrl.memory_parts import GIB, MemorySettings
 from fastrl.model_shapes import KNOWN, find_config, known_shapes, model_shape
 from fastrl.plan import TABLE, main
+from fastrl.program import run_program
 from fastrl.run_config import AXES, TrainConfig
 
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"

@@ -162,13 +162,13 @@ def test_what_it_needs():
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({"gamma": 1.1}, r"--objective.gamma must be between 0 and 1, got 1.1"),
-        ({"lam": -0.1}, r"--objective.lam must be between 0 and 1, got -0.1"),
-        ({"lam": math.nan}, r"--objective.lam must be between 0 and 1, got nan"),
-        ({"value_clip": 0.0}, r"--objective.value-clip must be > 0, got 0.0"),
-        ({"clip_high": 0.0}, r"--objective.clip-high must be > 0, got 0.0"),
-        ({"dual_clip": 1.0}, r"--objective.dual-clip must be > 1 \(or None\), got 1.0"),
-        ({"kl": -0.1}, r"--objective.kl must be >= 0, got -0.1"),
+        ({"gamma": 1.1}, r"--objective.gamma must be at most 1, got 1.1"),
+        ({"lam": -0.1}, r"--objective.lam must be at least 0, got -0.1"),
+        ({"lam": math.nan}, r"--objective.lam must be at least 0 and at most 1, got nan"),
+        ({"value_clip": 0.0}, r"--objective.value-clip must be above 0, got 0.0"),
+        ({"clip_high": 0.0}, r"--objective.clip-high must be above 0, got 0.0"),
+        ({"dual_clip": 1.0}, r"--objective.dual-clip must be above 1, got 1.0"),
+        ({"kl": -0.1}, r"--objective.kl must be at least 0, got -0.1"),
     ],
 )
 def test_settings_that_are_refused(settings, text):

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from fastrl import profile, train
-from fastrl.config import run_program
 from fastrl.model import model_path
+from fastrl.program import run_program
 
 LIMIT = ["--limit", "20"]
 

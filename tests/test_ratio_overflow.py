@@ -121,7 +121,5 @@ def test_the_kl_caps_what_is_finite_and_shows_what_is_not(kind):
 
 def test_a_cap_that_exp_cannot_take_is_refused():
     for objective in (GRPO, PPO):
-        with pytest.raises(
-            ValueError, match="--objective.log-ratio-cap must be at most 80, where exp is finite, got 90"
-        ):
+        with pytest.raises(ValueError, match="--objective.log-ratio-cap must be at most 80, got 90"):
             objective(log_ratio_cap=90.0)

@@ -129,7 +129,7 @@ def test_kl_is_taken_off_the_reward():
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="--objective.eta must be > 0, got 0.0"):
+    with pytest.raises(ValueError, match="--objective.eta must be above 0, got 0.0"):
         REBEL(eta=0.0)
-    with pytest.raises(ValueError, match="--objective.kl must be >= 0, got -1.0"):
+    with pytest.raises(ValueError, match="--objective.kl must be at least 0, got -1.0"):
         REBEL(kl=-1.0)

@@ -89,9 +89,9 @@ def test_alpha_may_fall_slowly_after_the_gate():
 
 BAD = [
     (dict(lookahead=0), "--update.lookahead must be at least 1, got 0"),
-    (dict(alpha=1.2), "--update.alpha must be between 0 and 1, got 1.2"),
+    (dict(alpha=1.2), "--update.alpha must be at most 1, got 1.2"),
     (dict(gate_window=1), "--update.gate-window must be at least 2"),
-    (dict(gate_threshold=0.0), "--update.gate-threshold above 0"),
+    (dict(gate_threshold=0.0), "--update.gate-threshold must be above 0, got 0.0"),
 ]
 
 

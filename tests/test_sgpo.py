@@ -285,8 +285,8 @@ BAD = [
     ({"group_sizes": (1, 2)}, "group-sizes must be 2 or more, each larger than the last, got \\(1, 2\\)"),
     ({"group_sizes": (4, 2)}, "group-sizes must be 2 or more, each larger than the last"),
     ({"group_sizes": ()}, "group-sizes must be 2 or more"),
-    ({"trivial_threshold": 0.0}, "trivial-threshold must be in \\(0, 1\\], got 0.0"),
-    ({"unsolved_keep_frac": 1.5}, "unsolved-keep-frac must be in \\[0, 1\\], got 1.5"),
+    ({"trivial_threshold": 0.0}, "trivial-threshold must be above 0, got 0.0"),
+    ({"unsolved_keep_frac": 1.5}, "unsolved-keep-frac must be at most 1, got 1.5"),
     ({"patience": 0}, "patience must be at least 1, got 0"),
     ({"num_rollouts_per_step": 7}, "num-rollouts-per-step must hold a group of 8 \\(or be 0\\), got 7"),
 ]

@@ -145,5 +145,5 @@ def test_a_rank_that_stands_still_ends_all_with_their_stacks(fault, phase, here,
 
 def test_the_setting_is_checked():
     for bad in ("-1", "nan", "inf"):
-        with pytest.raises(ValueError, match="--hang-timeout must be between 0 .never. and 1e6 seconds, got"):
+        with pytest.raises(ValueError, match="--hang-timeout must be at (least 0|most 1e6)"):
             configure(["--hang-timeout", bad])

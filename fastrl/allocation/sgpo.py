@@ -9,6 +9,7 @@ import torch
 
 from fastrl import ranks
 from fastrl.allocation.base import Allocation
+from fastrl.checks import check_bounds
 from fastrl.types import Problem, RolloutGroup
 
 
@@ -45,15 +46,13 @@ class SGPO(Allocation):
     needs_profile = True
 
     def __post_init__(self):
-        if not 0 < self.trivial_threshold <= 1:
-            raise ValueError(f"--allocation.trivial-threshold must be in (0, 1], got {self.trivial_threshold}")
-        if not 0 <= self.unsolved_keep_frac <= 1:
-            raise ValueError(f"--allocation.unsolved-keep-frac must be in [0, 1], got {self.unsolved_keep_frac}")
+        check_bounds(
+            self, "allocation.", trivial_threshold="(0, 1]", unsolved_keep_frac="[0, 1]", group_sizes="[0, 1e5]",
+            patience="[1, 1e9]", num_rollouts_per_step="[0, 1e9]",
+        )  # fmt: skip
         sizes = self.group_sizes
         if not sizes or min(sizes) < 2 or list(sizes) != sorted(set(sizes)):
             raise ValueError(f"--allocation.group-sizes must be 2 or more, each larger than the last, got {sizes}")
-        if self.patience < 1:
-            raise ValueError(f"--allocation.patience must be at least 1, got {self.patience}")
         if self.num_rollouts_per_step and self.num_rollouts_per_step < max(sizes):
             raise ValueError(
                 f"--allocation.num-rollouts-per-step must hold a group of {max(sizes)} (or be 0), "

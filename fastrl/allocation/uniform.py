@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fastrl.allocation.base import Allocation
+from fastrl.checks import check_bounds
 from fastrl.types import Problem
 
 
@@ -11,8 +12,7 @@ class Uniform(Allocation):
     group_size: int = 8  # completions per problem
 
     def __post_init__(self):
-        if self.group_size < 1:
-            raise ValueError(f"--allocation.group-size must be at least 1, got {self.group_size}")
+        check_bounds(self, "allocation.", group_size="[1, 1e5]")
 
     @property
     def min_group_size(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from fastrl.checks import check_bounds
 from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
@@ -36,14 +37,13 @@ class CompareConfig:
     dry_run: bool = False  # print the commands, then stop
 
     def __post_init__(self):
-        for name in ("seeds", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.target <= 1:
             raise ValueError(f"--target must be above 0 and at most 1, got {self.target}")
-        if self.jobs < 0:
-            raise ValueError(f"--jobs must be at least 0, got {self.jobs}")
-        if not self.lr_factors or min(self.lr_factors) <= 0 or len(set(self.lr_factors)) < len(self.lr_factors):
+        check_bounds(
+            self, seeds="[1, 1e6]", threads="[1, 1024]", jobs="[0, 1024]", lr_factors="(0, 1e6]",
+            tuning_seeds="[0, 4e9]",
+        )  # fmt: skip
+        if not self.lr_factors or len(set(self.lr_factors)) < len(self.lr_factors):
             raise ValueError(f"--lr-factors must be different numbers above 0, got {self.lr_factors}")
         if not self.tuning_seeds or len(set(self.tuning_seeds)) < len(self.tuning_seeds):
             raise ValueError(f"--tuning-seeds must be one or more different numbers, got {self.tuning_seeds}")

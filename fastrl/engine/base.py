@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from fastrl.checks import check_bounds
 from fastrl.types import Completion
 
 
@@ -22,8 +23,7 @@ class Sampling:
             raise ValueError(f"temperature must be between 0 and 100, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        check_bounds(self, max_new_tokens="[1, 1e7]")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastrl import ranks
+from fastrl.checks import check_bounds
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.kv_cache import KvPages
 from fastrl.engine.vllm_weights import outside, prepare_cpu, register
@@ -45,10 +46,7 @@ class VllmConfig:
     compile: bool = False  # torch.compile in the engine: slower to start, a little faster
 
     def __post_init__(self):
-        if not self.kv_gib >= 0:
-            raise ValueError(f"--vllm.kv-gib must be at least 0, got {self.kv_gib}")
-        if self.max_num_batched_tokens < 1:
-            raise ValueError(f"--vllm.max-num-batched-tokens must be at least 1, got {self.max_num_batched_tokens}")
+        check_bounds(self, "vllm.", kv_gib="[0, 1e5]", max_num_batched_tokens="[1, 1e8]")
 
 
 class VllmEngine:

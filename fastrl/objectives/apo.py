@@ -9,13 +9,13 @@ At the optimum of max E[r] - beta KL(pi || ref), beta log(pi / ref) = r - V. On-
 profile of it.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fastrl.checks import check_bounds
 from fastrl.objectives.base import masked
 from fastrl.types import Problem, TrainBatch
 
@@ -36,12 +36,12 @@ class APO:
     needs_current = False
 
     def __post_init__(self):
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < math.inf:
-                hint = "; for the mean or the maximum use --objective.value-mode" if name == "beta1" else ""
-                raise ValueError(f"--objective.{name} must be > 0, got {getattr(self, name)}{hint}")
-        if not self.entropy >= 0:
-            raise ValueError(f"--objective.entropy must be >= 0, got {self.entropy}")
+        if not 0 < self.beta1 <= 1e6:
+            raise ValueError(
+                f"--objective.beta1 must be above 0 and at most 1e6, got {self.beta1}; for the mean or the maximum use "
+                "--objective.value-mode"
+            )
+        check_bounds(self, "objective.", beta2="(0, 1e6]", entropy="[0, 1e6]")
 
     @property
     def needs_profile(self) -> bool:

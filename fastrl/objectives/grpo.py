@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ranks
+from fastrl.checks import check_bounds
 from fastrl.objectives.base import LARGEST_CAP, clipped_surrogate, clipped_weight, kl_estimate, masked, old_log_ratio
 from fastrl.types import Problem, TrainBatch
 
@@ -54,21 +55,11 @@ class GRPO:
     needs_current = needs_profile = False
 
     def __post_init__(self):
-        for name, low in (("clip_low", 0), ("clip_high", 0), ("std_eps", 0), ("log_ratio_cap", 0)):
-            if not getattr(self, name) > low:
-                raise ValueError(f"--objective.{name.replace('_', '-')} must be > {low}, got {getattr(self, name)}")
-        for name in ("kl", "entropy", "overlong_buffer"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--objective.{name.replace('_', '-')} must be >= 0, got {getattr(self, name)}")
-        if not self.is_cap >= 1:
-            raise ValueError(f"--objective.is-cap must be at least 1, got {self.is_cap}")
-        if self.log_ratio_cap > LARGEST_CAP:
-            raise ValueError(
-                f"--objective.log-ratio-cap must be at most {LARGEST_CAP:g}, where exp is finite, "
-                f"got {self.log_ratio_cap}"
-            )
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
+        check_bounds(
+            self, "objective.", clip_low="(0, 1e6]", clip_high="(0, 1e6]", std_eps="(0, 1e6]",
+            log_ratio_cap=f"(0, {LARGEST_CAP:g}]",
+            kl="[0, 1e6]", entropy="[0, 1e6]", overlong_buffer="[0, 1e7]", is_cap="[1, 1e6]", dual_clip="(1, 1e6]",
+        )  # fmt: skip
 
     @property
     def normalizer(self) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ranks
+from fastrl.checks import check_bounds
 from fastrl.objectives.base import LARGEST_CAP, clipped_surrogate, kl_estimate, masked, old_log_ratio
 from fastrl.types import Problem, TrainBatch
 
@@ -41,22 +42,11 @@ class PPO:
     needs_current = needs_profile = False
 
     def __post_init__(self):
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--objective.{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("clip_low", "clip_high", "log_ratio_cap", "value_clip"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"--objective.{name.replace('_', '-')} must be > 0, got {getattr(self, name)}")
-        for name in ("kl", "entropy"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--objective.{name} must be >= 0, got {getattr(self, name)}")
-        if self.log_ratio_cap > LARGEST_CAP:
-            raise ValueError(
-                f"--objective.log-ratio-cap must be at most {LARGEST_CAP:g}, where exp is finite, "
-                f"got {self.log_ratio_cap}"
-            )
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"--objective.dual-clip must be > 1 (or None), got {self.dual_clip}")
+        check_bounds(
+            self, "objective.", gamma="[0, 1]", lam="[0, 1]", clip_low="(0, 1e6]", clip_high="(0, 1e6]",
+            log_ratio_cap=f"(0, {LARGEST_CAP:g}]",
+            value_clip="(0, 1e6]", kl="[0, 1e6]", entropy="[0, 1e6]", dual_clip="(1, 1e6]",
+        )  # fmt: skip
 
     def needs(self, num_minibatches: int) -> frozenset[str]:
         wanted = {"values": True, "old_logprobs": num_minibatches > 1 or self.kl > 0, "ref_logprobs": self.kl > 0}

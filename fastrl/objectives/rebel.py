@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrl.checks import check_bounds
 from fastrl.objectives.base import masked, old_log_ratio
 from fastrl.types import Problem, TrainBatch
 
@@ -29,10 +30,7 @@ class REBEL:
     needs_profile = False
 
     def __post_init__(self):
-        if not self.eta > 0:
-            raise ValueError(f"--objective.eta must be > 0, got {self.eta}")
-        if not self.kl >= 0:
-            raise ValueError(f"--objective.kl must be >= 0, got {self.kl}")
+        check_bounds(self, "objective.", eta="(0, 1e6]", kl="[0, 1e6]")
 
     @property
     def splits_groups(self) -> bool:

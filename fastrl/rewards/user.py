@@ -12,14 +12,18 @@ import importlib.util
 import inspect
 import logging
 import math
+import os
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
+
+from fastrl.log import printable
 
 logger = logging.getLogger(__name__)
 
@@ -149,12 +153,13 @@ class UserReward:
         return UserScores(self._checked_rewards([result], 1), 0, self._checked_metrics(metrics))
 
     def _call(self, arguments: dict):
-        try:
-            result = self._function(**arguments)
-            return _wait_for(result) if inspect.isawaitable(result) else result
-        # exit() in a reward function must not end the training either
-        except (Exception, SystemExit) as error:
-            raise _FunctionError from error
+        with _process_kept():
+            try:
+                result = self._function(**arguments)
+                return _wait_for(result) if inspect.isawaitable(result) else result
+            # exit() in a reward function must not end the training either
+            except (Exception, SystemExit) as error:
+                raise _FunctionError from error
 
     def _require_parameters(self, offered: dict[str, list]) -> None:
         if missing := self._required - offered.keys():
@@ -190,7 +195,7 @@ class UserReward:
         if not self._error_shown:
             self._error_shown = True
             text = "".join(traceback.format_exception(error))
-            logger.warning("reward %s raised %s\n%s", self.name, what, text)
+            logger.warning("reward %s raised %s\n%s", self.name, what, printable(text))
 
     def _every_call_failed(self, count: int, error: BaseException) -> ValueError:
         return ValueError(
@@ -201,6 +206,22 @@ class UserReward:
 
 class _FunctionError(Exception):
     """The user's function raised; its exception is the cause."""
+
+
+@contextmanager
+def _process_kept() -> Iterator[None]:
+    """Come back in the folder that was the current one, and only in the process that went in.
+
+    A run's paths may be relative. A child that a function has forked would otherwise go on as a second trainer.
+    """
+    process, folder = os.getpid(), os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(1)
+        os.fchdir(folder)
+        os.close(folder)
 
 
 def _wait_for(awaitable: Awaitable):

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastrl.checks import check_bounds
 from fastrl.flat_definition import BLOCK, direction, series
 from fastrl.ops import FlatStats, extrapolate_, interpolate_
 from fastrl.updates.base import Accumulate
@@ -59,16 +60,14 @@ class GXPO:
     watch: Gate = field(init=False, repr=False)
 
     def __post_init__(self):
-        if self.lookahead < 2:
-            raise ValueError(f"--update.lookahead must be at least 2, got {self.lookahead}")
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"--update.alpha must be above 0 and at most 1, got {self.alpha}")
+        check_bounds(
+            self, "update.", lookahead="[2, 1e4]", alpha="(0, 1]", ratio_min="[-inf, inf]", ratio_max="[-inf, inf]",
+            scale_max="(0, inf]", active_threshold="[0, 1e6]", gate_threshold="[-1e6, 1e6]", gate_window="[2, 1e6]",
+            gate_patience="[1, 1e6]", gate_warmup="[0, 1e9]", fallback_steps="[0, 1e9]",
+            min_effective_multiplier="[0, 1e6]",
+        )  # fmt: skip
         if not self.ratio_min < self.ratio_max:
             raise ValueError(f"--update.ratio-min {self.ratio_min} must be below --update.ratio-max {self.ratio_max}")
-        for name, least in (("gate_window", 2), ("gate_patience", 1), ("gate_warmup", 0), ("fallback_steps", 0)):
-            if getattr(self, name) < least:
-                flag = f"--update.{name.replace('_', '-')}"
-                raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
         self.watch = Gate(
             window=self.gate_window, threshold=THRESHOLDS[self.gate] if self.gate_threshold is None else
             self.gate_threshold, stat="level" if self.gate == "cosine" else self.gate_stat, warmup=self.gate_warmup,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastrl.checks import check_bounds
 from fastrl.ops import FlatStats, interpolate_
 from fastrl.updates.base import Accumulate, one_pass
 from fastrl.updates.gate import Gate
@@ -40,15 +41,10 @@ class SFPO:
     watch: Gate = field(init=False, repr=False)
 
     def __post_init__(self):
-        if self.lookahead < 1:
-            raise ValueError(f"--update.lookahead must be at least 1, got {self.lookahead}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"--update.alpha must be between 0 and 1, got {self.alpha}")
-        if self.gate_window < 2 or not self.gate_threshold > 0 or self.decay_steps < 0:
-            raise ValueError(
-                "--update.gate-window must be at least 2, --update.gate-threshold above 0 and --update.decay-steps at "
-                f"least 0, got {self.gate_window}, {self.gate_threshold} and {self.decay_steps}"
-            )
+        check_bounds(
+            self, "update.", lookahead="[1, 1e4]", alpha="[0, 1]", gate_window="[2, 1e6]", gate_threshold="(0, 1e6]",
+            decay_steps="[0, 1e9]",
+        )  # fmt: skip
         self.watch = Gate(
             window=self.gate_window, threshold=self.gate_threshold, two_sided=self.gate == "paper",
             inclusive=self.gate == "code",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastrl.checks import check_bounds
 from fastrl.updates.base import Accumulate, one_pass
 
 
@@ -15,8 +16,7 @@ class Single:
     copies, holds_state, per_coordinate = 0, False, False
 
     def __post_init__(self):
-        if self.epochs_per_batch < 1:
-            raise ValueError(f"--update.epochs-per-batch must be at least 1, got {self.epochs_per_batch}")
+        check_bounds(self, "update.", epochs_per_batch="[1, 1e4]")
 
     @property
     def backward_passes(self) -> int:

@@ -1,0 +1,51 @@
+"""The versions fastrl needs at least, as its package says; older ones have holes that its own checks cannot close.
+
+torch below 2.10 corrupts memory in torch.load with weights_only (CVE-2026-24747), transformers below 5.0 unpickles a
+trainer's state (CVE-2026-1839), vLLM below 0.18 runs a model's code against trust_remote_code=False (CVE-2025-66448,
+CVE-2026-22807, CVE-2026-27893), safetensors below 0.8 does not write atomically.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, requires, version
+
+CHECKED = ("torch", "transformers", "safetensors", "tokenizers", "vllm")
+REQUIREMENT = re.compile(r"([A-Za-z0-9-]+)\s*(?:\[.*\])?([^;]*)")
+
+
+def release(text: str) -> tuple[int, ...]:
+    """'2.13.0+cpu' -> (2, 13, 0); '5.0rc1' -> (5, 0): the numbers before anything else, zeros at the end left out."""
+    numbers = [int(n) for n in re.match(r"\d+(?:\.\d+)*", text)[0].split(".")]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def lowest(requirements: Iterable[str]) -> dict[str, str]:
+    """Lines as in a package's metadata -> the lower bound of each checked name: 'vllm<0.33,>=0.26' -> '0.26'."""
+    found = {}
+    for line in requirements:
+        name, bounds = REQUIREMENT.match(line).groups()
+        bound = re.search(r"(?:>=|==)\s*([0-9][0-9.]*)", bounds)
+        if name in CHECKED and bound:
+            found[name] = bound[1]
+    return found
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def check_versions(version_of: Callable[[str], str | None] = installed) -> dict[str, tuple[str | None, str]]:
+    """-> {name: (installed version or None, lowest)}. Raises ValueError, with what helps, for an older one."""
+    needed = lowest(requires("fastrl") or ())
+    found = {name: (version_of(name), needed[name]) for name in CHECKED if name in needed}
+    old = {name: pair for name, pair in found.items() if pair[0] is not None and release(pair[0]) < release(pair[1])}
+    if old:
+        said = ", ".join(f"{name} {have} is installed and {least} is the lowest" for name, (have, least) in old.items())
+        wanted = " ".join(f"'{name}>={least}'" for name, (_, least) in old.items())
+        raise ValueError(f"{said} that fastrl works with; run `pip install -U {wanted}`")
+    return found
