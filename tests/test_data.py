@@ -216,6 +216,7 @@ def test_a_bad_row_is_listed_with_line_and_reason(name):
     assert str(bad).startswith("rows.jsonl:20: ")
 
 
+@pytest.mark.promise("D4", trials=1)
 def test_text_is_never_a_template():
     text = "{0.__class__} {{ 7*7 }} {% raw %} %s <|im_end|>"
     problem = problem_from_row({"prompt": text, "answer": text}, "x")
@@ -246,6 +247,7 @@ def hostile_lines(good: int, bad: int) -> tuple[list[bytes], list[int]]:
     return lines, numbers
 
 
+@pytest.mark.promise("D4", trials=15)
 def test_985_of_1000_rows_are_kept_and_15_listed(tmp_path):
     lines, numbers = hostile_lines(985, 15)
     path = tmp_path / "rows.jsonl"
@@ -265,6 +267,7 @@ def test_985_of_1000_rows_are_kept_and_15_listed(tmp_path):
     assert by_line["rows.jsonl:1000"].answer == "1000" and "rows.jsonl:1" not in by_line
 
 
+@pytest.mark.promise("D4", trials=1)
 def test_5_percent_bad_rows_are_borne_and_more_are_not():
     bad = {"prompt": "a"}
     assert len(load([GOOD] * 95 + [bad] * 5).bad_rows) == 5

@@ -126,6 +126,7 @@ def test_plain_joins_messages_and_refuses_what_an_assistant_said():
         encode(messages, BASE)
 
 
+@pytest.mark.promise("D4", trials=1)
 def test_control_tokens_in_data_are_text_in_a_chat():
     assert len(controls(TOKENIZER.encode(FORGED, add_special_tokens=False))) == 5  # what an ordinary encoding does
     ids = encode(FORGED)
@@ -135,6 +136,7 @@ def test_control_tokens_in_data_are_text_in_a_chat():
     assert controls(ids) == ["<s>", *["<|im_start|>", "<|im_end|>"] * 2, "<|im_start|>", "<think>"]
 
 
+@pytest.mark.promise("D4", trials=1)
 def test_control_tokens_in_data_are_text_without_a_template():
     ids = encode(FORGED, template="plain")
     assert controls(ids) == ["<s>"] and TOKENIZER.decode(ids[1:]) == FORGED
@@ -203,6 +205,7 @@ class Recorder:
         return self.tokenizer.apply_chat_template(messages, **options)
 
 
+@pytest.mark.promise("D4", trials=1)
 def test_the_template_sees_markers_that_cannot_be_guessed_and_no_data():
     recorder = Recorder(TOKENIZER)
     for prompt in ("{{ 7*7 }}", "{% raw %}", "{{ 7*7 }}"):

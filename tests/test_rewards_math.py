@@ -140,6 +140,7 @@ def test_vote_key(verifier):
     assert Exact().vote_key("1 2 06") == "6" and Exact().vote_key(" ") is None
 
 
+@pytest.mark.promise("C3", trials=0)  # a small one
 def test_grades_do_not_depend_on_the_other_answers():
     """A twentieth of the batch is poison; the rest is graded as without it, in any order, by one worker or two."""
     healthy = HARD * 8
@@ -159,6 +160,7 @@ def test_a_soft_timeout_is_no_wrong_answer_and_takes_the_cpu_limit():
         assert 0.25 < time.monotonic() - start < 3
 
 
+@pytest.mark.promise("C2", trials=0)  # a small one
 def test_code_that_python_cannot_interrupt_is_killed():
     with Math(workers=1, cpu_s=30, kill_cpu_s=0.3) as verifier:
         start = time.monotonic()
@@ -175,6 +177,7 @@ def test_a_worker_that_does_not_run_is_killed_after_the_wall_limit():
     assert statuses == ["hard_timeout", "right"]
 
 
+@pytest.mark.promise("C4", trials=0)  # a small one
 def test_an_answer_under_which_every_worker_is_lost_dies_alone():
     graded = []
     with Math(workers=1, cpu_s=30, kill_cpu_s=30) as verifier:
@@ -215,6 +218,7 @@ def test_a_worker_is_limited_and_is_replaced_before_its_memory_is_full():
         assert pid not in verifier.workers.pids
 
 
+@pytest.mark.promise("C4", trials=0)  # a small one
 @pytest.mark.parametrize("moment", ["idle", "busy"])
 def test_killing_workers_changes_no_grade(verifier, moment):
     expected = [case[2] for case in HARD]

@@ -1,6 +1,10 @@
 """Reward specs, functions of users, and several rewards together."""
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,8 +57,9 @@ def test_grade():
         grade(["2", "3"], ["2"])
 
 
+HOSTILE = pytest.mark.promise("C11", trials=1)
 FUNCTIONS = r"""
-import asyncio, math
+import asyncio, math, os, time
 
 def length(completions, **columns):
     return [float(len(text)) for text in completions]
@@ -87,6 +92,23 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
         raise RuntimeError("cannot")
     return {"score": float(solution_str == ground_truth) + (data_source == "x"), "level": extra_info["level"]}
 
+def sleeps(completions):
+    time.sleep(0.3)
+    return [0.5] * len(completions)
+
+def forks(completions):
+    return [1.0] * len(completions) if os.fork() else [0.0]
+
+def prints(completions):
+    for _ in range(100):
+        print("\x1b[31m" + "x" * 2**20)
+    return [0.5] * len(completions)
+
+def moves(completions):
+    os.chdir("/")
+    return [0.5] * len(completions)
+
+def empty(completions): return [None] * len(completions)
 def needs(completions, colour): return [0.0] * len(completions)
 def short(completions): return [0.0]
 def words(completions): return ["1.0"] * len(completions)
@@ -153,13 +175,19 @@ def test_a_function_that_only_fails_on_the_batch_is_reported(file, caplog):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("broken", r"reward broken: raised KeyError: 'style' on every one of 2 completions; fix the function"),
+        pytest.param(
+            "broken",
+            r"reward broken: raised KeyError: 'style' on every one of 2 completions; fix the function",
+            marks=HOSTILE,
+        ),
         ("leaves", r"reward leaves: raised SystemExit: 3 on every one of 2"),
         ("needs", r"its parameter colour is neither a column of the data nor offered; there are: .*completions"),
-        ("short", r"reward short: got 1 rewards; expected 2, one per completion"),
-        ("words", r"reward words: reward number 0 is '1\.0'; expected a finite float or None"),
-        ("not_a_number", r"reward number 0 is nan; expected"),
-        ("infinite", r"reward number 0 is inf; expected"),
+        pytest.param("short", r"reward short: got 1 rewards; expected 2, one per completion", marks=HOSTILE),
+        pytest.param(
+            "words", r"reward words: reward number 0 is '1\.0'; expected a finite float or None", marks=HOSTILE
+        ),
+        pytest.param("not_a_number", r"reward number 0 is nan; expected", marks=HOSTILE),
+        pytest.param("infinite", r"reward number 0 is inf; expected", marks=HOSTILE),
         ("single", r"returned 1\.0; expected a list"),
         ("other", r"it takes \(a, b\); expected f\(prompts, completions, \*\*columns\)"),
         ("lenght", r"no function 'lenght'; did you mean 'length'\?"),
@@ -210,3 +238,44 @@ def test_reward_set_checks_golds(file):
 def test_stands_in():
     assert stands_in("3", "of 3.") and stands_in(r"\log_2 64", r"$\log_2 64$")
     assert not stands_in("3", "13 and 35") and stands_in("3", "13 and 3")
+
+
+@HOSTILE
+def test_none_is_not_applicable_and_no_error(file):
+    scores = score(file, "empty")
+    assert scores.each == {"empty": [None, None]} and scores.total == [0.0, 0.0] and scores.statuses == {}
+
+
+@HOSTILE
+def test_a_slow_function_is_waited_for(file):
+    assert score(file, "sleeps").total == [0.5, 0.5]
+
+
+@HOSTILE
+def test_what_a_function_forks_never_comes_back(file, tmp_path):
+    """Two processes that both go on training would write into one run folder."""
+    code = (
+        "import os, pathlib, sys; from fastrl.rewards import RewardSet\n"
+        f"total = RewardSet(['{file}:forks']).score(['ab'], ['c'], ['d']).total\n"
+        "pathlib.Path(f'{os.getpid()}.came').write_text(str(total))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    assert [came.read_text() for came in tmp_path.glob("*.came")] == ["[1.0]"]
+
+
+@HOSTILE
+def test_100_mb_of_output_are_only_output(file, capfd):
+    assert score(file, "prints").total == [0.5, 0.5]
+    assert len(capfd.readouterr().out) > 100 * 2**20
+
+
+@HOSTILE
+def test_a_function_that_changes_the_folder_does_not_move_the_run(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert score(file, "moves").total == [0.5, 0.5]
+    assert Path.cwd() == tmp_path
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    assert score(file, "moves").total == [0.5, 0.5]  # a folder that is no longer there is no error either

@@ -1,0 +1,180 @@
+"""Configurations that cannot be meant: each is one message that names the key, exit code 2, and nothing is started."""
+
+import functools
+import json
+import math
+import re
+import typing
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fastrl.config import all_flags, value_of
+from fastrl.program import exit_code
+from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig, configure
+
+# numbers without an upper or lower limit: no limit is a meaning of theirs
+SIGNED = {"ratio-min", "ratio-max", "gate-threshold"}
+ENDLESS = {"ratio-min", "ratio-max", "scale-max"}
+SENSIBLE = [
+    ["--steps", "7"], ["--lr", "3e-5"], ["--eval-limit", "8"], ["--seed", "11"], ["--problems-per-step", "16"], [],
+]  # fmt: skip
+NO_NUMBER = [
+    "",
+    " ",
+    "nan",
+    "NaN",
+    "word",
+    "1e-6x",
+    "0x10",
+    "1,5",
+    "--1",
+    "1..2",
+    "[1]",
+    "None.",
+    "\u0663x",
+    "1e",
+    "$HOME",
+]
+NO_INTEGER = ["1.5", "1e-6", "inf", "9" * 5000, "True"]
+HUGE = ["1e300", "1" + "0" * 308, "-1e300"]
+UNHEARD = st.text("abcdefghijklmnopqrstuvwxyz_-0123456789", min_size=1, max_size=30)
+
+
+def hint_of(default: object, flag: str) -> object:
+    """The annotation of the field that a flag stands for."""
+    section, _, name = flag.removeprefix("--").rpartition(".")
+    holder = value_of(default, f"--{section}") if section else default
+    return typing.get_type_hints(type(holder))[name.replace("-", "_")]
+
+
+def kinds(hint: object) -> set:
+    """int, float, str, bool and Literal among the types of an annotation."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return {typing.Literal}
+    return {hint} if origin is None else set().union(*(kinds(arg) for arg in typing.get_args(hint)))
+
+
+@functools.cache
+def flags_with(objective: str, update: str, allocation: str) -> dict[str, object]:
+    members = {"objective": objective, "update": update, "allocation": allocation}
+    default = TrainConfig(**{axis: AXES[axis][name]() for axis, name in members.items()})
+    return {flag: hint_of(default, flag) for flag in all_flags(default)}
+
+
+def bad_numbers(flag: str, kind: type) -> list[str]:
+    word = flag.rpartition(".")[2].removeprefix("--")
+    values = NO_NUMBER + (NO_INTEGER if kind is int else []) + ["-1"] * (word not in SIGNED)
+    return values if word in ENDLESS else values + HUGE + ["inf", "-inf"]
+
+
+@st.composite
+def bad_settings(draw) -> tuple[list[str], dict, str]:
+    """-> arguments, a recipe, and the word that the message must hold."""
+    members = {axis: draw(st.sampled_from(sorted(choices))) for axis, choices in AXES.items()}
+    flags = flags_with(**members)
+    axes = [word for axis, name in members.items() for word in (f"--{axis}", name)]
+    args = axes + draw(st.sampled_from(SENSIBLE))
+    what = draw(st.sampled_from(["number", "number", "number", "text", "choice", "unknown", "member", "extra", "toml"]))
+    if what == "unknown":
+        key = draw(UNHEARD.filter(lambda key: not any(f.endswith(key.replace("_", "-").strip("-")) for f in flags)))
+        return [*args, f"--x{key}", "1"], {}, f"--x{key}"
+    if what == "member":
+        axis = draw(st.sampled_from(sorted(AXES)))
+        return [*SENSIBLE[0], f"--{axis}", draw(UNHEARD) + "?"], {}, f"--{axis}"
+    kind_of = {flag: kinds(hint) for flag, hint in flags.items()}
+    if what == "extra":
+        flag = draw(st.sampled_from([f for f, k in kind_of.items() if k & {int, float} and "betas" not in f
+                                     and "group-sizes" not in f]))  # fmt: skip
+        return [*args, flag, "1", "more"], {}, flag
+    if what == "choice":
+        flag = draw(st.sampled_from([f for f, kind in kind_of.items() if typing.Literal in kind]))
+        return [*args, flag, draw(st.sampled_from(["", "no", "nan", "0"])) + "?"], {}, flag
+    if what == "text":
+        flag = draw(st.sampled_from([f for f, kind in kind_of.items() if kind == {str} and "instruction" not in f]))
+        value = draw(st.sampled_from(["\x1b]0;title\x07", "a\rb", "x" * 5000, "\x9b31m", "a" * 300 + "/b"]))
+        return [*args, flag, value], {}, flag
+    flag = draw(st.sampled_from([f for f, kind in kind_of.items() if kind & {int, float}]))
+    kind = int if int in kind_of[flag] else float
+    if what == "number":
+        value = draw(st.sampled_from(bad_numbers(flag, kind)))
+        times = 2 if flag.endswith("betas") else 1
+        return [*args, flag, *[value] * times], {}, flag
+    value = draw(st.sampled_from(["1e-6", "7", True, {"a": 1}, [[1]], "", math.nan, ["x", 2]]))
+    return args, {flag: value}, flag
+
+
+def toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return "nan" if value != value else json.dumps(value)
+
+
+def recipe_text(axes: list[str], recipe: dict) -> str:
+    """The embedded recipe with one key changed, and the members of the axes it belongs to."""
+    (flag, value), lines = next(iter(recipe.items())), EMBEDDED_RECIPE.read_text()
+    *sections, key = flag.removeprefix("--").replace("-", "_").split(".")
+    members = dict(zip(axes[::2], axes[1::2], strict=True))
+    table = {axis.removeprefix("--"): f'type = "{name}"\n' for axis, name in members.items()}
+    section = ".".join(sections)
+    lines = re.sub(rf"(?m)^{key} = .*\n", "", lines) if key in lines else lines
+    if not section:
+        return f"{key} = {toml(value)}\n{lines}" + "".join(f"[{name}]\n{line}" for name, line in table.items())
+    table[section] = table.get(section, "") + f"{key} = {toml(value)}\n"
+    for name, line in table.items():
+        lines = (
+            lines.replace(f"[{name}]\n", f"[{name}]\n{line}") if f"[{name}]" in lines else f"{lines}\n[{name}]\n{line}"
+        )
+    return lines
+
+
+def refusal(args: list[str], recipe: dict, folder) -> ValueError:
+    argv = args
+    if recipe:
+        (folder / "r.toml").write_text(recipe_text(args[:6], recipe))
+        argv = [str(folder / "r.toml"), *args[6:]]
+    with pytest.raises(ValueError) as caught:
+        configure(argv)
+    (folder / "r.toml").unlink(missing_ok=True)
+    return caught.value
+
+
+def check(case, folder) -> None:
+    args, recipe, key = case
+    error = refusal(args, recipe, folder)
+    assert exit_code(error) == 2
+    word = key.rpartition(".")[2].removeprefix("--")
+    said = str(error).replace("_", "-")
+    assert word.replace("_", "-") in said, (args[6:], recipe, said)
+    assert "\x1b" not in said and len(said) < 1500
+    assert list(folder.iterdir()) == []
+
+
+def fuzz(examples: int, folder, **options) -> None:
+    @settings(
+        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate], **options,  # a case is short, and shrinking it takes longer than reading it
+    )  # fmt: skip
+    @given(bad_settings())
+    def run(case):
+        check(case, folder)
+
+    run()
+
+
+@pytest.mark.promise("D8", trials=12)
+def test_bad_configurations_are_refused_with_the_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz(12, tmp_path, derandomize=True)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(2400)
+@pytest.mark.promise("D8", trials=988)
+def test_many_bad_configurations_are_refused_with_the_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz(988, tmp_path)
