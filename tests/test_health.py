@@ -62,7 +62,7 @@ def learning(n: int) -> float:
 GOOD = {
     "learns": log(1, reward=learning, entropy=lambda n: 0.15 + 0.65 * math.exp(-n / 40), cut=lambda n: 0.3 - n / 600),
     "dips and recovers": log(
-        2, entropy=lambda n: 0.05 if n % 20 else 0.7, one=lambda n: 0.0 if n % 5 == 0 else 0.6, cut=lambda n: 0.5,
+        2, entropy=lambda n: 0.05 if n > 20 and n % 20 else 0.7, one=lambda n: 0.0 if n % 5 == 0 else 0.6, cut=lambda n: 0.5,
         reward=lambda n: 0.5 + 0.1 * math.sin(n),
     ),
     "rare rewards and broken steps": log(
@@ -90,11 +90,11 @@ def test_a_restart_forgets_nothing(name, cut):
 
 
 def test_completions_of_one_token_by_hand():
-    batch = make([10, 10, 10, 7, 0])
+    batch = make([10, 10, 10, 6, 0])
     batch.input_ids[0, 1:11] = torch.tensor([5] * 8 + [6, 7])  # 8 of 10
     batch.input_ids[1, 1:11] = torch.tensor([5] * 7 + [6, 7, 8])  # 7 of 10
     batch.input_ids[2, 1:11] = torch.tensor([9, 1, 9, 9, 9, 9, 9, 9, 2, 9])
-    batch.input_ids[3, 1:8] = 5  # too short to tell
+    batch.input_ids[3, 1:7] = 5  # too short to tell
     batch.input_ids[:, 0] = 5  # the prompt does not count
     batch.response_mask[2] = False  # nor what the loss sees
     assert one_token_rows(batch) == 2
