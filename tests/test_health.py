@@ -62,7 +62,7 @@ def learning(n: int) -> float:
 GOOD = {
     "learns": log(1, reward=learning, entropy=lambda n: 0.15 + 0.65 * math.exp(-n / 40), cut=lambda n: 0.3 - n / 600),
     "dips and recovers": log(
-        2, entropy=lambda n: 0.05 if n > 20 and n % 20 else 0.7, one=lambda n: 0.0 if n % 5 == 0 else 0.6, cut=lambda n: 0.5,
+        2, entropy=lambda n: 0.05 if n > 20 and n % 20 else 0.7, one=lambda n: 0.6 if n % 5 else 0.0, cut=lambda n: 0.5,
         reward=lambda n: 0.5 + 0.1 * math.sin(n),
     ),
     "rare rewards and broken steps": log(
