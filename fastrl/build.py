@@ -17,6 +17,7 @@ from fastrl.engine.vllm import VllmEngine
 from fastrl.fitting import Fitting
 from fastrl.flat_backends import backend_on
 from fastrl.guard import Guard
+from fastrl.identity import identity_of
 from fastrl.kernels.parity import head_fault
 from fastrl.log import RunLog
 from fastrl.memory import MemoryPlan
@@ -127,7 +128,7 @@ def build(
         ),
         eval_sets=[EvalSet(name=e.name, problems=e.problems, k=config.eval_k, sampling=sampling) for e in evals],
         log=log, folder=config.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),
-        profiler=profiler, stop_requested=stop_requested,
+        identity=identity_of(policy, reference, task.problems), profiler=profiler, stop_requested=stop_requested,
     )  # fmt: skip
 
 

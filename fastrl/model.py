@@ -94,7 +94,7 @@ def parameter_shapes(config) -> dict[str, tuple[int, ...]]:
 
 
 def save_model(loaded: "LoadedModel", folder: Path) -> None:
-    """Write weights, configuration and tokenizer as a Hugging Face model folder."""
+    """Write weights, configuration and tokenizer as a Hugging Face model folder. Raises OSError, SafetensorError."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -104,7 +104,12 @@ def save_model(loaded: "LoadedModel", folder: Path) -> None:
         for name, tensor in loaded.model.state_dict().items()
     }
     loaded.model.save_pretrained(folder, state_dict=state)
-    loaded.tokenizer.save_pretrained(folder)
+    try:
+        loaded.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # what tokenizers says of a disk that is full has no class of its own
 
 
 def load_tokenizer(name: str):

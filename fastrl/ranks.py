@@ -108,6 +108,20 @@ def all_max(value: float) -> float:
     return values.item()
 
 
+def all_sum(value: float) -> float:
+    """The sum of the ranks' values."""
+    return all_sum_(torch.tensor([value], dtype=torch.float64)).item()
+
+
+def first_text(text: str) -> str:
+    """The lowest rank's text that is not empty, on every rank; empty where all are."""
+    if size() == 1:
+        return text
+    texts: list[str] = [""] * size()
+    dist.all_gather_object(texts, text)
+    return next(filter(None, texts), "")
+
+
 def all_counts(counts: dict[str, float]) -> dict[str, float]:
     """Sum dicts of numbers over ranks; a name that some rank lacks counts as 0 there."""
     if size() == 1:

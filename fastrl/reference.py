@@ -1,5 +1,7 @@
 """The frozen initial policy, loaded only when an objective compares with it."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,17 @@ class Reference:
         if self.weights is not None and not self.weights.untyped_storage().nbytes():
             self.weights.untyped_storage().resize_(self.kept.untyped_storage().nbytes())
             self.weights.copy_(self.kept)
+
+    def sha256(self) -> str:
+        """Of the weights, in the order of their names, at 0.7 GB/s."""
+        self.wake()
+        hashed = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            hashed.update(name.encode())
+            copy = parameter.detach().to("cpu", copy=True)  # numpy would take the storage's right to be resized
+            hashed.update(copy.contiguous().view(-1).view(torch.uint8).numpy())
+        self.rest()
+        return hashed.hexdigest()
 
     def score(self, batch: TrainBatch) -> Tensor:
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""

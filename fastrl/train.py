@@ -12,6 +12,7 @@ The run folder is runs/NAME. Exit codes: 0 done, 2 configuration, 3 data, 4 nume
 import json
 import os
 import signal
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -25,70 +26,44 @@ from fastrl.log import RunLog, printable, say, versions, write_json
 from fastrl.perf import Progress, Spans, collector_paused
 from fastrl.program import exit_code, fail, run_program
 from fastrl.requirements import check_versions
+from fastrl.resuming import resume
 from fastrl.run_config import TrainConfig, configure, describe, resolve
 from fastrl.trainer import Stopped, Trainer
-from fastrl.types import CheckpointError, EngineError, NumericsError
+from fastrl.types import EngineError, NumericsError
 from fastrl.watchdog import Watchdog, longest_wait
 
-# what may differ between a run and its continuation; everything else would change what is being trained
-FREE_ON_RESUME = {
-    "steps", "max_minutes", "stop_at_accuracy", "stop_below_accuracy", "stop_on_collapse", "eval", "eval_k",
-    "eval_every", "eval_limit",
-    "save_every", "keep", "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers",
-    "max_num_seqs", "allow_change", "offload", "reference_on_host", "profile", "canary", "hang_timeout",
-}  # fmt: skip
-
-
-def resume(trainer: Trainer, wanted: str, config: TrainConfig) -> None:
-    """Continue from a checkpoint. `auto` takes the newest whole one and says which it had to pass over."""
-    folder = config.folder / "checkpoints"
-    candidates = checkpoint.newest(folder) if wanted == "auto" else [Path(wanted)]
-    if not candidates:
-        trainer.log.say(f"resume: no checkpoint in {folder} yet, starting at step 0")
-        trainer.log.rewind(-1)
-        return
-    for path in candidates:
-        try:
-            state, tensors = checkpoint.load(path)
-        except CheckpointError as error:
-            if wanted != "auto" or path == candidates[-1]:
-                raise
-            trainer.log.say(f"resume: passing over {error}")
-            continue
-        check_same(state["config"], trainer.config, set(config.allow_change), path)
-        trainer.load_state_dict(state, tensors)
-        trainer.last_checkpoint = path
-        if ranks.rank() == 0:
-            checkpoint.set_aside(folder, trainer.completed)
-        trainer.log.say(f"resume: step {trainer.completed} from {path}")
-        return
-
-
-def check_same(then: dict, now: dict, allowed: set[str], path: Path) -> None:
-    changed = [k for k in now if k not in FREE_ON_RESUME | allowed and then.get(k) != json.loads(json.dumps(now[k]))]
-    if changed:
-        name = changed[0]
-        raise CheckpointError(
-            f"{path}: {name} was {then.get(name)} and is now {now[name]}; start with the old value, or say "
-            f"--allow-change {name}"
-        )
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopFlag:
-    """SIGINT and SIGTERM: the first asks the trainer to save and stop, the second ends the process."""
+    """SIGINT and SIGTERM: the first asks the trainer to save and stop, the second ends the process.
+
+    The second one is seen by a thread of its own: Python runs a handler only when the main thread is back from C, and a
+    collective that waits for a lost rank never is.
+    """
 
     def __init__(self, log: RunLog):
         self.log, self.requested = log, False
         self.trainer: Trainer | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in SIGNALS:
             signal.signal(number, self.handle)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
 
     def handle(self, number: int, frame) -> None:
-        if self.requested:
-            step, saved = where(self.trainer)
-            self.log.status("interrupted", step, saved, 130, "second signal before the checkpoint was complete")
-            os._exit(130)
         self.requested = True
+
+    def watch(self, reader: int) -> None:
+        """Read the number of every signal that comes, a byte each."""
+        seen = 0
+        while byte := os.read(reader, 1):
+            seen += byte[0] in SIGNALS
+            if seen == 2:
+                step, saved = where(self.trainer)
+                self.log.status("interrupted", step, saved, 130, "second signal before the checkpoint was complete")
+                os._exit(130)
 
     def __call__(self) -> bool:
         return self.requested

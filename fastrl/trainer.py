@@ -38,6 +38,8 @@ from fastrl.schedule import EvalSet, Schedule
 from fastrl.types import CheckpointError, Completion, Problem, RolloutGroup, TrainBatch
 from fastrl.updates.base import UpdateRule
 
+MAX_FAILED_SAVES = 3  # in a row
+
 
 class Stopped(Exception):
     """A signal asked for the end; raised between two phases of a step, before anything has been changed."""
@@ -76,6 +78,7 @@ class Trainer:
     folder: Path
     write_model: Callable[[Path], None]
     config: dict  # the resolved configuration, stored in every checkpoint
+    identity: dict[str, str] = field(default_factory=dict)  # fastrl.identity: of what a continuation must have too
     old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
     mismatch_watch: MismatchWatch = field(default_factory=MismatchWatch)
     health: Health = field(default_factory=Health)
@@ -88,6 +91,8 @@ class Trainer:
     num_tokens: int = field(default=0, init=False)
     num_backward_passes: int = field(default=0, init=False)
     last_checkpoint: Path | None = field(default=None, init=False)
+    saved_step: int | None = field(default=None, init=False)  # of the newest checkpoint that this process wrote
+    failed_saves: int = field(default=0, init=False)  # in a row
     mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
     broken: dict[str, int] = field(default_factory=dict, init=False)  # numbers of this step that were not finite
     latest: tuple[Problem, Completion] | None = field(default=None, init=False)  # shown now and then
@@ -281,7 +286,7 @@ class Trainer:
     def run(self) -> str:
         """Train to the end of the schedule; returns why it ended: done, target, collapsed, stopped or time."""
         started, taken, stepping_s = time.monotonic(), 0, 0.0
-        if self.completed == 0:
+        if self.completed == 0 and not ranks.all_max(float(self.stop_requested())):
             if self.profiler:
                 self.log.metrics(0, self.profiler.metrics())
             self.evaluate()
@@ -294,7 +299,8 @@ class Trainer:
                 metrics = self.step() | renewed
             except Stopped:
                 checkpoint.restore_generators(*generators)  # as if the step had not begun
-                self.save(before)
+                if before["step"] != self.saved_step:
+                    self.save(before)
                 return "stopped"
             elapsed = time.perf_counter() - begin
             taken, stepping_s = taken + 1, stepping_s + elapsed
@@ -311,8 +317,9 @@ class Trainer:
             if last or ranks.all_max(float(out_of_time)):
                 break
             self.every(self.schedule.eval_every, self.evaluate)
-            self.every(self.schedule.save_every, self.save)
-        self.save()
+            self.every(self.schedule.save_every, self.save_or_warn)
+        if self.completed != self.saved_step:
+            self.save()
         if not self.verdict:
             self.evaluate()
         return self.verdict or ("done" if self.completed >= self.schedule.steps else "time")
@@ -358,11 +365,25 @@ class Trainer:
         )
 
     def save(self, state: dict | None = None) -> None:
+        """Commit a checkpoint of now, or of `state`. Raises CheckpointError, NumericsError."""
+        state = state or self.state_dict()
         with self.rollout.spans("save"):
             self.last_checkpoint = checkpoint.save(
-                self.folder / "checkpoints", state["step"] if state else self.completed, keep=self.schedule.keep,
-                write_model=self.write_model, tensors=self.state_tensors(), state=state or self.state_dict(),
+                self.folder / "checkpoints", state["step"], keep=self.schedule.keep, write_model=self.write_model,
+                tensors=self.state_tensors(), weights=self.policy.flat.weights, state=state, say=self.log.say,
             )  # fmt: skip
+        self.saved_step, self.failed_saves = state["step"], 0
+
+    def save_or_warn(self) -> None:
+        """A save between steps: when it fails, the next interval tries again; the third failure in a row is raised."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            self.failed_saves += 1
+            self.log.metrics(self.completed, {"ckpt/failed_saves": float(self.failed_saves)})
+            if self.failed_saves >= MAX_FAILED_SAVES:
+                raise
+            self.log.say(f"warning: {error}. The run goes on and tries again in {self.schedule.save_every} steps")
 
     def state_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's weights and optimizer states."""
@@ -384,7 +405,7 @@ class Trainer:
             "tokens_per_microbatch": self.fitting.tokens,
             "policy_version": self.policy.policy_version,
             "engine_policy_version": self.rollout.engine.policy_version,
-            "tensors": self.state_names(),
+            "tensors": sorted(self.state_names()),
             "allocator": self.allocator.state_dict(),
             "update": self.update.state_dict(),
             "guard": self.policy.guard.state_dict(),
@@ -392,23 +413,29 @@ class Trainer:
             "health": self.health.state_dict(),
             **({"critic_guard": self.critic.guard.state_dict()} if self.critic else {}),
             **({"profile": self.profiler.state_dict()} if self.profiler else {}),
+            "identity": self.identity,
             "config": self.config,
         }
 
+    def shard_sizes(self) -> dict[str, int]:
+        """Elements of this rank's shards, by the prefix of their tensors' names."""
+        critic = {"critic.": len(self.critic.master)} if self.critic else {}
+        return {"": len(self.policy.master), **critic}
+
     def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
-        """Continue from a checkpoint. Raises CheckpointError when something is missing from it."""
-        missing = [name for name in self.state_dict() if name not in state]
-        missing += [name for name in state.get("tensors", ()) if name not in tensors]
+        """Continue from a checkpoint. Raises CheckpointError when something is missing from it or of another form."""
+        checkpoint.check_form(state, self.state_dict(), "state.json")
+        missing = [name for name in ("master", *state["tensors"]) if name not in tensors]
         if missing:
             raise CheckpointError(f"the checkpoint has no {', '.join(missing)}; use one that is complete")
+        if self.profiler:
+            self.profiler.load_state_dict(state["profile"])  # the allocation makes its schedule from it
+        self.allocator.load_state_dict(state["allocator"])
         self.completed = state["step"]
         self.num_rollouts, self.num_tokens = state["num_rollouts"], state["num_tokens"]
         self.num_backward_passes = state["num_backward_passes"]
         if state["config"]["tokens_per_microbatch"] == self.config["tokens_per_microbatch"]:
             self.fitting.tokens = state["tokens_per_microbatch"]  # fewer, if memory has run out since
-        if self.profiler:
-            self.profiler.load_state_dict(state["profile"])  # the allocation makes its schedule from it
-        self.allocator.load_state_dict(state["allocator"])
         self.update.load_state_dict(state["update"])
         self.policy.guard.load_state_dict(state["guard"])
         self.mismatch_watch.load_state_dict(state["mismatch_watch"])
@@ -421,4 +448,4 @@ class Trainer:
             self.critic.guard.load_state_dict(state["critic_guard"])
         self.policy.policy_version = state["policy_version"]
         self.rollout.engine.policy_version = state["engine_policy_version"]
-        self.log.rewind(self.completed)
+        self.log.rewind(self.completed or -1)  # a run that has not begun evaluates first, once

@@ -44,6 +44,20 @@ def poison_uninitialized_memory():
 
 
 @pytest.fixture
+def planned(monkeypatch):
+    """Set FASTRL_FAULT for this process."""
+
+    def plan(text: str, rank: int = 0) -> None:
+        monkeypatch.setenv("FASTRL_FAULT", text)
+        monkeypatch.setenv("RANK", str(rank))
+        faults.from_environment.cache_clear()
+
+    yield plan
+    monkeypatch.undo()
+    faults.from_environment.cache_clear()
+
+
+@pytest.fixture
 def float64_norms(monkeypatch):
     """transformers rounds inside its norms to float32 even in a float64 model; here nothing is rounded."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -66,17 +80,3 @@ def run_fastrl(tmp_path):
         )  # fmt: skip
 
     return run
-
-
-@pytest.fixture
-def planned(monkeypatch):
-    """Set FASTRL_FAULT for this process."""
-
-    def plan(text: str, rank: int = 0) -> None:
-        monkeypatch.setenv("FASTRL_FAULT", text)
-        monkeypatch.setenv("RANK", str(rank))
-        faults.from_environment.cache_clear()
-
-    yield plan
-    monkeypatch.undo()
-    faults.from_environment.cache_clear()

@@ -1,10 +1,12 @@
 """Building the program's own parts inside a test."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from fastrl import checkpoint
 from fastrl.build import build, open_rewards
 from fastrl.config import parse
 from fastrl.log import RunLog
@@ -44,3 +46,25 @@ def step_records(folder: Path) -> list[dict[str, str]]:
         for row in rows(folder)
         if "reward" in row
     ]
+
+
+def sign_again(path: Path, **changed: object) -> None:
+    """Make the manifest of a checkpoint say what its files are now, and what else is `changed`."""
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    files = {
+        p.name: {"size": p.stat().st_size, "crc32": checkpoint.checksum(p)}
+        for p in sorted(path.iterdir()) if p.is_file() and not p.is_symlink() and p.name != "MANIFEST.json"
+    }  # fmt: skip
+    manifest |= {"files": files, **changed}
+    (path / "MANIFEST.json").write_text(checkpoint.manifest_text(manifest))
+
+
+def digest(path: Path) -> dict[str, str]:
+    """sha256 of the weights, the optimizer's states and the generators in a checkpoint."""
+    names = ["model.safetensors", *(p.name for p in sorted(path.iterdir()) if p.name.startswith(("optim", "rng")))]
+    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What is in a folder of checkpoints and is none."""
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))

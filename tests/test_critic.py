@@ -17,8 +17,8 @@ from fastrl.critic import Critic, CriticConfig, critic_shapes, explained_varianc
 from fastrl.model import load_model, model_config
 from fastrl.objectives.ppo import PPO
 from fastrl.optim import OptimConfig
+from fastrl.resuming import resume
 from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
-from fastrl.train import resume
 from fastrl.types import CheckpointError, NumericsError
 
 PPO_ARGS = ["--objective", "ppo", "--problems-per-step", 6, "--group-size", 4, "--eval-limit", 4]

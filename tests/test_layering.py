@@ -27,8 +27,8 @@ LAYERS = [
         "policy", "reference", "critic", "rollout", "fitting", "checkpoint", "task", "profile_data", "schedule",
         "planning",
     ],  # fmt: skip
-    ["trainer", "profiling", "canary", "run_config"],
-    ["build"],
+    ["trainer", "profiling", "canary", "run_config", "identity"],
+    ["build", "resuming"],
     ["comparison"],
     ["train", "profile", "evaluate", "plan", "compare", "report", "doctor"],
 ]  # fmt: skip

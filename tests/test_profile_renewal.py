@@ -11,8 +11,8 @@ from fastrl import checkpoint
 from fastrl.config import parse
 from fastrl.metrics import spearman
 from fastrl.profile_data import read_profile, weights_digest
+from fastrl.resuming import resume
 from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
-from fastrl.train import resume
 from fastrl.types import CheckpointError
 
 RENEWED = [*SMALL, "--reprofile-every", 2, "--steps", 6, "--save-every", 1, "--keep", 9, "--lr", 3e-3]

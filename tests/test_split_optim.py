@@ -11,10 +11,10 @@ from helpers import make_trainer, mostly_later
 from safetensors.torch import load_file
 
 from fastrl import checkpoint, trained
+from fastrl.identity import check_same
 from fastrl.run_config import configure
 from fastrl.split_master import split
 from fastrl.split_optim import SplitOptimizer
-from fastrl.train import check_same
 from fastrl.types import CheckpointError
 
 SMALL = ["--dtype", "bfloat16", "--problems-per-step", 2, "--group-size", 2, "--eval-limit", 4, "--lr", 1e-3]

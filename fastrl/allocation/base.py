@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastrl.types import Problem, RolloutGroup
+from fastrl.types import CheckpointError, Problem, RolloutGroup
 
 
 @dataclass(kw_only=True)
@@ -99,5 +99,11 @@ class Allocation(ABC):
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises CheckpointError when the position lies behind the epoch's end: the problems are others."""
         self.epoch, self.position = state["epoch"], state["position"]
         self.current = self.schedule(self.epoch)
+        if not 0 <= self.position <= len(self.current):
+            raise CheckpointError(
+                f"the checkpoint is at group {self.position} of an epoch that has {len(self.current)}; its problems "
+                "or its allocation were others"
+            )

@@ -1,0 +1,89 @@
+"""`python -m fastrl.train` many times over: each run is forked from a process that has imported the program already.
+
+A run has an interpreter state of its own, its own folder, environment and signals, and ends as the program does; what
+it saves is the seconds of imports.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["pytest", "fastrl.train", "transformers", "transformers.models.qwen2.modeling_qwen2", "matplotlib.pyplot"]
+)
+
+
+def main(cwd: str, argv: list[str], environment: dict[str, str], out: str) -> None:
+    os.chdir(cwd)
+    os.environ.update(environment)
+    handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.argv = ["train", *argv]
+    for name in [n for n in sys.modules if n == "fastrl.train"]:
+        del sys.modules[name]
+    runpy.run_module("fastrl.train", run_name="__main__", alter_sys=True)
+
+
+class Run:
+    """A run that has been started in `cwd`. Environment variables may be named."""
+
+    def __init__(self, cwd: Path, *args: object, **environment: str):
+        handle, self.out = tempfile.mkstemp(suffix=".txt", dir=cwd)
+        os.close(handle)
+        self.process = CONTEXT.Process(target=main, args=(str(cwd), [*map(str, args)], environment, self.out))
+        self.process.start()
+
+    @property
+    def text(self) -> str:
+        """Everything said so far, on both streams."""
+        return Path(self.out).read_text(errors="replace")
+
+    def wait(self, timeout: float = 200) -> int:
+        """The exit code, negative for a signal."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.text[-2000:]}"
+        return self.process.exitcode
+
+    def wait_for(self, text: str, timeout: float = 200) -> None:
+        """Until it has said `text`."""
+        end = time.monotonic() + timeout
+        while text not in self.text:
+            assert self.process.is_alive() and time.monotonic() < end, self.text[-2000:]
+            time.sleep(0.02)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+
+def run(cwd: Path, *args: object, code: int = 0, **environment: str) -> str:
+    """A whole run that must end with `code` -> what it said."""
+    started = Run(cwd, *args, **environment)
+    found = started.wait()
+    assert found == code, f"exit code {found} instead of {code}: {started.text[-3000:]}"
+    return started.text
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def ranks(folder, count: int, *args: object, **environment: str) -> list[Run]:
+    """A run of `count` ranks in `folder`, as torchrun starts them."""
+    port = str(free_port())
+    return [
+        Run(
+            folder, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port, **environment,
+        ) for rank in range(count)
+    ]  # fmt: skip
