@@ -118,7 +118,8 @@ def first_text(text: str) -> str:
     if size() == 1:
         return text
     texts: list[str] = [""] * size()
-    dist.all_gather_object(texts, text)
+    with reaching_others():
+        dist.all_gather_object(texts, text)
     return next(filter(None, texts), "")
 
 
