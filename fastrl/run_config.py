@@ -15,7 +15,7 @@ from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
 from fastrl.checks import check_bounds
-from fastrl.config import as_dict, nearest, parse
+from fastrl.config import all_flags, as_dict, nearest, parse
 from fastrl.critic import CriticConfig
 from fastrl.engine.opening import EngineName
 from fastrl.engine.vllm import VllmConfig
@@ -35,6 +35,7 @@ from fastrl.updates import UPDATES
 from fastrl.updates.single import Single
 
 AXES = {"objective": OBJECTIVES, "update": UPDATES, "allocation": ALLOCATORS}
+DIGESTS = {"architecture", "problems", "reference", "tokenizer"}  # of fastrl.identity, kept beside the settings
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.toml"  # the run of a command without a model
 
 
@@ -126,10 +127,11 @@ class TrainConfig:
         )  # fmt: skip
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", self.name) or set(self.name) == {"."}:
             raise ValueError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', got {self.name!r}")
-        fields = {f.name for f in dataclasses.fields(self)}
+        known = {f.name for f in dataclasses.fields(self)} | {f.removeprefix("--") for f in all_flags(self)} | DIGESTS
+        known = {name.replace("-", "_") for name in known}
         for name in self.allow_change:
-            if name not in fields:
-                raise ValueError(f"--allow-change {name}: there is no such setting{nearest(name, fields)}")
+            if name.replace("-", "_") not in known:
+                raise ValueError(f"--allow-change {name}: there is no such setting{nearest(name, sorted(known))}")
         if not 0 < self.temperature <= 100:
             raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
         if 0 < self.stop_at_accuracy <= self.stop_below_accuracy:

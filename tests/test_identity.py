@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from fastrl import checkpoint
 from fastrl.config import parse
-from fastrl.program import exit_code
 from fastrl.identity import check_same
+from fastrl.program import exit_code
 from fastrl.resuming import resume
-from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
+from fastrl.run_config import AXES, DIGESTS, EMBEDDED_RECIPE, TrainConfig
 from fastrl.types import CheckpointError
 
 EMBEDDED = Path(__file__).parent.parent / "fastrl" / "assets" / "tiny"
@@ -115,6 +115,13 @@ def test_a_model_of_another_shape_is_refused_whatever_is_allowed(saved):
     path = saved / "run" / "checkpoints" / "step-1"
     with pytest.raises(CheckpointError, match=r"master has the shape \[\d+\], and this run needs \[2048\]"):
         checkpoint.load(path, {"": 2048})
+
+
+def test_what_is_compared_can_be_allowed(saved):
+    state = json.loads((saved / "run" / "checkpoints" / "step-1" / "state.json").read_text())
+    assert set(state["identity"]) == DIGESTS
+    with pytest.raises(ValueError, match="--allow-change optim.lrr: there is no such setting"):
+        parse(TrainConfig, [str(EMBEDDED_RECIPE), "--allow-change", "optim.lr", "optim.lrr"], AXES)
 
 
 def test_sections_and_single_settings_may_be_allowed():
