@@ -8,14 +8,26 @@ import pytest
 from helpers import rows
 from processes import SMALL, Started, until
 
-# a reward by workers, so that there are processes to leave behind
-WORKERS = ["--reward", "math", "--grade-truncated", "--steps", "40", "--hang-timeout", "60"]
+WORKERS = ["--reward", "graded.py:graded", "--grade-truncated", "--steps", "40", "--hang-timeout", "60"]
+# rewards that need a worker, which the embedded model's digits do not, so that there is a process to leave behind
+GRADED = """
+from fastrl.rewards.math import Math
+verifier = Math(workers=1)
+def graded(completions, **columns):
+    (grade,) = verifier.grade([r"\\boxed{0.5x}"], [r"\\frac{x}{2}"])
+    return [grade.reward * len(text) / 10 for text in completions]
+"""
+
+
+@pytest.fixture(autouse=True)
+def reward(tmp_path):
+    (tmp_path / "graded.py").write_text(GRADED)
 
 
 def in_step(run: Started, folder) -> None:
     """Wait until its first steps are logged and its workers run."""
     metrics = folder / "runs/default/metrics.jsonl"
-    assert until(lambda: metrics.exists() and metrics.read_text().count("reward_std") >= 2, 100), run.err.read_text()
+    assert until(lambda: metrics.exists() and metrics.read_text().count('"step_time"') >= 2, 100), run.err.read_text()
     assert len(run.living()) > 1
 
 

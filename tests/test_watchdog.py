@@ -50,6 +50,12 @@ def test_pauses_within_a_phase_count_and_not_its_length():
     for now in range(1, 100):
         assert not dog.look(Progress("eval", 2, now - 0.5), float(now))
     assert watched(dog, Progress("eval", 3, 99.0), 100, 111) == [110]  # 5 x 0.5 is less than the timeout
+    begin = 200
+    for visit, length in enumerate((9, 1, 1, 1), start=2):
+        watched(dog, Progress("save", visit, float(begin)), begin + 1, begin + length + 1)
+        begin += length
+    # a long pause is that of its own visit only: the median is 1
+    assert watched(dog, Progress("save", 6, float(begin)), begin + 1, begin + 12) == [begin + 11]
 
 
 def test_a_process_that_was_stopped_has_not_hung():
