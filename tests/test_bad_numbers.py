@@ -123,7 +123,7 @@ RULES = {
 
 
 @pytest.mark.promise("B2")
-@pytest.mark.parametrize("name", mostly_later(list(RULES), "sfpo"))
+@pytest.mark.parametrize("name", mostly_later(list(RULES), "gxpo"))
 def test_every_rule_gives_up_after_as_many_training_steps(name, tmp_path, planned):
     flags, fault, last = RULES[name]
     planned(fault)

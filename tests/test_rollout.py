@@ -123,20 +123,6 @@ def test_a_nan_step_is_logged_as_nan_and_changes_nothing(tmp_path):
     assert math.isnan(rows(tmp_path)[-1]["loss"])
 
 
-def test_groups_of_equal_rewards_change_nothing(tmp_path):
-    (tmp_path / "same.py").write_text("def same(completions, **columns):\n    return [0.1] * len(completions)\n")
-    trainer = make_trainer(
-        tmp_path / "run", "--reward", f"{tmp_path / 'same.py'}:same", "--problems-per-step", 4, "--eval-limit", 4,
-        "--grade-truncated",
-    )  # fmt: skip
-    before = {name: tensor.clone() for name, tensor in trainer.policy.state_tensors()}
-    metrics = trainer.step()
-    assert metrics["frac_reward_zero_std"] == 1.0 and metrics["grad_norm"] == 0.0
-    after = dict(trainer.policy.state_tensors())
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert metrics["skipped"] == 0 and metrics["empty_total"] == 1
-
-
 def test_the_console_shows_control_characters_and_never_sends_them():
     assert printable("a\x1b[31mred\x07\n\ud800") == "a\\x1b[31mred\\x07\n\\ud800"
 
