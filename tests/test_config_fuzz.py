@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from fastrl.checks import check_type
 from fastrl.config import all_flags, value_of
 from fastrl.program import exit_code
 from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig, configure
@@ -164,6 +165,26 @@ def fuzz(examples: int, folder, **options) -> None:
         check(case, folder)
 
     run()
+
+
+@pytest.mark.parametrize(
+    "value, hint, said",
+    [
+        ("1e-6", float, "a number, got '1e-6'"), (1.5, int, "a whole number, got 1.5"), (True, int, "a whole number"),
+        (1, bool, "true or false, got 1"), (7, str, "text in quotes, got 7"), ([1, "x"], tuple[int, ...], "got 'x'"),
+        ("--steps", str, "not begin with --"), ("x", float | None, "a number"), ([1], int, "a whole number, got [1]"),
+        (3, typing.Literal["a"], "text in quotes"), ({"a": 1}, int, "a whole number"),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_recipe_has_its_fields_type(value, hint, said):
+    with pytest.raises(ValueError, match=f"^r.toml: --x must {'be .*' * (said[0] != 'n')}{re.escape(said)}"):
+        check_type("r.toml: --x", value, hint)
+
+
+def test_values_of_the_right_type_are_taken():
+    lists = tuple[int, ...]
+    for value, hint in ((1, float), (1e-6, float), ("None", float | None), ([1, 2], lists), (5, lists)):
+        check_type("x", value, hint)
 
 
 @pytest.mark.promise("D8", trials=12)

@@ -7,11 +7,14 @@ ends. Nothing of fastrl and no torch is imported, so a worker starts in the time
 import functools
 import json
 import logging
+import mmap
 import os
 import resource
 import signal
 import sys
 from dataclasses import replace
+
+RESERVE = 16 * 2**20  # bytes that must be left after an answer that is not right; Python's own blocks are 1 MiB at most
 
 
 class SoftTimeout(BaseException):
@@ -83,7 +86,7 @@ def grade(gold: str, answer: str, limits: dict[str, float]) -> str:
     """Status of an answer. The gold has a time limit of its own: whether it was cached must not change a grade."""
     try:
         parsed_gold = limited(parse_gold, gold, **limits)
-        return limited(compare, parsed_gold, answer, **limits)
+        status = limited(compare, parsed_gold, answer, **limits)
     except SoftTimeout:
         # a repeat may have arrived inside `finally`, before the timers were off
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -93,7 +96,21 @@ def grade(gold: str, answer: str, limits: dict[str, float]) -> str:
         # earlier answers may have filled the memory: a fresh process is asked
         os._exit(1)
     except Exception:
-        return "unparsed"
+        status = "unparsed"
+    if status != "right":
+        leave_if_full()
+    return status
+
+
+def leave_if_full() -> None:
+    """End the process where memory is short: sympy swallows MemoryError, and a right answer would look unreadable.
+
+    A gold that could not be read for want of memory is in the cache, too; a fresh process is asked.
+    """
+    try:
+        mmap.mmap(-1, RESERVE).close()
+    except OSError:
+        os._exit(1)
 
 
 def address_space() -> int:
