@@ -52,7 +52,7 @@ class EvaluateConfig:
     def __post_init__(self):
         check_bounds(
             self, limit="[0, 1e9]", k="[1, 1e5]", reward_workers="[1, 1024]", max_new_tokens="[1, 1e7]",
-            temperature="[0, 100]", max_num_seqs="[1, 1e6]", seed="[0, 4e9]",
+            temperature="[0, 100]", top_p="(0, 1]", max_num_seqs="[1, 1e6]", seed="[0, 4e9]",
         )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def test_evaluate_says_what_is_wrong(program):
     code, _, stderr = program(evaluate, "--modle", "x")
     assert code == 2 and "there is no option --modle; did you mean --model?" in stderr
     code, _, stderr = program(evaluate, "--top-p", "0")
-    assert code == 2 and "top_p must be in (0, 1], got 0" in stderr
+    assert code == 2 and "--top-p must be above 0, got 0" in stderr
 
 
 def test_evaluate_scores_the_embedded_model(program):

@@ -1,5 +1,6 @@
 """Configurations that cannot be meant: each is one message that names the key, exit code 2, and nothing is started."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -11,9 +12,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastrl.checks import check_type
+from fastrl.comparison.plan import CompareConfig
 from fastrl.config import all_flags, value_of
+from fastrl.critic import CriticConfig
+from fastrl.doctor import DoctorConfig
+from fastrl.engine.vllm import VllmConfig
+from fastrl.evaluate import EvaluateConfig
+from fastrl.optim import OptimConfig
+from fastrl.plan import PlanConfig
+from fastrl.profile import ProfileConfig
 from fastrl.program import exit_code
 from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig, configure
+from fastrl.task import TaskConfig
 
 # numbers without an upper or lower limit: no limit is a meaning of theirs
 SIGNED = {"ratio-min", "ratio-max", "gate-threshold"}
@@ -185,6 +195,31 @@ def test_values_of_the_right_type_are_taken():
     lists = tuple[int, ...]
     for value, hint in ((1, float), (1e-6, float), ("None", float | None), ([1, 2], lists), (5, lists)):
         check_type("x", value, hint)
+
+
+CONFIGS = [
+    TrainConfig, EvaluateConfig, ProfileConfig, PlanConfig, CompareConfig, DoctorConfig, TaskConfig, OptimConfig,
+    CriticConfig, VllmConfig, *(member for members in AXES.values() for member in members.values()),
+]  # fmt: skip
+NUMBERS = [
+    (cls, field.name, kind, value)
+    for cls in CONFIGS
+    for field in dataclasses.fields(cls)
+    if field.init and field.name.replace("_", "-") not in SIGNED | ENDLESS
+    for kind in [kinds(typing.get_type_hints(cls)[field.name]) & {int, float}]
+    for value in (-1, 10**400, *([math.nan, math.inf] if float in kind else []))
+    if kind
+]
+
+
+@pytest.mark.parametrize("cls, name, kind, value", NUMBERS, ids=lambda x: getattr(x, "__name__", str(x)[:12]))
+@pytest.mark.promise("D8", trials=0)
+def test_every_number_of_every_program_has_bounds(cls, name, kind, value):
+    default = getattr(cls(), name)
+    several = isinstance(default, tuple)
+    with pytest.raises(ValueError) as caught:
+        cls(**{name: (value,) * len(default) if several else value})
+    assert name.replace("_", "-") in str(caught.value).replace("_", "-")
 
 
 @pytest.mark.promise("D8", trials=12)
