@@ -30,8 +30,12 @@ test: $(VENV)/.test
 soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak $(ARGS)
 
-reliability: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m promise --reliability bench/results/reliability.json $(ARGS)
+reliability: $(VENV)/.test $(VENV_VLLM)/.vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "promise and not vllm" \
+		--reliability bench/results/reliability.json $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -m "promise and vllm" \
+		--reliability bench/results/reliability.json --reliability-add $(ARGS) tests/test_vllm*.py
+	$(BIN)/python tests/promises.py
 
 # each engine takes a core and 1 GiB for its cache
 test-vllm: $(VENV_VLLM)/.vllm

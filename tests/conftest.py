@@ -6,24 +6,17 @@ from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before triton is imported
 
-import promises
 import pytest
 import torch
 
 from fastrl import faults
 
 ROOT = Path(__file__).parent.parent
+pytest_plugins = ["promises"]
 
 
 def pytest_addoption(parser):
     parser.addoption("--data-dir", default=str(ROOT / ".." / "shared" / "data"), help="folder of real problems")
-    promises.pytest_addoption(parser)
-
-
-def pytest_configure(config):
-    config.pluginmanager.register(
-        promises.Promises(config.getoption("--reliability"), config.getoption("--promise")), "promises"
-    )
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,33 @@
 
 python -m pytest -m "" --promise A5 --promise B3     the tests of some promises, the long ones of `make soak` too
 python -m pytest -m promise --reliability FILE       writes [{id, run, passed, command, seconds}], and keeps what
-                                                     FILE says of the promises that were not run
+                                                     FILE says of the promises that were not run;
+                                                     --reliability-add adds to what it says of those that were
+python tests/promises.py                             brings the counts of bench/results/reliability.json into the
+                                                     tables of docs/reliability.md
 """
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS, DOC = ROOT / "bench" / "results" / "reliability.json", ROOT / "docs" / "reliability.md"
+ROW = re.compile(r"^\| (?P<id>[A-E]\d+) \|(?P<what>.*)\|(?P<count>[^|]*)\|$", re.MULTILINE | re.ASCII)
+
+
+def counted() -> list[dict]:
+    """What was counted last; nothing where there is no file of it."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def rendered(doc: str, results: list[dict]) -> str:
+    """The document with `passed/run` of every promise in the last column of its row, `-` where none was counted."""
+    counts = {row["id"]: f"{row['passed']}/{row['run']}" for row in results}
+    return ROW.sub(lambda m: f"| {m['id']} |{m['what']}| {counts.get(m['id'], '-')} |", doc)
 
 
 def order(promise: str) -> tuple[str, int]:
@@ -19,8 +38,8 @@ def order(promise: str) -> tuple[str, int]:
 class Promises:
     """A pytest plugin; with xdist the reports reach it in the process that started the others."""
 
-    def __init__(self, file: str | None, wanted: list[str]):
-        self.file, self.wanted = file, set(wanted)
+    def __init__(self, file: str | None, add: bool, wanted: list[str]):
+        self.file, self.add, self.wanted = file, add, set(wanted)
         self.counts = defaultdict(lambda: {"run": 0, "passed": 0, "seconds": 0.0})
 
     def pytest_collection_modifyitems(self, config, items):
@@ -51,11 +70,10 @@ class Promises:
         for promise, counts in self.counts.items():
             if not counts["run"]:
                 continue
+            before = known.get(promise, {}) if self.add else {}
+            sums = {name: before.get(name, 0) + counts[name] for name in ("run", "passed", "seconds")}
             command = f'python -m pytest -m "" --promise {promise}'
-            known[promise] = {
-                "id": promise, "run": counts["run"], "passed": counts["passed"], "command": command,
-                "seconds": round(counts["seconds"], 1),
-            }  # fmt: skip
+            known[promise] = {"id": promise, **sums, "command": command, "seconds": round(sums["seconds"], 1)}
         rows = [known[name] for name in sorted(known, key=order)]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
@@ -64,3 +82,13 @@ class Promises:
 def pytest_addoption(parser: pytest.Parser):
     parser.addoption("--promise", action="append", default=[], help="only tests of this promise; may be repeated")
     parser.addoption("--reliability", help="write how many trials of each promise passed into this JSON file")
+    parser.addoption("--reliability-add", action="store_true", help="add them to those that the file has")
+
+
+def pytest_configure(config: pytest.Config):
+    options = (config.getoption(name) for name in ("--reliability", "--reliability-add", "--promise"))
+    config.pluginmanager.register(Promises(*options))
+
+
+if __name__ == "__main__":
+    DOC.write_text(rendered(DOC.read_text(), counted()))

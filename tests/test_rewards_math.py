@@ -170,7 +170,7 @@ def test_code_that_python_cannot_interrupt_is_killed():
 
 
 def test_a_worker_that_does_not_run_is_killed_after_the_wall_limit():
-    with Math(workers=1, wall_s=0.5) as verifier:
+    with Math(workers=1, wall_s=3.0) as verifier:
         assert rewards_of(verifier, HARD[:1]) == [1.0]
         os.kill(verifier.workers.pids[0], signal.SIGSTOP)
         statuses = [each.status for each in verifier.grade([box("x+x"), box("3x-x")], ["2x", "2x"])]
@@ -187,7 +187,7 @@ def test_an_answer_under_which_every_worker_is_lost_dies_alone():
         killed = set()
         while len(killed) < 3:
             for pid in set(verifier.workers.pids) - killed:
-                if cpu_s(pid) > 0.7:  # past its start, in the endless answer
+                if cpu_s(pid) > 2.0:  # past its start, in the endless answer
                     os.kill(pid, signal.SIGKILL)
                     killed.add(pid)
             time.sleep(0.01)

@@ -232,7 +232,13 @@ ranks.leave(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], ["--objective", "ppo", "--critic.optim.lr", "1e-3"]], ids=["grpo", "ppo"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([], id="grpo", marks=pytest.mark.soak),
+        pytest.param(["--objective", "ppo", "--critic.optim.lr", "1e-3"], id="ppo"),
+    ],
+)
 def test_two_ranks_train_like_one(settings, tmp_path):
     """Three steps on 1 and on 2 processes (gloo): same rollouts, same gradients, same weights in float64."""
     results = []

@@ -90,7 +90,7 @@ def test_every_way_to_fail_is_counted_apart_and_timeouts_ring():
     texts = ["\\boxed{x+x}"] * 95 + ["\\boxed{3x}", "none", "\\boxed{" + "x" * 600 + "}", "\\boxed{E_{1},E_{2}}"]
     endless = ["\\boxed{9^{9^{9^{9}}}}", "\\boxed{9!!!!}", "\\boxed{100000000!}"]
     with RewardSet(["math"]) as rewards:
-        rewards.verifiers = [Math(workers=2, cpu_s=0.3)]
+        rewards.verifiers = [Math(workers=2, cpu_s=1.0)]
         quiet = rewards.score([""] * 101, texts + endless[:2], ["2x"] * 101).statuses
         loud = rewards.score([""] * 102, texts + endless, ["2x"] * 102).statuses
     assert quiet == {"right": 95, "wrong": 1, "no_box": 1, "too_long": 1, "unparsed": 1, "soft_timeout": 2}
