@@ -95,7 +95,7 @@ CASES = [(1, ()), (4, ()), (1, PPO), (4, PPO)]
 
 @pytest.mark.slow
 @pytest.mark.promise("A10")
-@pytest.mark.parametrize("count, args", mostly_later(CASES, (1, ())), ids=["1", "4", "1 ppo", "4 ppo"])
+@pytest.mark.parametrize("count, args", mostly_later(CASES), ids=["1", "4", "1 ppo", "4 ppo"])
 def test_another_number_of_ranks_goes_on(count, args, two, tmp_path):
     expected, folder = two(*args), tmp_path / "runs" / "default"
     (folder / "checkpoints").mkdir(parents=True)
