@@ -154,7 +154,8 @@ def stale(path, early, item: str) -> None:
         for key in keys:
             old = old[key]
         # what never changed in this run is set to a value it could have had
-        target[keys[-1]] = old if old != target[keys[-1]] else (old or 0) + 1
+        other = old[::-1] if isinstance(old, str) else old if old != target[keys[-1]] else (old or 0) + 1
+        target[keys[-1]] = other
         file.write_text(json.dumps(state))
     sign_again(path)
 
@@ -166,7 +167,7 @@ ITEMS = {
     "tensor:master": "optimizer", "tensor:optimizer.exp_avg": "", "tensor:optimizer.exp_avg_sq": "",
     "tensor:optimizer.step": "", "file:rng-rank0.safetensors": "torch and device generators",
     "generator:python": "python generator", "generator:numpy": "numpy generator", "update.since": "alpha schedule",
-    "update.watch.values": "entropy buffer", "update.watch.z": "switch-off gate", "guard.window": "spike window",
+    "update.watch.values": "entropy buffer", "update.watch.seen": "switch-off gate", "guard.window": "spike window",
     "identity.reference": "reference",
 }  # fmt: skip
 NOW = {"step", "allocator.position", "tensor:optimizer.exp_avg", "file:rng-rank0.safetensors", "update.since"}
