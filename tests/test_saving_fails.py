@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import leftovers, rows
+from helpers import leftovers, rows, step_records
 from legs import Legs, SmallDisk
 from safetensors.torch import save_file
 
@@ -99,14 +99,15 @@ def test_the_run_goes_on_and_the_next_interval_saves(fault, legs, tmp_path):
 
 @pytest.mark.promise("A6")
 @pytest.mark.parametrize(
-    "fault, last, steps",
-    [("full@save.model:2-4", 1, 9), ("full@save.model:2-3,full@save.model:5-7", 4, 9), ("full@save.state:3", 2, 3)],
+    "fault, last, end",  # the newest checkpoint, the last step taken
+    [("full@save.model:2-4", 1, 4), ("full@save.model:2-3,full@save.model:5-7", 4, 7), ("full@save.state:3", 2, 3)],
     ids=["three in a row", "two and then three", "the last save of the run"],
 )
-def test_what_ends_the_run(fault, last, steps, legs, tmp_path):
-    code, said = legs.run(tmp_path, steps, fault)
+def test_what_ends_the_run(fault, last, end, legs, tmp_path):
+    code, said = legs.run(tmp_path, 3 if end == 3 else 9, fault)
     assert code == 6 and "CheckpointError" in said and "No space left" in said
     assert legs.check(tmp_path) == last and leftovers(tmp_path / "checkpoints") == []
+    assert len(step_records(tmp_path)) == end
 
 
 @pytest.mark.promise("A6", trials=2)

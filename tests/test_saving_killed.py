@@ -35,6 +35,8 @@ def test_a_kill_at_any_point_of_a_save(point, number, legs, tmp_path):
         "renamed": [], "pruned": [f".del-step-{number}"],
     }.get(point, [f".tmp-step-{number}"])  # fmt: skip
     assert legs.check(tmp_path) == step
+    assert legs.run(tmp_path, step + 1, "kill@generate")[0] == -9  # before it could save
+    assert leftovers(tmp_path / "checkpoints") == []
     code, said = legs.run(tmp_path, step + 1)
     assert code == 0 and (f"resume: step {step} from" in said or "starting at step 0" in said)
     assert "WARNING" not in said
