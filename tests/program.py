@@ -50,7 +50,9 @@ class Run:
     def wait(self, timeout: float = 200) -> int:
         """The exit code, negative for a signal."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.text[-2000:]}"
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout} s: {self.text[-2000:]}")
         return self.process.exitcode
 
     def wait_for(self, text: str, timeout: float = 200) -> None:

@@ -92,17 +92,19 @@ def test_a_second_signal_ends_it_at_once(phase, tmp_path):
 def test_a_second_signal_is_heard_in_a_collective_that_never_ends(tmp_path):
     """The main thread is in gloo then, which does not come back to Python."""
     first, second = program.ranks(tmp_path, 2, *SMALL, FASTRL_FAULT="hang@generate:rank1:3")
-    first.wait_for("step 1/")
-    time.sleep(1.0)
-    start = time.monotonic()
-    first.send(signal.SIGTERM)
-    time.sleep(0.2)
-    assert first.process.is_alive()
-    first.send(signal.SIGTERM)
-    assert first.wait(30) == 130
-    assert time.monotonic() - start < 5
-    second.send(signal.SIGKILL)
-    second.wait(30)
+    try:
+        first.wait_for("step 1/")
+        time.sleep(1.0)
+        start = time.monotonic()
+        first.send(signal.SIGTERM)
+        time.sleep(0.2)
+        assert first.process.is_alive()
+        first.send(signal.SIGTERM)
+        assert first.wait(30) == 130
+        assert time.monotonic() - start < 5
+    finally:
+        second.process.kill()
+        second.wait(30)
 
 
 @pytest.mark.soak
