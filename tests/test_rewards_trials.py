@@ -79,19 +79,20 @@ def test_75_poisoned_answers_among_1500_change_no_other_grade(seed):
 
 
 # C4: lost processes
-def batches_with_a_killer(verifier: Math, count: int, seed: int, kill) -> None:
-    """After every batch there is at most one process in place of each that was killed, and no grade has moved."""
+def batches_with_a_killer(verifier: Math, count: int, seed: int, kill, each: int = 1) -> None:
+    """No grade moves, and as many processes are started as were killed, `each` at a time."""
     cases, rng = healthy(30, seed), random.Random(seed)
     statuses(verifier, cases)
+    seen = set(verifier.workers.pids)
     for _ in range(count):
-        before = set(verifier.workers.pids)
         timer = threading.Timer(rng.choice([0.0, 0.002, 0.01, 0.05]), kill, (verifier,))
         timer.start()
         start = time.monotonic()
         assert statuses(verifier, cases) == [case[2] for case in cases]
         assert time.monotonic() - start < 60
-        timer.join()
-        assert len(set(verifier.workers.pids) - before) <= (2 if kill is kill_all else 1)
+        timer.join()  # a late one kills after the batch, and is noticed in the next
+        seen |= set(verifier.workers.pids)
+    assert len(seen) <= 2 + each * count
 
 
 def kill_one(verifier: Math) -> None:
@@ -117,7 +118,7 @@ def test_38_killed_workers_change_no_grade(verifier):
 @pytest.mark.soak
 @pytest.mark.promise("C4", trials=5)
 def test_all_workers_killed_at_once_change_no_grade(verifier):
-    batches_with_a_killer(verifier, 5, 2, kill_all)
+    batches_with_a_killer(verifier, 5, 2, kill_all, each=2)
 
 
 @pytest.mark.soak
