@@ -59,7 +59,7 @@ class Legs:
             resume(trainer, "auto", parse(TrainConfig, argv, AXES))
             trainer.run()
             code = 0
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, this process must not go on with the tests
             os.write(2, traceback.format_exc().encode())
             code = exit_code(error)
         finally:
@@ -68,6 +68,16 @@ class Legs:
     def run(self, folder: Path, steps: int, fault: str = "", timeout: float = 200) -> tuple[int, str]:
         """A piece to its end -> its exit code, negative for a signal, and what it said."""
         return ended(self.start(folder, steps, fault), timeout), (folder / "said.txt").read_text()
+
+    def kill(self, folder: Path, delay_s: float) -> None:
+        """A piece that would never end, killed that long after it has begun."""
+        child = self.start(folder, 10**6)
+        said = folder / "said.txt"
+        while not said.exists() or "resume:" not in said.read_text():
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -9
 
     def expected(self, step: int) -> str:
         """`digest_of` the checkpoint that the undisturbed run has after `step` steps."""
