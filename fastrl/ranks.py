@@ -115,12 +115,7 @@ def all_sum(value: float) -> float:
 
 def first_text(text: str) -> str:
     """The lowest rank's text that is not empty, on every rank; empty where all are."""
-    if size() == 1:
-        return text
-    texts: list[str] = [""] * size()
-    with reaching_others():
-        dist.all_gather_object(texts, text)
-    return next(filter(None, texts), "")
+    return next(filter(None, gather(text)), "")
 
 
 def all_counts(counts: dict[str, float]) -> dict[str, float]:
