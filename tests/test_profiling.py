@@ -322,6 +322,7 @@ def test_a_signal_while_the_first_profile_is_made(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_two_ranks_make_the_same_profile(tmp_path):
     for world in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m",
