@@ -77,16 +77,18 @@ class PlainLoop:
 def gate(trainer: Trainer) -> float:
     """Distance of fastrl's gradient of one sampled batch from that of full logits, relative to its norm."""
     groups = trainer.rollout.run(trainer.allocator.take(trainer.completions_per_step), 0)
-    batch = make_batch(groups, trainer.objective.credit, pad_id=trainer.policy.pad_id, max_new_tokens=10)
-    trainer.accumulate(batch)
-    ours = trainer.policy.flat.grads.clone()
-    trainer.policy.zero_grad()
-    logits = trainer.policy.model(batch.input_ids[:, :-1]).logits
+    batch = make_batch(
+        groups, trainer.learner.objective.credit, pad_id=trainer.learner.policy.pad_id, max_new_tokens=10
+    )
+    trainer.learner.accumulate(batch)
+    ours = trainer.learner.policy.flat.grads.clone()
+    trainer.learner.policy.zero_grad()
+    logits = trainer.learner.policy.model(batch.input_ids[:, :-1]).logits
     logp = logits.log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     mask = batch.response_mask[:, 1:]
     (-(batch.credit[:, None] * logp)[mask].sum() / mask.sum()).backward()
-    plain = trainer.policy.flat.grads.clone()
-    trainer.policy.zero_grad()
+    plain = trainer.learner.policy.flat.grads.clone()
+    trainer.learner.policy.zero_grad()
     return ((ours - plain).norm() / plain.norm()).item()
 
 

@@ -19,6 +19,7 @@ from fastrl.flat_backends import backend_on
 from fastrl.guard import Guard
 from fastrl.identity import identity_of
 from fastrl.kernels.parity import head_fault
+from fastrl.learner import Learner
 from fastrl.log import RunLog
 from fastrl.memory import MemoryPlan
 from fastrl.memory_advice import advice, table
@@ -114,12 +115,14 @@ def build(
         log.say(f"allocation: {config.allocation.outlook()}")
     for model in trained:
         model.wake()
+    learner = Learner(
+        policy=policy, reference=reference, critic=critic, objective=config.objective, update=config.update,
+        num_minibatches=config.minibatches, fitting=Fitting(tokens=tokens, say=log.say, beat=spans.beat),
+        old_from_engine=config.old_logprobs == "engine",
+    )  # fmt: skip
     return Trainer(
-        policy=policy, reference=reference, critic=critic, rollout=rollout, allocator=config.allocation,
-        objective=config.objective, update=config.update,
-        old_from_engine=config.old_logprobs == "engine", memory=memory_watch(config, log),
-        completions_per_step=config.allocation.budget(config.problems_per_step), num_minibatches=config.minibatches,
-        fitting=Fitting(tokens=tokens, say=log.say, beat=spans.beat),
+        learner=learner, rollout=rollout, allocator=config.allocation, memory=memory_watch(config, log),
+        completions_per_step=config.allocation.budget(config.problems_per_step),
         schedule=Schedule(
             steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
             stop_at_accuracy=config.stop_at_accuracy, stop_below_accuracy=config.stop_below_accuracy,

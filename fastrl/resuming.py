@@ -26,7 +26,7 @@ def resume(trainer: Trainer, wanted: str, config: TrainConfig) -> None:
     rejected = 0
     for path in candidates:
         try:
-            state, tensors = checkpoint.load(path, trainer.shard_sizes())
+            state, tensors = checkpoint.load(path, trainer.learner.shard_sizes())
         except CheckpointError as error:
             if wanted != "auto" or path == candidates[-1]:
                 raise

@@ -1,10 +1,8 @@
 """The order of things: one step, and the run around it. Knows no algorithm."""
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,11 +10,10 @@ import torch
 
 from fastrl import bad_step, checkpoint, faults, ranks
 from fastrl.allocation.base import Allocation
-from fastrl.batching import averages, denominator, make_batch, minibatches, select
-from fastrl.critic import Critic, explained_variance
-from fastrl.fitting import Fitting
+from fastrl.batching import make_batch
 from fastrl.guard import MismatchWatch
 from fastrl.health import Health
+from fastrl.learner import Learner
 from fastrl.log import RunLog
 from fastrl.metrics import (
     evaluation_metrics,
@@ -27,16 +24,11 @@ from fastrl.metrics import (
     rollout_metrics,
     rollout_rows,
     rollout_table,
-    sampling_mismatch,
 )
-from fastrl.objectives.base import Objective
 from fastrl.perf import memory_metrics
-from fastrl.policy import Policy
-from fastrl.reference import Reference
 from fastrl.rollout import Rollout
 from fastrl.schedule import EvalSet, Schedule
 from fastrl.types import CheckpointError, Completion, Problem, RolloutGroup, TrainBatch
-from fastrl.updates.base import UpdateRule
 
 MAX_FAILED_SAVES = 3  # in a row
 
@@ -62,16 +54,10 @@ class Profiler(Protocol):
 
 @dataclass(kw_only=True)
 class Trainer:
-    policy: Policy
-    reference: Reference | None
-    critic: Critic | None  # where the objective needs values
+    learner: Learner
     rollout: Rollout
     allocator: Allocation
-    objective: Objective
-    update: UpdateRule
     completions_per_step: int
-    num_minibatches: int
-    fitting: Fitting  # cuts microbatches
     schedule: Schedule
     eval_sets: list[EvalSet]
     log: RunLog
@@ -79,7 +65,6 @@ class Trainer:
     write_model: Callable[[Path], None]
     config: dict  # the resolved configuration, stored in every checkpoint
     identity: dict[str, str] = field(default_factory=dict)  # fastrl.identity: of what a continuation must have too
-    old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
     mismatch_watch: MismatchWatch = field(default_factory=MismatchWatch)
     health: Health = field(default_factory=Health)
     memory: Callable[[str], dict[str, float]] = lambda phase: {}  # called when a phase has ended: generate, train
@@ -93,161 +78,49 @@ class Trainer:
     last_checkpoint: Path | None = field(default=None, init=False)
     saved_step: int | None = field(default=None, init=False)  # of the newest checkpoint that this process wrote
     failed_saves: int = field(default=0, init=False)  # in a row
-    mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
-    broken: dict[str, int] = field(default_factory=dict, init=False)  # numbers of this step that were not finite
     latest: tuple[Problem, Completion] | None = field(default=None, init=False)  # shown now and then
     verdict: str = field(default="", init=False)  # of the newest evaluation: "target", "collapsed", or go on
 
     def step(self) -> dict[str, float]:
+        learner, spans = self.learner, self.rollout.spans
         plan = self.allocator.take(self.completions_per_step)
         groups = self.rollout.run(plan, self.completed)
         used = self.memory("generate")
         self.leave_if_stopped()
         batch = make_batch(
-            groups, self.objective.credit, pad_id=self.policy.pad_id, device=self.policy.device,
+            groups, learner.objective.credit, pad_id=learner.policy.pad_id, device=learner.policy.device,
             max_new_tokens=self.rollout.sampling.max_new_tokens,
         )  # fmt: skip
-        with self.rollout.spans("logprobs"):
-            self.fill(batch, self.scored(batch))
-        self.objective.prepare(batch)
+        with spans("logprobs"):
+            learner.prepare(batch)
         self.leave_if_stopped()
-        self.policy.set_lr(self.policy.optim.lr_at(self.completed, self.schedule.steps))
-        self.mismatch = {}
-        learned = self.fit_critic(batch) if self.critic else {}
-        with self.rollout.spans("update"):
-            self.policy.wake()
-            parts = [partial(self.accumulate, part) for part in minibatches(batch, self.num_minibatches)]
-            metrics = self.update.update(self.policy, parts) | learned | used
+        learner.set_lr(self.completed, self.schedule.steps)
+        if learner.critic:
+            with spans("critic"):
+                used |= learner.fit_critic(batch)
+        with spans("update"):
+            learner.policy.wake()
+            metrics = learner.learn(batch) | used
             metrics |= self.memory("train")
         self.rollout.engine.weights_changed()
         self.allocator.observe(groups)
         self.keep_refused(groups, batch)
-        self.warn(self.mismatch_watch.observe(self.mismatch))
+        self.warn(self.mismatch_watch.observe(learner.mismatch))
         metrics |= self.observe(groups, batch, metrics)
         if self.warn(self.health.observe(metrics)) and self.schedule.stop_on_collapse:
             self.verdict = "collapsed"
         return metrics
 
-    def scored(self, batch: TrainBatch) -> frozenset[str]:
-        """What the objective needs and no other part has; old log-probabilities may be the engine's."""
-        needs = self.objective.needs(self.num_minibatches)
-        if self.old_from_engine and "old_logprobs" in self.objective.needs(2):
-            batch.old_logprobs = batch.rollout_logprobs.clone()
-            needs -= {"old_logprobs"}
-        return needs
-
-    def fill(self, batch: TrainBatch, needs: frozenset[str]) -> None:
-        """Compute what the objective compares with, token by token, without gradients."""
-        models = {
-            "old_logprobs": self.policy, "current_logprobs": self.policy, "ref_logprobs": self.reference,
-            "values": self.critic,
-        }  # fmt: skip
-        for name in sorted(needs):
-            setattr(batch, name, faults.through(name, self.fitting.run(partial(self.scores, models[name], batch))))
-        if self.reference:
-            self.reference.rest()
-
-    def scores(self, model: Policy | Reference | Critic, batch: TrainBatch) -> torch.Tensor:
-        values = torch.zeros_like(batch.rollout_logprobs)
-        with torch.no_grad():
-            for rows, part in self.fitting.cut(batch, packed=model.packs):
-                scores = model.score(part)
-                values[rows, : scores.shape[1]] = scores.to(values.dtype)
-        return values
-
-    def accumulate(self, minibatch: TrainBatch) -> dict[str, float]:
-        """Leave the minibatch's gradient at the current weights in the gradient buffer; return its metrics."""
-        # counted once, over all ranks, so the gradient does not depend on how the minibatch is cut further
-        count = denominator(minibatch, self.objective.normalizer)
-        tokens = denominator(minibatch, "token")
-        minibatch.counts = {"token": tokens, "completion": denominator(minibatch, "completion")}
-        if self.objective.needs_current:
-            self.fill(minibatch, frozenset({"current_logprobs"} if minibatch.old_logprobs is not None else ()))
-            self.objective.couple(minibatch)
-        sums, seen = self.fitting.run(partial(self.backward, minibatch, count))
-        if not self.mismatch:
-            self.mismatch = sampling_mismatch((seen - minibatch.rollout_logprobs)[minibatch.response_mask])
-        if minibatch.old_logprobs is None:  # then this is the first pass of the step, and the next is not
-            minibatch.old_logprobs = seen
-        if sums:
-            faults.through("loss", sums["loss"])
-        metrics = averages(sums, tokens)
-        self.policy.loss = metrics["loss"]
-        if not math.isfinite(self.policy.loss):
-            bad_step.note(self.broken, sums.get("loss"), seen, minibatch.response_mask)
-        return metrics
-
-    def backward(self, minibatch: TrainBatch, count: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Add up the gradient, microbatch by microbatch -> sums of the metrics, logprobs [B, S]. No collectives."""
-        self.policy.zero_grad()
-        sums: dict[str, torch.Tensor] = {}
-        seen = torch.zeros_like(minibatch.rollout_logprobs)
-        for learns, rows, part in self.microbatches(minibatch):
-            faults.at("forward")
-            loss, logprobs, metrics = self.forward(part, count, learns)
-            if learns:
-                loss.backward()
-            seen[rows, : logprobs.shape[1]] = logprobs.detach().to(seen.dtype)
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
-        return sums, seen
-
-    def forward(self, part: TrainBatch, count: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """A microbatch -> its share of the loss, logprobs [B, S], and metrics summed over response tokens."""
-        fused = self.objective.fused(part) if self.policy.fuses and hasattr(self.objective, "fused") else None
-        if learns and fused is not None:
-            loss, logprobs, metrics = self.policy.fused_loss(part, count, fused)
-            return loss, logprobs, {"loss": loss.detach() * part.counts["token"], **metrics}
-        with torch.set_grad_enabled(learns):
-            logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
-            loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
-        return loss / count, logprobs, {"loss": loss.detach() * (part.counts["token"] / count), **metrics}
-
-    def fit_critic(self, batch: TrainBatch) -> dict[str, float]:
-        """Teach the critic the batch's returns, minibatch by minibatch; return its metrics."""
-
-        def accumulate(part: TrainBatch) -> dict[str, float]:
-            tokens = denominator(part, "token")
-
-            def backward() -> dict[str, torch.Tensor]:
-                pieces = (piece for _, piece in self.fitting.cut(part, packed=self.critic.packs))
-                return self.critic.backward(pieces, self.objective.value_loss_sum, tokens)
-
-            metrics = averages(self.fitting.run(backward), tokens)
-            self.critic.loss = metrics["loss"]
-            return metrics
-
-        with self.rollout.spans("critic"):
-            self.critic.wake()
-            self.critic.set_lr(self.critic.optim.lr_at(self.completed, self.schedule.steps))
-            metrics = self.critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])
-            self.critic.rest()
-            return metrics | {"critic/explained_variance": explained_variance(batch)}
-
     def keep_refused(self, groups: list[RolloutGroup], batch: TrainBatch) -> None:
         """Close the step for the guards; where one has refused something, keep the batch in the folder `bad`."""
-        models = {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
-        reasons = {name: model.guard.end_step(self.completed + 1) for name, model in models.items()}
+        reasons, broken = self.learner.end_step(self.completed + 1)
         if any(reasons.values()):
-            grads = {f"{name} gradient": model.own_broken for name, model in models.items() if model.own_broken}
-            bad_step.write(self.folder, self.completed + 1, reasons, self.broken | grads, groups, batch)
-        self.broken = {}
-        for model in models.values():
-            model.own_broken = 0
+            bad_step.write(self.folder, self.completed + 1, reasons, broken, groups, batch)
 
     def warn(self, lines: list[str]) -> list[str]:
         for line in lines:
             self.log.say(line)
         return lines
-
-    def microbatches(self, minibatch: TrainBatch) -> Iterator[tuple[bool, torch.Tensor, TrainBatch]]:
-        """(whether there is anything to learn, row indices, rows); rows without a gradient only go forward."""
-        silent = self.objective.silent(minibatch)
-        for learns, rows in ((True, (~silent).nonzero()[:, 0]), (False, silent.nonzero()[:, 0])):
-            pieces = self.fitting.cut(
-                select(minibatch, rows), splits_groups=self.objective.splits_groups, packed=self.policy.packs
-            )
-            yield from ((learns, rows[index], part) for index, part in pieces)
 
     def observe(self, groups: list[RolloutGroup], batch: TrainBatch, metrics: dict[str, float]) -> dict[str, float]:
         """Count the step and describe what was sampled."""
@@ -270,12 +143,10 @@ class Trainer:
             **reward_function_metrics(ranks.all_counts(reward_function_sums(groups))),
             **{f"rewards/status/{name}": n for name, n in counts.items()},
             **{name: total / ranks.size() for name, total in ranks.all_counts(self.rollout.reward_metrics).items()},
-            **self.mismatch,
+            **self.learner.mismatch,
             **self.rollout.canary_metrics,
-            "learning_rate": self.policy.optim.lr_at(self.completed - 1, self.schedule.steps),
-            "skipped_total": float(self.policy.guard.skipped),
-            **({"critic/skipped_total": float(self.critic.guard.skipped)} if self.critic else {}),
-            "empty_total": float(self.policy.guard.empty),
+            "learning_rate": self.learner.policy.optim.lr_at(self.completed - 1, self.schedule.steps),
+            **self.learner.counters(),
             "num_rollouts": self.num_rollouts,
             "num_tokens": self.num_tokens,
             "num_backward_passes": self.num_backward_passes,
@@ -308,9 +179,7 @@ class Trainer:
             metrics |= {"step_time": elapsed, "perf/tokens_per_s": metrics.pop("perf/tokens") / elapsed}
             left = self.schedule.steps - self.completed
             self.log.step(self.completed, metrics, left * stepping_s / taken)
-            for model in (self.policy, self.critic):
-                if model:
-                    model.guard.give_up()
+            self.learner.give_up()
             self.every(self.schedule.sample_every, self.show_sample)
             last = self.completed >= self.schedule.steps
             out_of_time = 0 < self.schedule.max_minutes * 60 < time.monotonic() - started
@@ -358,7 +227,7 @@ class Trainer:
         if self.latest is None:
             return
         problem, completion = self.latest
-        prompt = self.policy.tokenizer.decode(problem.prompt_ids)
+        prompt = self.learner.policy.tokenizer.decode(problem.prompt_ids)
         self.log.say(
             f"  sample  {prompt[-300:]!r} -> {completion.text[-300:]!r}"
             f"  answer {problem.answer!r}  reward {completion.reward:g}"
@@ -370,7 +239,8 @@ class Trainer:
         with self.rollout.spans("save"):
             self.last_checkpoint = checkpoint.save(
                 self.folder / "checkpoints", state["step"], keep=self.schedule.keep, write_model=self.write_model,
-                tensors=self.state_tensors(), weights=self.policy.flat.weights, state=state, say=self.log.say,
+                tensors=self.learner.state_tensors(), weights=self.learner.policy.flat.weights, state=state,
+                say=self.log.say,
             )  # fmt: skip
         self.saved_step, self.failed_saves = state["step"], 0
 
@@ -385,16 +255,6 @@ class Trainer:
                 raise
             self.log.say(f"warning: {error}. The run goes on and tries again in {self.schedule.save_every} steps")
 
-    def state_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's weights and optimizer states."""
-        yield from self.policy.state_tensors()
-        if self.critic:
-            yield from ((f"critic.{name}", tensor) for name, tensor in self.critic.state_tensors())
-
-    def state_names(self) -> list[str]:
-        critic = self.critic.state_names() if self.critic else []
-        return [*self.policy.state_names(), *(f"critic.{name}" for name in critic)]
-
     def state_dict(self) -> dict:
         """Everything but tensors and generators that the next step depends on."""
         return {
@@ -402,25 +262,15 @@ class Trainer:
             "num_rollouts": self.num_rollouts,
             "num_tokens": self.num_tokens,
             "num_backward_passes": self.num_backward_passes,
-            "tokens_per_microbatch": self.fitting.tokens,
-            "policy_version": self.policy.policy_version,
             "engine_policy_version": self.rollout.engine.policy_version,
-            "tensors": sorted(self.state_names()),
+            **self.learner.state_dict(),
             "allocator": self.allocator.state_dict(),
-            "update": self.update.state_dict(),
-            "guard": self.policy.guard.state_dict(),
             "mismatch_watch": self.mismatch_watch.state_dict(),
             "health": self.health.state_dict(),
-            **({"critic_guard": self.critic.guard.state_dict()} if self.critic else {}),
             **({"profile": self.profiler.state_dict()} if self.profiler else {}),
             "identity": self.identity,
             "config": self.config,
         }
-
-    def shard_sizes(self) -> dict[str, int]:
-        """Elements of this rank's shards, by the prefix of their tensors' names."""
-        critic = {"critic.": len(self.critic.master)} if self.critic else {}
-        return {"": len(self.policy.master), **critic}
 
     def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         """Continue from a checkpoint. Raises CheckpointError when something is missing from it or of another form."""
@@ -435,17 +285,9 @@ class Trainer:
         self.num_rollouts, self.num_tokens = state["num_rollouts"], state["num_tokens"]
         self.num_backward_passes = state["num_backward_passes"]
         if state["config"]["tokens_per_microbatch"] == self.config["tokens_per_microbatch"]:
-            self.fitting.tokens = state["tokens_per_microbatch"]  # fewer, if memory has run out since
-        self.update.load_state_dict(state["update"])
-        self.policy.guard.load_state_dict(state["guard"])
+            self.learner.fitting.tokens = state["tokens_per_microbatch"]  # fewer, if memory has run out since
         self.mismatch_watch.load_state_dict(state["mismatch_watch"])
         self.health.load_state_dict(state["health"])
-        self.policy.load_state_tensors(tensors)
-        if self.critic:
-            prefix = "critic."
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            self.critic.load_state_tensors(own)
-            self.critic.guard.load_state_dict(state["critic_guard"])
-        self.policy.policy_version = state["policy_version"]
+        self.learner.load_state_dict(state, tensors)
         self.rollout.engine.policy_version = state["engine_policy_version"]
         self.log.rewind(self.completed or -1)  # a run that has not begun evaluates first, once

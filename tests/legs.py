@@ -85,7 +85,7 @@ class Legs:
             while len(self.known) < step:
                 checkpoint.seed_generators(0)  # nothing of this run draws from them
                 self.twin.step()
-                self.known.append(digest_of(dict(self.twin.state_tensors())))
+                self.known.append(digest_of(dict(self.twin.learner.state_tensors())))
         return self.known[step - 1]
 
     def check(self, folder: Path) -> int:
@@ -94,7 +94,7 @@ class Legs:
         if not found:
             return 0
         with checkpoint.generators_kept():
-            state, tensors = checkpoint.load(found[0], self.trainer.shard_sizes())
+            state, tensors = checkpoint.load(found[0], self.trainer.learner.shard_sizes())
         assert digest_of(tensors) == self.expected(state["step"])
         return state["step"]
 

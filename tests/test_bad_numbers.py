@@ -132,18 +132,18 @@ def test_every_rule_gives_up_after_as_many_training_steps(name, tmp_path, planne
     )
     with pytest.raises(NumericsError, match="11 of the last 1000" if last == 33 else "3 steps in a row"):
         trainer.run()
-    assert trainer.completed == last and trainer.policy.flat.weights.isfinite().all()
-    assert all(tensor.isfinite().all() for _, tensor in trainer.state_tensors() if tensor.is_floating_point())
+    assert trainer.completed == last and trainer.learner.policy.flat.weights.isfinite().all()
+    assert all(tensor.isfinite().all() for _, tensor in trainer.learner.state_tensors() if tensor.is_floating_point())
 
 
 def test_what_is_kept_of_a_bad_step_is_what_a_person_needs(tmp_path, planned):
     planned("nan@reward:2")  # of the second step: nothing has been evaluated
     trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--group-size", 4, "--eval-limit", 2)
     trainer.step()
-    before = {name: tensor.clone() for name, tensor in trainer.state_tensors()}
+    before = {name: tensor.clone() for name, tensor in trainer.learner.state_tensors()}
     metrics = trainer.step()
     assert metrics["skipped"] == 1 and math.isnan(metrics["loss"]) and math.isnan(metrics["reward"])
-    assert all((before[name] == tensor).all() for name, tensor in trainer.state_tensors())
+    assert all((before[name] == tensor).all() for name, tensor in trainer.learner.state_tensors())
     found = json.loads((tmp_path / "bad/step-2.json").read_text())
     assert found["step"] == 2 and found["refused"] == {"policy": ["loss is nan"]} and found["completions"] == 16
     assert found["not_finite"]["rank 0"]["reward"] == 1 and found["not_finite"]["rank 0"]["credit"] == 4  # its group

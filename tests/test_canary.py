@@ -27,10 +27,10 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("seed", mostly_later(range(5), 0))
 def test_a_resumed_engine_samples_from_the_restored_weights(seed, saved, tmp_path):
     trainer = make_trainer(tmp_path, *ARGS, "--seed", seed)
-    first = copy.deepcopy(trainer.policy.model)
+    first = copy.deepcopy(trainer.learner.policy.model)
     with checkpoint.generators_kept():
-        trainer.load_state_dict(*checkpoint.load(saved, trainer.shard_sizes()))
-    canary = Canary.of(trainer.rollout.engine, trainer.policy, 1.0, trainer.allocator.problems, 200)
+        trainer.load_state_dict(*checkpoint.load(saved, trainer.learner.shard_sizes()))
+    canary = Canary.of(trainer.rollout.engine, trainer.learner.policy, 1.0, trainer.allocator.problems, 200)
     trainer.rollout.canary = canary.check
     trainer.step()
     assert trainer.rollout.canary_metrics["sampling/canary_logp_difference/mean"] < 1e-4

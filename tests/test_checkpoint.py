@@ -35,9 +35,11 @@ def test_the_model_part_loads_with_transformers(saved):
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids = torch.tensor([tokenizer.encode("3+5*2-7=")])
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, trainer.policy.model(ids).logits)
+        assert torch.equal(model(ids).logits, trainer.learner.policy.model(ids).logits)
     fresh = make_trainer(path.parent / "fresh", "--eval-limit", 4)
-    assert not torch.equal(fresh.policy.flat.weights, trainer.policy.flat.weights)  # training did move them
+    assert not torch.equal(
+        fresh.learner.policy.flat.weights, trainer.learner.policy.flat.weights
+    )  # training did move them
 
 
 def test_loading_gives_back_every_tensor_and_generator(saved):
@@ -53,7 +55,7 @@ def test_loading_gives_back_every_tensor_and_generator(saved):
     state, tensors = checkpoint.load(path)
     assert (random.random(), numpy.random.rand()) == expected[:2] and torch.equal(torch.rand(3), expected[2])
     assert state == json.loads(json.dumps(trainer.state_dict()))
-    own = dict(trainer.policy.state_tensors())
+    own = dict(trainer.learner.policy.state_tensors())
     assert tensors.keys() == own.keys() and all(torch.equal(tensors[n], own[n]) for n in own)
 
 
@@ -111,10 +113,10 @@ def test_every_damage_is_found_before_anything_is_used(name, saved, tmp_path):
             (broken / name).write_bytes(damage)
         text = "manifest|MANIFEST.json" if name == "MANIFEST.json" else name.replace(".", r"\.")
         with pytest.raises(CheckpointError, match=text):
-            checkpoint.load(broken, trainer.shard_sizes())
+            checkpoint.load(broken, trainer.learner.shard_sizes())
     assert torch.equal(torch.get_rng_state(), before)
     (broken / name).write_bytes(original)
-    assert checkpoint.load(broken, trainer.shard_sizes())[0]["step"] == 2
+    assert checkpoint.load(broken, trainer.learner.shard_sizes())[0]["step"] == 2
 
 
 def test_a_number_edited_in_the_manifest_is_found(saved, tmp_path):

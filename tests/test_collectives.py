@@ -38,15 +38,15 @@ for number, args in enumerate(json.loads(Path({trials!r}).read_text())):
     calls.clear()
     faults.from_environment().visits.clear()
     learning = []
-    silent = trainer.objective.silent
+    silent = trainer.learner.objective.silent
     def watched(batch):
         rows = silent(batch)
         learning.append(int((~rows).sum()))
         return rows
-    object.__setattr__(trainer.objective, "silent", watched)
+    object.__setattr__(trainer.learner.objective, "silent", watched)
     reason = trainer.run()
     own = dict(calls=list(calls), forwards=faults.from_environment().visits["forward"], learning=learning,
-               weights=float(trainer.policy.flat.weights.double().sum()), reason=reason)
+               weights=float(trainer.learner.policy.flat.weights.double().sum()), reason=reason)
     both = [None, None]
     gather(both, own)
     found.append(both)

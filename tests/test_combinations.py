@@ -79,7 +79,7 @@ def test_five_steps_the_last_two_again_from_a_checkpoint(objective, update, allo
     for one, other in zip(expected, take(resumed, 2), strict=True):
         assert {k: float(v).hex() for k, v in one.items()} == {k: float(v).hex() for k, v in other.items()}
     torch.set_num_threads(threads)
-    one, other = dict(straight.state_tensors()), dict(resumed.state_tensors())
+    one, other = dict(straight.learner.state_tensors()), dict(resumed.learner.state_tensors())
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     for part in ("update", "allocator"):
         assert straight.state_dict()[part] == resumed.state_dict()[part]

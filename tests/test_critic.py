@@ -110,12 +110,12 @@ def test_it_learns_the_mean_return_of_each_prompt():
 
 def test_gradient_does_not_depend_on_cut_or_padding(tmp_path, float64_norms):
     trainer = make_trainer(tmp_path, "--dtype", "float64", *PPO_ARGS, "--value-clip", "0.02")
-    critic, batch = trainer.critic, prepared_batch(trainer)
+    critic, batch = trainer.learner.critic, prepared_batch(trainer)
     tokens = batch.response_mask.sum().item()
 
     def gradient(variant, size):
         pieces = [part for _, part in cut(variant, size, packed=critic.packs)]
-        metrics = averages(critic.backward(pieces, trainer.objective.value_loss_sum, tokens), tokens)
+        metrics = averages(critic.backward(pieces, trainer.learner.objective.value_loss_sum, tokens), tokens)
         return critic.flat.grads.clone(), metrics, len(pieces)
 
     expected, metrics, _ = gradient(batch, 10**6)
@@ -151,10 +151,10 @@ def test_it_is_trained_once_per_step_under_every_update_rule(rule, backward_pass
     ]
     trainer = make_trainer(tmp_path, *PPO_ARGS, *args)
     metrics = [trainer.step()]
-    assert trainer.critic.lr == 0.001  # its own warm-up of one step
+    assert trainer.learner.critic.lr == 0.001  # its own warm-up of one step
     metrics.append(trainer.step())
-    assert trainer.critic.lr == 0.002
-    assert trainer.critic.policy_version == 2 * 2 * 3  # steps, minibatches, passes
+    assert trainer.learner.critic.lr == 0.002
+    assert trainer.learner.critic.policy_version == 2 * 2 * 3  # steps, minibatches, passes
     assert metrics[1]["num_backward_passes"] == 2 * backward_passes  # the policy's alone
     assert metrics[0]["value_loss"] > 0 and metrics[0]["critic/grad_norm"] > 0 and metrics[0]["critic/skipped"] == 0
     assert metrics[0]["critic/explained_variance"] == 0.0  # all values 0: no worse and no better than a constant
@@ -164,38 +164,42 @@ def test_it_is_trained_once_per_step_under_every_update_rule(rule, backward_pass
 def test_its_loss_is_the_mean_over_response_tokens(tmp_path, float64_norms):
     trainer = make_trainer(tmp_path, "--dtype", "float64", *PPO_ARGS, "--value-clip", "None")
     batch = prepared_batch(trainer)
-    error = (trainer.critic.score(batch).detach() - batch.returns)[batch.response_mask]
-    trainer.fitting.tokens = 60
-    assert trainer.fit_critic(batch)["value_loss"] == pytest.approx(error.square().mean().item() / 2, abs=1e-12)
+    error = (trainer.learner.critic.score(batch).detach() - batch.returns)[batch.response_mask]
+    trainer.learner.fitting.tokens = 60
+    assert trainer.learner.fit_critic(batch)["value_loss"] == pytest.approx(error.square().mean().item() / 2, abs=1e-12)
 
 
 def test_policy_and_critic_share_nothing(tmp_path):
     trainer = make_trainer(tmp_path, *PPO_ARGS)
     batch = prepared_batch(trainer)
-    weights, critic = trainer.policy.flat.weights.clone(), trainer.critic.flat.weights.clone()
-    trainer.fit_critic(batch)
-    assert torch.equal(trainer.policy.flat.weights, weights) and not torch.equal(trainer.critic.flat.weights, critic)
-    critic = trainer.critic.flat.weights.clone()
-    trainer.accumulate(batch)
-    trainer.policy.optimizer_step()
-    assert torch.equal(trainer.critic.flat.weights, critic) and not torch.equal(trainer.policy.flat.weights, weights)
+    weights, critic = trainer.learner.policy.flat.weights.clone(), trainer.learner.critic.flat.weights.clone()
+    trainer.learner.fit_critic(batch)
+    assert torch.equal(trainer.learner.policy.flat.weights, weights) and not torch.equal(
+        trainer.learner.critic.flat.weights, critic
+    )
+    critic = trainer.learner.critic.flat.weights.clone()
+    trainer.learner.accumulate(batch)
+    trainer.learner.policy.optimizer_step()
+    assert torch.equal(trainer.learner.critic.flat.weights, critic) and not torch.equal(
+        trainer.learner.policy.flat.weights, weights
+    )
 
 
 def test_a_broken_target_reaches_neither_weights_nor_moments(tmp_path):
     trainer = make_trainer(tmp_path, *PPO_ARGS)
     batch = prepared_batch(trainer)
-    trainer.fit_critic(batch)
-    before = {name: tensor.clone() for name, tensor in trainer.critic.state_tensors()}
+    trainer.learner.fit_critic(batch)
+    before = {name: tensor.clone() for name, tensor in trainer.learner.critic.state_tensors()}
     batch.returns[batch.response_mask] = math.nan
-    assert trainer.fit_critic(batch)["critic/skipped"] == 1.0
-    assert trainer.critic.guard.end_step(1) == ["loss is nan"]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.critic.state_tensors())
+    assert trainer.learner.fit_critic(batch)["critic/skipped"] == 1.0
+    assert trainer.learner.critic.guard.end_step(1) == ["loss is nan"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.learner.critic.state_tensors())
     for step in (2, 3):
-        trainer.fit_critic(batch)
-        trainer.critic.guard.end_step(step)
+        trainer.learner.fit_critic(batch)
+        trainer.learner.critic.guard.end_step(step)
     with pytest.raises(NumericsError, match="3 steps in a row were refused.*loss is nan.*lower --critic.optim.lr"):
-        trainer.critic.guard.give_up()
-    assert trainer.policy.guard.skipped == 0
+        trainer.learner.critic.guard.give_up()
+    assert trainer.learner.policy.guard.skipped == 0
 
 
 def test_explained_variance_by_hand():
@@ -242,10 +246,10 @@ def test_a_run_cut_in_two_equals_one_that_was_not(tmp_path):
 
 def test_the_guard_of_the_critic_is_restored(tmp_path):
     one, other = (make_trainer(tmp_path / name, *PPO_ARGS) for name in ("one", "other"))
-    one.critic.guard.skipped = one.critic.guard.in_a_row = 2
-    tensors = dict(one.state_tensors())
+    one.learner.critic.guard.skipped = one.learner.critic.guard.in_a_row = 2
+    tensors = dict(one.learner.state_tensors())
     other.load_state_dict(one.state_dict(), tensors)
-    assert other.critic.guard == one.critic.guard
+    assert other.learner.critic.guard == one.learner.critic.guard
     for lacking, name in (({"critic_guard"}, "critic_guard"), ({"critic.master"}, "critic.master")):
         state = {k: v for k, v in one.state_dict().items() if k not in lacking}
         with pytest.raises(CheckpointError, match=f"the checkpoint has no {name}"):

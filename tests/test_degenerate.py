@@ -51,7 +51,7 @@ def groups_of(rows: list) -> list[RolloutGroup]:
 
 def plainly(trainer, objective: GRPO, groups: list[RolloutGroup]) -> torch.Tensor:
     """Equation by equation: advantages of a group, sums over the tokens that count, one division."""
-    num_tokens = len(trainer.policy.tokenizer)
+    num_tokens = len(trainer.learner.policy.tokenizer)
     total, tokens, completions = torch.zeros((), dtype=torch.float64), 0, 0
     for group in groups:
         rewards = [c.reward for c in group.completions]
@@ -65,7 +65,9 @@ def plainly(trainer, objective: GRPO, groups: list[RolloutGroup]) -> torch.Tenso
             if objective.overlong == "mask" and one.finish_reason == "length":
                 continue
             advantage = 0.0 if equal else (one.reward - mean) / (std + 1e-6 if objective.adv_norm == "group" else 1.0)
-            logits = trainer.policy.model(torch.tensor([prompt + ids]), use_cache=False).logits[0, :, :num_tokens]
+            logits = trainer.learner.policy.model(torch.tensor([prompt + ids]), use_cache=False).logits[
+                0, :, :num_tokens
+            ]
             row = torch.zeros((), dtype=torch.float64)
             for t, token in enumerate(ids):
                 logp = logits[len(prompt) + t - 1].double().log_softmax(dim=-1)
@@ -86,19 +88,19 @@ def plainly(trainer, objective: GRPO, groups: list[RolloutGroup]) -> torch.Tenso
 )
 def test_loss_and_gradient_are_those_of_plain_arithmetic(count, tmp_path, float64_norms):
     trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 2, "--eval-limit", 2)
-    named = dict(trainer.policy.model.named_parameters())
+    named = dict(trainer.learner.policy.model.named_parameters())
 
     def check(rows, setting):
-        trainer.objective = GRPO(**setting)
+        trainer.learner.objective = GRPO(**setting)
         groups = groups_of(rows)
-        batch = make_batch(groups, trainer.objective.credit, pad_id=EOS, max_new_tokens=LONGEST)
-        batch.credit = torch.cat([trainer.objective.credit(g.rewards.double()) for g in groups])
-        trainer.objective.prepare(batch)
-        metrics = trainer.accumulate(batch)
-        expected = plainly(trainer, trainer.objective, groups)
+        batch = make_batch(groups, trainer.learner.objective.credit, pad_id=EOS, max_new_tokens=LONGEST)
+        batch.credit = torch.cat([trainer.learner.objective.credit(g.rewards.double()) for g in groups])
+        trainer.learner.objective.prepare(batch)
+        metrics = trainer.learner.accumulate(batch)
+        expected = plainly(trainer, trainer.learner.objective, groups)
         assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-6)
         if not expected.requires_grad:
-            assert not trainer.policy.flat.grads.any()
+            assert not trainer.learner.policy.flat.grads.any()
             return
         wanted = torch.autograd.grad(expected, list(named.values()), allow_unused=True)
         for (name, parameter), grad in zip(named.items(), wanted, strict=True):
@@ -141,7 +143,9 @@ def one_group(folder: Path, *flags):
     )
     trainer.completions_per_step = 4
     history = [trainer.step() for _ in range(3)]
-    return trainer.policy.flat.weights, [(m["loss"], m["grad_norm"], m["entropy"], m["reward"]) for m in history]
+    return trainer.learner.policy.flat.weights, [
+        (m["loss"], m["grad_norm"], m["entropy"], m["reward"]) for m in history
+    ]
 
 
 @pytest.mark.soak

@@ -119,23 +119,23 @@ def trainer(tmp_path_factory):
 @pytest.mark.parametrize("breaks, message", BREAKS, ids=lambda value: getattr(value, "__name__", ""))
 @pytest.mark.promise("E1")
 def test_what_an_engine_returns_is_looked_at(breaks, message, trainer):
-    engine, before = trainer.rollout.engine, trainer.policy.master.clone()
+    engine, before = trainer.rollout.engine, trainer.learner.policy.master.clone()
     trainer.rollout.engine = Broken(engine, breaks)
     try:
         with pytest.raises(EngineError, match=message) as caught:
             trainer.step()
     finally:
         trainer.rollout.engine = engine
-    assert caught.value.exit_code == 5 and trainer.completed == 0 and torch.equal(trainer.policy.master, before)
+    assert caught.value.exit_code == 5 and trainer.completed == 0 and torch.equal(trainer.learner.policy.master, before)
     if breaks is raises:
         assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_half_of_the_completions_without_a_number_is_the_guards_matter(tmp_path):
     trainer = make_trainer(tmp_path, *SMALL)
-    before = trainer.policy.master.clone()
+    before = trainer.learner.policy.master.clone()
     trainer.rollout.engine = Broken(trainer.rollout.engine, lambda sampled: spoil(sampled, math.nan, 8))
-    assert trainer.step()["skipped"] == 1 and torch.equal(trainer.policy.master, before)
+    assert trainer.step()["skipped"] == 1 and torch.equal(trainer.learner.policy.master, before)
     trainer.rollout.rewards.close()
 
 

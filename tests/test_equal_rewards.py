@@ -26,14 +26,14 @@ def test_nothing_moves_but_the_data(name, tmp_path):
         tmp_path / "run", "--reward", f"{tmp_path / 'same.py'}:same", "--problems-per-step", 4, "--group-size", 3,
         "--eval-limit", 2, "--grade-truncated", "--weight-decay", 0.1, *flags,
     )  # fmt: skip
-    before = {tensor: value.clone() for tensor, value in trainer.state_tensors()}
+    before = {tensor: value.clone() for tensor, value in trainer.learner.state_tensors()}
     seen = []
     for _ in range(2):
         metrics = trainer.step()
         seen.append(trainer.latest[0].id)
         assert metrics["grad_norm"] == 0.0 and metrics["skipped"] == 0 and metrics["frac_reward_zero_std"] == 1.0
-        assert not trainer.policy.flat.grads.any()
-    after = dict(trainer.state_tensors())
+        assert not trainer.learner.policy.flat.grads.any()
+    after = dict(trainer.learner.state_tensors())
     assert before.keys() == after.keys() and all((before[tensor] == after[tensor]).all() for tensor in before)
     steps = {"negative": 4, "sfpo": 4}.get(name, 1)
     assert metrics["empty_total"] == 2 * steps and metrics["skipped_total"] == 0

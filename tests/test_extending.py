@@ -40,9 +40,9 @@ def test_a_member_is_one_file_and_one_line(axis, registry, file, member, test, t
     trainer = make_trainer(
         tmp_path / "run", f"--{axis}", name, "--problems-per-step", 4, "--limit", 16, "--eval-limit", 2, "--seed", 1
     )
-    before = trainer.policy.master.clone()
+    before = trainer.learner.policy.master.clone()
     metrics = trainer.step()
-    assert metrics["grad_norm"] > 0 and not before.equal(trainer.policy.master)
+    assert metrics["grad_norm"] > 0 and not before.equal(trainer.learner.policy.master)
     tests = load(f"documented_{name}", BLOCKS[test], tmp_path)
     own = [function for key, function in vars(tests).items() if key.startswith("test_")]
     assert own

@@ -41,7 +41,11 @@ def run_out_above(model, tokens: int, where: str = "forward", training_only: boo
 def steps(folder, *flags, limits=(), count=2):
     """Two steps with or without memory running out -> the trainer, their metrics without times."""
     trainer = make_trainer(folder, *SMALL, *flags)
-    models = {"policy": trainer.policy, "critic": trainer.critic, "reference": trainer.reference}
+    models = {
+        "policy": trainer.learner.policy,
+        "critic": trainer.learner.critic,
+        "reference": trainer.learner.reference,
+    }
     sampling = trainer.rollout.engine.sample
     hooks = []
 
@@ -69,13 +73,13 @@ def test_a_run_out_of_memory_equals_one_with_small_microbatches(name, where, tmp
     flags = [*SETTINGS[name], "--tokens-per-microbatch"]
     calm, expected = steps(tmp_path / "calm", *flags, 64)
     failed, actual = steps(tmp_path / "failed", *flags, 512, limits=[("policy", 60, where)])
-    limit = failed.fitting.tokens
-    assert limit < 512 and calm.fitting.tokens == 64
+    limit = failed.learner.fitting.tokens
+    assert limit < 512 and calm.learner.fitting.tokens == 64
     assert f"going on with --tokens-per-microbatch {limit}" in capsys.readouterr().out
     for one, other in zip(actual, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-12, rel=1e-9, nan_ok=True)
         assert one["grad_norm"] > 0
-    assert (failed.policy.flat.weights - calm.policy.flat.weights).abs().max() < 1e-12
+    assert (failed.learner.policy.flat.weights - calm.learner.policy.flat.weights).abs().max() < 1e-12
     # bit for bit what a run does that had the limit from the start
     same, again = steps(tmp_path / "same", *flags, limit)
     if where == "forward":
@@ -89,10 +93,10 @@ def test_scores_and_critic_too(model, tmp_path, float64_norms):
     calm, expected = steps(tmp_path / "calm", *flags, 64)
     where = "backward" if model == "critic" else "forward"
     failed, actual = steps(tmp_path / "failed", *flags, 512, limits=[(model, 100, where)])
-    assert failed.fitting.tokens <= 256
+    assert failed.learner.fitting.tokens <= 256
     for one, other in zip(actual, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-12, rel=1e-9, nan_ok=True)
-    assert (failed.critic.flat.weights - calm.critic.flat.weights).abs().max() < 1e-12
+    assert (failed.learner.critic.flat.weights - calm.learner.critic.flat.weights).abs().max() < 1e-12
 
 
 def test_a_sequence_that_does_not_fit_alone_ends_the_run(tmp_path):
@@ -113,12 +117,12 @@ def test_without_a_microbatch_there_is_nothing_to_cut():
 
 def test_the_limit_is_kept_by_a_checkpoint_unless_it_was_set_anew(tmp_path):
     trainer = make_trainer(tmp_path / "one", *SMALL, "--tokens-per-microbatch", 512)
-    trainer.fitting.tokens = 128
-    state, tensors = json.loads(json.dumps(trainer.state_dict())), dict(trainer.state_tensors())
+    trainer.learner.fitting.tokens = 128
+    state, tensors = json.loads(json.dumps(trainer.state_dict())), dict(trainer.learner.state_tensors())
     for configured, kept in ((512, 128), (300, 300)):
         other = make_trainer(tmp_path / str(configured), *SMALL, "--tokens-per-microbatch", configured)
         other.load_state_dict(state, tensors)
-        assert other.fitting.tokens == kept
+        assert other.learner.fitting.tokens == kept
 
 
 RANKS = """
@@ -131,7 +135,8 @@ ranks.start("cpu")
 limits = [("policy", 60, "backward")] if ranks.rank() == 1 else []
 trainer, metrics = steps(Path({folder!r}) / str(ranks.rank()), "--tokens-per-microbatch", 512, limits=limits)
 calm, expected = steps(Path({folder!r}) / f"calm{{ranks.rank()}}", "--tokens-per-microbatch", 512)
-torch.save([trainer.fitting.tokens, (trainer.policy.flat.weights - calm.policy.flat.weights).abs().max().item(),
+weights, expected_weights = trainer.learner.policy.flat.weights, calm.learner.policy.flat.weights
+torch.save([trainer.learner.fitting.tokens, (weights - expected_weights).abs().max().item(),
             [m["grad_norm"] for m in metrics], [m["grad_norm"] for m in expected]],
            Path({folder!r}) / f"{{ranks.rank()}}.pt")
 ranks.barrier()

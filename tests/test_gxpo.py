@@ -82,7 +82,7 @@ def test_adamw_directions_are_the_default_and_see_through_the_moments(tmp_path):
     stretch = {}
     for ratio in ("coord_grad", "coord_adamw"):
         trainer = make_trainer(tmp_path / ratio, *SMALL, "--update", "gxpo", "--ratio", ratio, "--lookahead", 10)
-        policy = trainer.policy
+        policy = trainer.learner.policy
         gradient = torch.randn(len(policy.master), generator=torch.Generator().manual_seed(0)) * 1e-4
         factors = iter([1.0] * 50 + [1.0, 4.0, 1.0])
 
@@ -94,7 +94,7 @@ def test_adamw_directions_are_the_default_and_see_through_the_moments(tmp_path):
         for _ in range(50):  # settled moments
             accumulate()
             policy.optimizer_step()
-        stretch[ratio] = trainer.update.update(policy, [accumulate])
+        stretch[ratio] = trainer.learner.update.update(policy, [accumulate])
     assert stretch["coord_grad"]["update/ratio"] == pytest.approx(3.0)
     assert stretch["coord_grad"]["update/multiplier"] == pytest.approx(0.5 * 6.0, rel=0.01)
     # m^ 0.1 * 3 above, v^ 0.001 * 15 above the settled: 1.3 / sqrt(1.015) at 50 steps of history, about 1.17
@@ -105,7 +105,7 @@ def test_adamw_directions_are_the_default_and_see_through_the_moments(tmp_path):
 def test_clipped_probes_are_compared_as_they_were_applied(tmp_path):
     """g0 is clipped from a norm of 10 to 1, g1 = g0 / 20 is not: what was applied fell by half."""
     trainer = make_trainer(tmp_path, *SMALL, "--update", "gxpo", "--ratio", "coord_grad", "--active-threshold", 0)
-    policy = trainer.policy
+    policy = trainer.learner.policy
     direction = torch.ones(len(policy.master))
     direction /= direction.norm()
     norms = iter([10.0, 0.5, 0.5])
@@ -114,7 +114,7 @@ def test_clipped_probes_are_compared_as_they_were_applied(tmp_path):
         policy.flat.grads.copy_(direction * next(norms))
         return {"entropy": 1.0}
 
-    metrics = trainer.update.update(policy, [accumulate])
+    metrics = trainer.learner.update.update(policy, [accumulate])
     assert metrics["update/ratio"] == pytest.approx(0.5, rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(0.5)
 
@@ -123,7 +123,7 @@ def test_clipped_probes_are_compared_as_they_were_applied(tmp_path):
 def test_the_optimizer_after_a_step(opt_state, steps, tmp_path):
     """restore: moments and count are those of a run that saw the corrective gradients alone."""
     trainer = make_trainer(tmp_path, *SMALL, "--update", "gxpo", "--opt-state", opt_state)
-    policy = trainer.policy
+    policy = trainer.learner.policy
     seen = []
     apply = policy.apply
     policy.apply = lambda gradient: seen.append(gradient.shard.clone()) or apply(gradient)
@@ -149,22 +149,22 @@ def test_a_broken_gradient_ends_in_a_plain_step_or_none(broken, value, opt_state
     for trainer in (plain, gxpo):
         trainer.step()  # so that there is state to put back
     # from the same weights and state
-    for own, other in zip(plain.policy.state_tensors(), weights_and_state(gxpo), strict=True):
+    for own, other in zip(plain.learner.policy.state_tensors(), weights_and_state(gxpo), strict=True):
         own[1].copy_(other)
-    gradient = torch.randn(len(plain.policy.master), generator=torch.Generator().manual_seed(1)) * 1e-4
+    gradient = torch.randn(len(plain.learner.policy.master), generator=torch.Generator().manual_seed(1)) * 1e-4
     calls = []
 
     def accumulate(trainer):
-        trainer.policy.flat.grads.copy_(gradient)
+        trainer.learner.policy.flat.grads.copy_(gradient)
         if trainer is gxpo:
             if len(calls) == broken:
-                trainer.policy.flat.grads.mul_(value)
+                trainer.learner.policy.flat.grads.mul_(value)
             calls.append(1)
         return {"entropy": 1.0}
 
     if broken:
-        plain.update.update(plain.policy, [lambda: accumulate(plain)])
-    metrics = gxpo.update.update(gxpo.policy, [lambda: accumulate(gxpo)])
+        plain.learner.update.update(plain.learner.policy, [lambda: accumulate(plain)])
+    metrics = gxpo.learner.update.update(gxpo.learner.policy, [lambda: accumulate(gxpo)])
     assert metrics["update/fallback"] == 1.0
     assert metrics["num_backward_passes"] == len(calls) == (1, 2, 4)[broken]
     assert metrics["skipped"] == float(value != 0.0) and metrics["grad_norm"] == pytest.approx(value, nan_ok=True)
@@ -224,7 +224,7 @@ def test_blocks_know_their_tensor():
 
 
 def test_thresholds_are_root_mean_squares_of_whole_tensors(tmp_path):
-    policy = make_trainer(tmp_path, *SMALL).policy
+    policy = make_trainer(tmp_path, *SMALL).learner.policy
     values = torch.randn(len(policy.master), generator=torch.Generator().manual_seed(0))
     rms = policy.tensor_rms(lambda part: values[part])
     slots = list(policy.flat.slots.values())

@@ -155,7 +155,7 @@ def test_the_reference_is_the_first_model_after_any_number_of_resumes(args, tmp_
         stored = json.loads((tmp_path / f"checkpoints/step-{steps}/state.json").read_text())["identity"]["reference"]
         dtype = torch.bfloat16 if "bfloat16" in args else torch.float32
         expected = expected or by_hand(load_file(EMBEDDED / "model.safetensors"), dtype)
-        assert stored == trainer.reference.sha256() == expected
+        assert stored == trainer.learner.reference.sha256() == expected
 
 
 def by_hand(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> str:

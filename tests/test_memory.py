@@ -124,12 +124,12 @@ def test_gradients_in_bfloat16_and_a_snapshot_of_the_state_are_planned_as_alloca
 def test_critic_and_reference_of_a_run_are_planned_as_allocated(dtype, tmp_path):
     args = ["--dtype", dtype, "--kl", "0.01", "--problems-per-step", 4, "--eval-limit", 4, "--objective", "ppo"]
     trainer = make_trainer(tmp_path, *args)
-    while not trainer.policy.guard.skipped and not trainer.policy.optimizer.state:
+    while not trainer.learner.policy.guard.skipped and not trainer.learner.policy.optimizer.state:
         trainer.step()  # the state appears with the first step that is taken
     plan = memory_plan(configure(list(map(str, args))), getattr(torch, dtype), 1)
-    reference = sum(size(p) for p in trainer.reference.model.parameters())
+    reference = sum(size(p) for p in trainer.learner.reference.model.parameters())
     assert plan.parts["reference"]["generate"] == pytest.approx(reference, rel=0.01)
-    critic = trainer.critic
+    critic = trainer.learner.critic
     held = [critic.flat.weights, critic.flat.grads, *(t for _, t in critic.state_tensors())]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     assert plan.parts["critic"]["generate"] == pytest.approx(sum(storages.values()), rel=0.01)

@@ -72,7 +72,7 @@ def test_three_steps_in_a_row_end_the_run(log_ratios, name):
 @pytest.mark.promise("B6")
 def test_a_run_whose_trainer_forgets_the_temperature_is_ended(tmp_path):
     trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--eval-limit", 4, "--temperature", 0.3, "--steps", 9)
-    trainer.policy.inv_temperature = 1.0
+    trainer.learner.policy.inv_temperature = 1.0
     with pytest.raises(EngineError, match="in 3 steps in a row the engine's log-probabilities were not the trainer's"):
         trainer.run()
     assert trainer.completed == 2 or trainer.completed == 3
@@ -84,7 +84,7 @@ def test_old_log_probabilities_may_be_the_engines(tmp_path, monkeypatch, minibat
     flags = ("--problems-per-step", 4, "--group-size", 4, "--minibatches", minibatches, "--eval-limit", 4)
     trainer = make_trainer(tmp_path / "engine", *flags, "--old-logprobs", "engine")
     scored = []
-    monkeypatch.setattr(trainer.policy, "score", lambda batch: scored.append(batch))
+    monkeypatch.setattr(trainer.learner.policy, "score", lambda batch: scored.append(batch))
     sample = trainer.rollout.engine.sample
 
     def off(requests, sampling):

@@ -135,7 +135,7 @@ def test_an_abandoned_profile_is_made_again(straight, tmp_path):
     shutil.copy(straight.folder / "profile-step-2.jsonl", stale)  # of weights that this run does not have
     trainer.profiler.renew(2, lambda: None)
     renewed = read_profile(stale)
-    assert renewed.key.model == weights_digest(trainer.policy.flat.weights)
+    assert renewed.key.model == weights_digest(trainer.learner.policy.flat.weights)
     # the weights are still those of the first profile, but the samples are new ones
     assert renewed.rows != read_profile(trainer.profiler.path).rows
     assert trainer.profiler.renew(3, lambda: None) == {} == trainer.profiler.renew(0, lambda: None)

@@ -82,7 +82,7 @@ def test_engine_and_trainer_agree_and_disagreement_would_show(tmp_path):
     trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--eval-limit", 4, "--temperature", 0.8)
     metrics = trainer.step()
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4 and metrics["sampling/mismatch_kl"] < 1e-8
-    trainer.policy.inv_temperature = 1.0  # the trainer forgets the temperature
+    trainer.learner.policy.inv_temperature = 1.0  # the trainer forgets the temperature
     assert trainer.step()["sampling/sampling_logp_difference/mean"] > 0.02
 
 
@@ -96,7 +96,7 @@ def test_checkpoints_change_nothing(flags, tmp_path):
         one, other = plain.step(), saving.step()
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5) and one["grad_norm"] > 0
         assert one["reward"] == other["reward"] and one["completions/mean_length"] == other["completions/mean_length"]
-    assert (plain.policy.flat.weights - saving.policy.flat.weights).abs().max() < 1e-6
+    assert (plain.learner.policy.flat.weights - saving.learner.policy.flat.weights).abs().max() < 1e-6
 
 
 def test_mismatch_by_hand():
@@ -112,13 +112,15 @@ def test_mismatch_by_hand():
 def test_a_nan_step_is_logged_as_nan_and_changes_nothing(tmp_path):
     trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--eval-limit", 4, "--steps", 2)
     trainer.step()
-    before = {name: tensor.clone() for name, tensor in trainer.policy.state_tensors()}
-    original = trainer.objective.loss_sum
-    object.__setattr__(trainer.objective, "loss_sum", lambda *a: (original(*a)[0] * float("nan"), original(*a)[1]))
+    before = {name: tensor.clone() for name, tensor in trainer.learner.policy.state_tensors()}
+    original = trainer.learner.objective.loss_sum
+    object.__setattr__(
+        trainer.learner.objective, "loss_sum", lambda *a: (original(*a)[0] * float("nan"), original(*a)[1])
+    )
     metrics = trainer.step()
     assert math.isnan(metrics["loss"]) and math.isnan(metrics["grad_norm"])
     assert metrics["skipped"] == 1 and metrics["skipped_total"] == 1
-    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.state_tensors())
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.learner.policy.state_tensors())
     trainer.log.metrics(2, {"loss": metrics["loss"]})
     assert math.isnan(rows(tmp_path)[-1]["loss"])
 
@@ -140,7 +142,7 @@ def test_memory_is_looked_at_when_a_phase_has_ended(tmp_path):
     seen = []
 
     def watch(phase):
-        seen.append((phase, trainer.policy.flat.grads.untyped_storage().nbytes() > 0))
+        seen.append((phase, trainer.learner.policy.flat.grads.untyped_storage().nbytes() > 0))
         return {f"memory/measured_mib/{phase}": 7.0}
 
     trainer.memory = watch

@@ -105,7 +105,7 @@ SMALL = ["--problems-per-step", 6, "--group-size", 4, "--eval-limit", 4]
 
 
 def weights_and_state(trainer):
-    return [t.clone() for _, t in trainer.policy.state_tensors()]
+    return [t.clone() for _, t in trainer.learner.policy.state_tensors()]
 
 
 def test_alpha_zero_is_the_single_rule_bit_for_bit(tmp_path):
@@ -125,7 +125,7 @@ def test_alpha_one_is_more_passes_over_the_batch(tmp_path):
         assert single.step()["num_backward_passes"] == sfpo.step()["num_backward_passes"]
     for a, b in zip(weights_and_state(single), weights_and_state(sfpo), strict=True):
         assert torch.equal(a, b)
-    assert sfpo.policy.optimizer.state[sfpo.policy.master]["step"] == 2 * 2 * 4
+    assert sfpo.learner.policy.optimizer.state[sfpo.learner.policy.master]["step"] == 2 * 2 * 4
 
 
 @pytest.mark.parametrize("opt_state, steps", [("keep", 4), ("restore", 1)])
@@ -133,18 +133,22 @@ def test_adam_counts_its_steps(opt_state, steps, tmp_path):
     trainer = make_trainer(tmp_path, *SMALL, "--update", "sfpo", "--opt-state", opt_state)
     for step in (1, 2):
         trainer.step()
-        assert trainer.policy.optimizer.state[trainer.policy.master]["step"] == step * steps
-        assert trainer.policy.lr == pytest.approx(1e-4 * step / 6)  # the schedule counts steps, not passes
+        assert trainer.learner.policy.optimizer.state[trainer.learner.policy.master]["step"] == step * steps
+        assert trainer.learner.policy.lr == pytest.approx(1e-4 * step / 6)  # the schedule counts steps, not passes
 
 
 def test_the_slow_pass_takes_its_gradient_where_the_pull_back_ends(tmp_path):
     """In bfloat16 the weights are a copy of the master, so a move that is not published would not be seen."""
     trainer = make_trainer(tmp_path, *SMALL, "--update", "sfpo", "--dtype", "bfloat16", "--lr", 1e-3, "--warmup", 0)
-    seen, accumulate = [], trainer.accumulate
-    trainer.accumulate = lambda part: seen.append(trainer.policy.flat.weights.clone()) or accumulate(part)
+    seen, accumulate = [], trainer.learner.accumulate
+    trainer.learner.accumulate = lambda part: (
+        seen.append(trainer.learner.policy.flat.weights.clone()) or accumulate(part)
+    )
     masters = []
-    publish = trainer.policy.publish
-    trainer.policy.publish = lambda **how: masters.append(trainer.policy.master.clone()) or publish(**how)
+    publish = trainer.learner.policy.publish
+    trainer.learner.policy.publish = lambda **how: (
+        masters.append(trainer.learner.policy.master.clone()) or publish(**how)
+    )
     trainer.step()
     # anchor, 3 fast steps, pull back, slow step
     assert len(seen) == 4 and len(masters) == 5
@@ -157,7 +161,7 @@ def test_the_slow_pass_takes_its_gradient_where_the_pull_back_ends(tmp_path):
 def test_a_refused_pass_leaves_the_update_whole(broken, skipped, opt_state, tmp_path):
     """The slow one: back to the anchor. All: nothing has happened. A fast one: as if there had been one fewer."""
     trainer = make_trainer(tmp_path, *SMALL, "--update", "sfpo", "--lookahead", 3, "--opt-state", opt_state)
-    policy = trainer.policy
+    policy = trainer.learner.policy
     trainer.step()  # so that there is state
     before = [tensor.clone() for tensor in weights_and_state(trainer)]
     gradient = torch.randn(len(policy.master), generator=torch.Generator().manual_seed(1)) * 1e-4
@@ -170,7 +174,7 @@ def test_a_refused_pass_leaves_the_update_whole(broken, skipped, opt_state, tmp_
         calls.append(1)
         return {"entropy": 1.0}
 
-    metrics = trainer.update.update(policy, [accumulate])
+    metrics = trainer.learner.update.update(policy, [accumulate])
     assert len(calls) == 4 and metrics["skipped"] == skipped
     now = weights_and_state(trainer)
     same = [torch.equal(a, b) for a, b in zip(before, now, strict=True)]

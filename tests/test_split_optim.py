@@ -40,7 +40,7 @@ def small_chunks(monkeypatch):
 def updated(folder, flags, master, steps=5, bad=()):
     """Steps of an update rule on random gradients, which do not depend on the weights -> trainer, metrics."""
     trainer = make_trainer(folder, *SMALL, *flags, "--master", master)
-    policy, generator = trainer.policy, torch.Generator().manual_seed(0)
+    policy, generator = trainer.learner.policy, torch.Generator().manual_seed(0)
     mask = torch.zeros(len(policy.flat.grads))
     for slot in policy.flat.slots.values():
         mask[slot.offset : slot.offset + slot.numel] = 1.0
@@ -57,7 +57,7 @@ def updated(folder, flags, master, steps=5, bad=()):
     metrics = []
     for step in range(steps):
         policy.set_lr(1e-3 / (step + 1))
-        metrics.append(trainer.update.update(policy, [accumulate]))
+        metrics.append(trainer.learner.update.update(policy, [accumulate]))
     return trainer, metrics
 
 
@@ -75,18 +75,18 @@ def test_the_same_bits_as_a_float32_master(rule, bad, tmp_path):
     """bad: which gradients are not finite."""
     whole, expected = updated(tmp_path / "whole", RULES[rule], "float32", bad=bad)
     halves, actual = updated(tmp_path / "halves", RULES[rule], "split", bad=bad)
-    assert len(halves.policy.optimizer.parts) == 3
+    assert len(halves.learner.policy.optimizer.parts) == 3
     assert actual == expected and sum(m["num_backward_passes"] for m in actual) >= 5
-    before, after = dict(whole.policy.state_tensors()), dict(halves.policy.state_tensors())
+    before, after = dict(whole.learner.policy.state_tensors()), dict(halves.learner.policy.state_tensors())
     assert list(before) == list(after) and len(before) > 3
     for name in before:
         assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]), name
-    one, other = whole.policy.flat.weights, halves.policy.flat.weights
+    one, other = whole.learner.policy.flat.weights, halves.learner.policy.flat.weights
     # halfway between two bfloat16 values float32 goes to the even one, and the halves away from zero
-    tie = (whole.policy.master.view(torch.int32) & 0xFFFF) == 0x8000
+    tie = (whole.learner.policy.master.view(torch.int32) & 0xFFFF) == 0x8000
     assert torch.equal(one[~tie], other[~tie])
     assert tie.float().mean() < 1e-3
-    assert other.data_ptr() == halves.policy.master.data_ptr()
+    assert other.data_ptr() == halves.learner.policy.master.data_ptr()
 
 
 RANKS = """
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_either_master(rule, then, now, tmp_path):
     first, _ = updated(tmp_path / "first", RULES[rule], then, steps=2)
     first.save()
     stored = load_file(first.last_checkpoint / "optim-rank0.safetensors")
-    assert stored["master"].dtype == torch.float32 and len(stored["master"]) == len(first.policy.master)
+    assert stored["master"].dtype == torch.float32 and len(stored["master"]) == len(first.learner.policy.master)
     second = make_trainer(tmp_path / "second", *SMALL, *RULES[rule], "--master", now)
     with checkpoint.generators_kept():
         state, tensors = checkpoint.load(first.last_checkpoint)
@@ -158,24 +158,24 @@ def test_a_run_goes_on_with_either_master(rule, then, now, tmp_path):
     check_same(state["config"], second.config, {"out", "master"}, tmp_path)
     # in memory that an optimizer could go on with: chunks must not share a step count
     second.load_state_dict(state, {name: tensor.clone() for name, tensor in tensors.items()})
-    direction = torch.randn(len(first.policy.flat.grads), generator=torch.Generator().manual_seed(9)) * 1e-3
+    direction = torch.randn(len(first.learner.policy.flat.grads), generator=torch.Generator().manual_seed(9)) * 1e-3
     for trainer in (first, second):
         for factor in (1.0, 0.5):
-            trainer.policy.set_lr(1e-3)
-            trainer.policy.flat.grads.copy_(direction * factor)
-            trainer.policy.optimizer_step()
-    one, other = dict(first.policy.state_tensors()), dict(second.policy.state_tensors())
+            trainer.learner.policy.set_lr(1e-3)
+            trainer.learner.policy.flat.grads.copy_(direction * factor)
+            trainer.learner.policy.optimizer_step()
+    one, other = dict(first.learner.policy.state_tensors()), dict(second.learner.policy.state_tensors())
     for name in one:
         assert torch.equal(one[name].cpu(), other[name].cpu()), name
     if then == now:
-        assert torch.equal(first.policy.flat.weights, second.policy.flat.weights)
+        assert torch.equal(first.learner.policy.flat.weights, second.learner.policy.flat.weights)
 
 
 def test_a_training_step_with_it(tmp_path):
     trainer = make_trainer(tmp_path, *SMALL, "--master", "split", "--objective", "ppo", "--update", "sfpo")
-    before = trainer.policy.flat.weights.clone()
+    before = trainer.learner.policy.flat.weights.clone()
     assert trainer.step()["grad_norm"] > 0
-    assert trainer.critic.low is not None and not torch.equal(before, trainer.policy.flat.weights)
+    assert trainer.learner.critic.low is not None and not torch.equal(before, trainer.learner.policy.flat.weights)
 
 
 def test_only_bfloat16_weights_have_halves():

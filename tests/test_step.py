@@ -22,28 +22,30 @@ OBJECTIVES = {
 def prepared_batch(trainer, *, noise: float = 0.05):
     """A sampled batch whose old and reference log-probabilities differ from the policy's, and whose old values from
     those of the critic, which gets a random head, so that every term counts."""
-    if trainer.critic:
+    if trainer.learner.critic:
         with torch.no_grad():
-            trainer.critic.model.value_head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+            trainer.learner.critic.model.value_head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
     plan = trainer.allocator.take(trainer.completions_per_step)
     groups = trainer.rollout.run(plan, step=0)
-    batch = make_batch(groups, trainer.objective.credit, pad_id=trainer.policy.pad_id, max_new_tokens=10)
+    batch = make_batch(
+        groups, trainer.learner.objective.credit, pad_id=trainer.learner.policy.pad_id, max_new_tokens=10
+    )
     for name in ("reward", "credit", "rollout_logprobs"):
         setattr(batch, name, getattr(batch, name).double())
-    trainer.fill(batch, frozenset({"old_logprobs"}) | trainer.objective.needs(2))
+    trainer.learner.fill(batch, frozenset({"old_logprobs"}) | trainer.learner.objective.needs(2))
     generator = torch.Generator().manual_seed(1)
     for name in ("old_logprobs", "ref_logprobs", "values"):
         values = getattr(batch, name)
         if values is not None:
             setattr(batch, name, values + noise * torch.randn(values.shape, generator=generator, dtype=values.dtype))
-    trainer.objective.prepare(batch)
+    trainer.learner.objective.prepare(batch)
     return batch
 
 
 def gradient(trainer, batch, tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
-    trainer.fitting.tokens = tokens
-    metrics = trainer.accumulate(batch)
-    return trainer.policy.flat.grads.clone(), metrics
+    trainer.learner.fitting.tokens = tokens
+    metrics = trainer.learner.accumulate(batch)
+    return trainer.learner.policy.flat.grads.clone(), metrics
 
 
 def padded(batch, extra: int):
@@ -71,11 +73,11 @@ def padded(batch, extra: int):
 @pytest.mark.parametrize("settings", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_gradient_does_not_depend_on_cut_or_padding(settings, packs, tmp_path, float64_norms):
     trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4, *settings)
-    assert trainer.policy.packs
+    assert trainer.learner.policy.packs
     batch = prepared_batch(trainer)
     assert len(batch.lengths().unique()) > 3  # rows of different length, or cutting would not change the padding
     expected, metrics = gradient(trainer, batch, tokens=10**6)
-    trainer.policy.packs = packs
+    trainer.learner.policy.packs = packs
     assert expected.abs().max() > 1e-4
 
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
@@ -98,19 +100,21 @@ def test_gradient_does_not_depend_on_cut_or_padding(settings, packs, tmp_path, f
 def test_first_pass_leaves_old_logprobs_and_later_ones_keep_them(packs, tmp_path, float64_norms):
     """What the policy thought before the step: of every row, those that only went forward too, in their own order."""
     trainer = make_trainer(tmp_path, "--tokens-per-microbatch", "300", "--problems-per-step", "12")
-    trainer.policy.packs &= packs
+    trainer.learner.policy.packs &= packs
     groups = trainer.rollout.run(trainer.allocator.take(trainer.completions_per_step), step=0)
-    batch = make_batch(groups, trainer.objective.credit, pad_id=trainer.policy.pad_id, max_new_tokens=10)
-    silent = trainer.objective.silent(batch)
+    batch = make_batch(
+        groups, trainer.learner.objective.credit, pad_id=trainer.learner.policy.pad_id, max_new_tokens=10
+    )
+    silent = trainer.learner.objective.silent(batch)
     assert silent.any() and not silent.all()
     with torch.no_grad():
-        whole = trainer.policy.score(batch)
+        whole = trainer.learner.policy.score(batch)
     expected = torch.where(batch.response_mask, whole, 0.0).float()
-    trainer.accumulate(batch)
+    trainer.learner.accumulate(batch)
     torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
-    trainer.policy.master.mul_(1.01)
-    trainer.policy.publish()
-    metrics = trainer.accumulate(batch)
+    trainer.learner.policy.master.mul_(1.01)
+    trainer.learner.policy.publish()
+    metrics = trainer.learner.accumulate(batch)
     torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
     assert abs(metrics["policy_kl"]) > 1e-6, "the second pass sees the ratio to the weights of the first"
 
@@ -142,37 +146,43 @@ def test_kernels_learn_what_the_objective_says(settings, tmp_path, monkeypatch):
         if getattr(batch, name) is not None:
             setattr(batch, name, getattr(batch, name).float())
     expected, metrics = gradient(trainer, batch, 60)
-    trainer.policy.triton = True
+    trainer.learner.policy.triton = True
     calls = []
-    once = trainer.policy.fused_loss
-    monkeypatch.setattr(trainer.policy, "fused_loss", lambda *args: calls.append(1) or once(*args))
+    once = trainer.learner.policy.fused_loss
+    monkeypatch.setattr(trainer.learner.policy, "fused_loss", lambda *args: calls.append(1) or once(*args))
     actual, got = gradient(trainer, batch, 60)
     assert len(calls) > 1 and expected.abs().max() > 1e-4
     assert (actual - expected).norm() < 1e-5 * expected.norm()
     assert got == pytest.approx(metrics, rel=1e-4, abs=1e-6) and metrics["clip_ratio/region_mean"] > 0
-    if "old_logprobs" in trainer.objective.needs(1):
+    if "old_logprobs" in trainer.learner.objective.needs(1):
         return
     batch.old_logprobs = None
-    trainer.accumulate(batch)  # on-policy: it leaves what it saw
-    torch.testing.assert_close(batch.old_logprobs.float(), trainer.policy.score(batch).detach(), rtol=0, atol=1e-5)
+    trainer.learner.accumulate(batch)  # on-policy: it leaves what it saw
+    torch.testing.assert_close(
+        batch.old_logprobs.float(), trainer.learner.policy.score(batch).detach(), rtol=0, atol=1e-5
+    )
 
 
 def test_a_token_that_is_no_word_stops_the_fused_update_as_it_stops_the_other(tmp_path):
     """The kernel leaves such a token out of the loss: without a sign of it the step would be taken."""
     trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--group-size", 4)
-    trainer.policy.triton = True
+    trainer.learner.policy.triton = True
     batch = prepared_batch(trainer)
     batch.credit = batch.credit.float()
-    trainer.accumulate(batch)
-    assert trainer.policy.flat.grads.isfinite().all()
-    row = (~trainer.objective.silent(batch)).nonzero()[0, 0]
+    trainer.learner.accumulate(batch)
+    assert trainer.learner.policy.flat.grads.isfinite().all()
+    row = (~trainer.learner.objective.silent(batch)).nonzero()[0, 0]
     last = batch.response_mask[row].nonzero()[-1, 0]
-    trainer.policy.tokenizer = trainer.policy.tokenizer.get_vocab()  # all that is asked of it here is its length
-    trainer.policy.tokenizer.pop(max(trainer.policy.tokenizer, key=trainer.policy.tokenizer.get))
-    batch.input_ids[row, last] = len(trainer.policy.tokenizer)
-    trainer.accumulate(batch)
-    assert not trainer.policy.gradient().norm < float("inf")
-    assert trainer.policy.optimizer_step()["skipped"] == 1
+    trainer.learner.policy.tokenizer = (
+        trainer.learner.policy.tokenizer.get_vocab()
+    )  # all that is asked of it here is its length
+    trainer.learner.policy.tokenizer.pop(
+        max(trainer.learner.policy.tokenizer, key=trainer.learner.policy.tokenizer.get)
+    )
+    batch.input_ids[row, last] = len(trainer.learner.policy.tokenizer)
+    trainer.learner.accumulate(batch)
+    assert not trainer.learner.policy.gradient().norm < float("inf")
+    assert trainer.learner.policy.optimizer_step()["skipped"] == 1
 
 
 def test_what_is_not_of_single_tokens_is_not_fused(tmp_path, monkeypatch):
@@ -185,8 +195,8 @@ def test_what_is_not_of_single_tokens_is_not_fused(tmp_path, monkeypatch):
         )
     ):
         trainer = make_trainer(tmp_path / str(number), "--problems-per-step", 4, "--group-size", 2, *settings)
-        trainer.policy.triton = True
-        monkeypatch.setattr(trainer.policy, "fused_loss", lambda *args: pytest.fail("it was fused"))
+        trainer.learner.policy.triton = True
+        monkeypatch.setattr(trainer.learner.policy, "fused_loss", lambda *args: pytest.fail("it was fused"))
         assert trainer.step()["num_backward_passes"] == 1
 
 
@@ -195,12 +205,14 @@ def test_rows_without_a_gradient_change_nothing_but_the_work(settings, tmp_path,
     trainer = make_trainer(tmp_path, "--dtype", "float64", "--problems-per-step", 6, "--group-size", 4, *settings)
     batch = prepared_batch(trainer)
     batch.credit[batch.group < 3] = 0.0
-    silent = trainer.objective.silent(batch)
+    silent = trainer.learner.objective.silent(batch)
     assert silent.sum() == 0 if settings else silent.sum() >= 12
-    learning = [learns for learns, *_ in trainer.microbatches(batch)]
+    learning = [learns for learns, *_ in trainer.learner.microbatches(batch)]
     assert learning == ([True] if settings else [True, False])
     actual, metrics = gradient(trainer, batch, 10**6)
-    monkeypatch.setattr(type(trainer.objective), "silent", lambda self, batch: torch.zeros_like(batch.truncated))
+    monkeypatch.setattr(
+        type(trainer.learner.objective), "silent", lambda self, batch: torch.zeros_like(batch.truncated)
+    )
     expected, whole = gradient(trainer, batch, 10**6)
     assert expected.abs().max() > 1e-4 and (actual - expected).abs().max() <= 1e-12
     assert metrics == pytest.approx(whole, abs=1e-12)
@@ -218,8 +230,8 @@ trainer = make_trainer(Path({folder!r}) / str(ranks.rank()), "--dtype", "float64
                        "--group-size", 4, "--update.epochs-per-batch", 2, "--lr", 1e-3, *{settings!r})
 history = [trainer.step() for _ in range(3)]
 if ranks.rank() == 0:
-    torch.save({{"weights": trainer.policy.flat.weights,
-                "critic": trainer.critic.flat.weights if trainer.critic else torch.zeros(0),
+    torch.save({{"weights": trainer.learner.policy.flat.weights,
+                "critic": trainer.learner.critic.flat.weights if trainer.learner.critic else torch.zeros(0),
                 "value_loss": [h.get("value_loss", 0.0) for h in history],
                 "grad_norm": [h["grad_norm"] for h in history],
                 "reward": [h["reward"] for h in history], "loss": [h["loss"] for h in history],

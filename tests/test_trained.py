@@ -42,7 +42,7 @@ def updated(folder, rule, dtype):
     trainer = make_trainer(
         folder, *SMALL, "--update", rule.split()[0], *options, "--dtype", dtype, "--lr", 1e-3, "--warmup", 0
     )
-    policy, generator = trainer.policy, torch.Generator().manual_seed(0)
+    policy, generator = trainer.learner.policy, torch.Generator().manual_seed(0)
     policy.set_lr(1e-3)
     gradients = iter([torch.randn(len(policy.flat.grads), generator=generator) * 1e-3 for _ in range(8)])
     padding = torch.ones(len(policy.flat.grads), dtype=torch.bool)
@@ -64,7 +64,7 @@ def updated(folder, rule, dtype):
 
     policy.publish = watched
     with Copies(policy.own_weights) as copies:
-        metrics = trainer.update.update(policy, [accumulate])
+        metrics = trainer.learner.update.update(policy, [accumulate])
     return same, copies.count, metrics
 
 
@@ -89,11 +89,11 @@ def test_float32_weights_are_the_master_and_nothing_is_copied(rule, tmp_path):
 def test_a_refused_move_leaves_the_anchor_in_master_and_weights(tmp_path):
     trainer = make_trainer(tmp_path, *SMALL, "--update", "gxpo", "--min-effective-multiplier", 99,
                            "--dtype", "bfloat16")  # fmt: skip
-    policy = trainer.policy
+    policy = trainer.learner.policy
     anchor = policy.master.clone()
     probe = torch.randn(len(anchor), generator=torch.Generator().manual_seed(0)) * 1e-3
     policy.master.add_(2 * probe)
-    report = trainer.update.reposition(policy, anchor, probe, probe)
+    report = trainer.learner.update.reposition(policy, anchor, probe, probe)
     assert report["update/refused"] == 1.0
     assert torch.equal(policy.master, anchor) and torch.equal(policy.own_weights, anchor.bfloat16())
 

@@ -31,11 +31,11 @@ def trainer(tmp_path_factory):
 
 def lost(trainer) -> EngineError:
     """How a step ends that must end by an EngineError; the policy is as before."""
-    before, completed = trainer.policy.master.clone(), trainer.completed
+    before, completed = trainer.learner.policy.master.clone(), trainer.completed
     with pytest.raises(EngineError) as caught:
         trainer.step()
     assert caught.value.exit_code == 5 and trainer.completed == completed
-    assert trainer.policy.master.nan_to_num().equal(before.nan_to_num())
+    assert trainer.learner.policy.master.nan_to_num().equal(before.nan_to_num())
     return caught.value
 
 
@@ -68,7 +68,7 @@ def test_only_a_completion_that_has_ended_is_progress(trainer):
 @pytest.mark.promise("E1")
 def test_logits_that_are_nan(trainer):
     """Real ones, from a norm of the last layer: whatever vLLM makes of them, nothing is learnt."""
-    norm = trainer.policy.model.model.norm.weight
+    norm = trainer.learner.policy.model.model.norm.weight
     before = norm.detach().clone()
     try:
         norm.data.fill_(math.nan)

@@ -24,7 +24,7 @@ group, own = dist.group.WORLD, ranks.rank()
 trainer = make_trainer(Path({folder!r}) / str(own), "--engine", "vllm", "--problems-per-step", 6,
                        "--group-size", 4, "--steps", {steps}, "--lr", 1e-3, "--reward-workers", 1, "--eval-limit", 4)
 assert {world} == 1 or dist.group.WORLD is group, "the trainer's process group was replaced"
-sampled, canary, start = [], [], trainer.policy.flat.weights.clone()
+sampled, canary, start = [], [], trainer.learner.policy.flat.weights.clone()
 run = trainer.rollout.run
 def kept(plan, step):
     groups = run(plan, step)
@@ -36,7 +36,7 @@ for _ in range({steps}):
     canary.append(trainer.rollout.canary_metrics["sampling/canary_logp_difference/max"])
 engine = trainer.rollout.engine
 engine.check_alias()
-weights = trainer.policy.flat.weights
+weights = trainer.learner.policy.flat.weights
 engine.close()
 found = (ranks.size(), ranks.rank(), ranks.all_sum_(torch.ones(1)).item())  # after the engine
 torch.save(dict(sampled=sampled, canary=canary, start=start, weights=weights, found=found), f"{out}.{{own}}")

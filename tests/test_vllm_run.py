@@ -133,7 +133,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(make, tmp_path):
     second.load_state_dict(state, tensors)
     for _ in range(2):
         second.step()
-    assert torch.equal(second.policy.master, whole.policy.master)
+    assert torch.equal(second.learner.policy.master, whole.learner.policy.master)
     assert second.rollout.canary_metrics["sampling/canary_logp_difference/max"] < 1e-4
 
 
