@@ -9,7 +9,7 @@ import pytest
 from helpers import leftovers, rows
 from legs import Legs, ended
 
-KILLS, STEPS = 50, 300
+KILLS, STEPS = 50, 2000
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,10 @@ def legs(tmp_path_factory):
 @pytest.mark.timeout(3600)
 @pytest.mark.promise("A15", trials=KILLS)
 def test_fifty_kills_in_one_run(legs, tmp_path):
-    """The promise names 2000 steps and kills every 20 to 120 s: here there are as many kills in fewer steps."""
+    """A kill every forty steps or so: these take a tenth of a second each."""
     rng = random.Random(0)
     for _ in range(KILLS):
-        legs.kill(tmp_path, rng.uniform(0.5, 3.0))
+        legs.kill(tmp_path, rng.uniform(0.5, 8.0))
     steps = max(STEPS, legs.check(tmp_path) + 2) // 2 * 2
     code, said = legs.run(tmp_path, steps, timeout=3000)
     assert code == 0 and leftovers(tmp_path / "checkpoints") == []
@@ -43,9 +43,9 @@ def used(child: int) -> tuple[float, int]:
 @pytest.mark.timeout(1800)
 @pytest.mark.promise("A15")
 def test_a_long_run_does_not_grow(legs, tmp_path):
-    """Resident memory within 50 MiB, open files within 2, no zombies, between steps 60 and 300 with 120 saves."""
-    child, seen = legs.start(tmp_path, 300), []
-    for step in (60, 290):
+    """Resident memory within 50 MiB, open files within 2, no zombies, between steps 60 and 1950 with 945 saves."""
+    child, seen = legs.start(tmp_path, STEPS), []
+    for step in (60, 1950):
         while (
             not (tmp_path / "metrics.jsonl").exists()
             or f'"step": {step}' not in (tmp_path / "metrics.jsonl").read_text()
