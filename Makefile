@@ -35,6 +35,7 @@ reliability: $(VENV)/.test $(VENV_VLLM)/.vllm
 		--reliability bench/results/reliability.json $(ARGS)
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -m "promise and vllm" \
 		--reliability bench/results/reliability.json --reliability-add $(ARGS) tests/test_vllm*.py
+	$(BIN)/python bench/bench_grading.py --reliability bench/results/reliability.json
 	$(BIN)/python tests/promises.py
 
 # each engine takes a core and 1 GiB for its cache

@@ -1,19 +1,25 @@
 """Answers graded per second: `exact`, and `math` on answers that need sympy and on a mixture.
 
-    python bench/bench_grading.py [--workers 2] [--out bench/results/FILE.json]
+    python bench/bench_grading.py [--workers 2] [--out bench/results/FILE.json] [--reliability FILE]
 
-Every grade is checked first: a wrong one means no number. The last line is one JSON document.
+Every grade is checked first: a wrong one means no number. The last line is one JSON document. --reliability counts
+the rates that two cores promise (C7 of docs/reliability.md) into a file as `make reliability` writes it.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from promises import record
 
 from fastrl.log import versions
 from fastrl.rewards import Exact, Math
 
+PROMISED = {"math, mixed": 250, "math, sympy": 50}  # answers/s
 TAIL = "The steps above lead to the answer. " * 50  # about 2 KB, as a completion has
 
 
@@ -35,6 +41,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out")
+    parser.add_argument("--reliability", type=Path)
     args = parser.parse_args()
     rows = {}
     with Math(workers=args.workers) as math, Exact() as exact:
@@ -52,6 +59,11 @@ def main() -> None:
             print(f"{name:12} {n / median:10.0f} answers/s   {median * 1e3:8.2f} ms for {n}")
     document = {"bench": "grading", "workers": args.workers, "rows": rows, "versions": versions()}
     print(json.dumps(document))
+    if args.reliability:
+        kept = [rows[name]["answers"] / rows[name]["median_s"] >= rate for name, rate in PROMISED.items()]
+        seconds = sum(sum(row["all_s"]) for row in rows.values())
+        counts = {"run": len(kept), "passed": sum(kept), "command": "python bench/bench_grading.py", "seconds": seconds}
+        record(args.reliability, {"C7": counts})
     if args.out:
         Path(args.out).write_text(json.dumps(document, indent=1) + "\n")
 

@@ -31,6 +31,21 @@ def rendered(doc: str, results: list[dict]) -> str:
     return ROW.sub(lambda m: f"| {m['id']} |{m['what']}| {counts.get(m['id'], '-')} |", doc)
 
 
+def record(file: Path, counts: dict[str, dict], *, add: bool = False) -> None:
+    """Write {id: {run, passed, seconds, command}} into the list of `file`, in place of what it says of these ids.
+
+    With `add` the numbers are added to those it has. What it says of other ids stays.
+    """
+    known = {row["id"]: row for row in json.loads(file.read_text())} if file.exists() else {}
+    for promise, new in counts.items():
+        before = known.get(promise, {}) if add else {}
+        sums = {name: before.get(name, 0) + new[name] for name in ("run", "passed", "seconds")}
+        known[promise] = {"id": promise, **new, **sums, "seconds": round(sums["seconds"], 1)}
+    rows = [known[name] for name in sorted(known, key=order)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
 def order(promise: str) -> tuple[str, int]:
     return promise[0], int(promise[1:])
 
@@ -65,18 +80,12 @@ class Promises:
     def pytest_sessionfinish(self, session):
         if not self.file or hasattr(session.config, "workerinput"):
             return
-        path = Path(self.file)
-        known = {row["id"]: row for row in json.loads(path.read_text())} if path.exists() else {}
-        for promise, counts in self.counts.items():
-            if not counts["run"]:
-                continue
-            before = known.get(promise, {}) if self.add else {}
-            sums = {name: before.get(name, 0) + counts[name] for name in ("run", "passed", "seconds")}
-            command = f'python -m pytest -m "" --promise {promise}'
-            known[promise] = {"id": promise, **sums, "command": command, "seconds": round(sums["seconds"], 1)}
-        rows = [known[name] for name in sorted(known, key=order)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        counts = {
+            promise: {**found, "command": f'python -m pytest -m "" --promise {promise}'}
+            for promise, found in self.counts.items()
+            if found["run"]
+        }
+        record(Path(self.file), counts, add=self.add)
 
 
 def pytest_addoption(parser: pytest.Parser):
