@@ -21,7 +21,7 @@ from fastrl.updates.base import UpdateRule
 
 @dataclass(kw_only=True)
 class Learner:
-    """The models of a run and how they learn. Knows neither where batches come from nor how long a run is."""
+    """The models of a run and how they learn. Knows neither where batches come from nor when a run ends."""
 
     policy: Policy
     reference: Reference | None
