@@ -26,8 +26,8 @@ def say(text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a file in one step, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replace a file in one step, so that a reader never sees half of it; of several writers the last one wins."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks that hang together say so together
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(temporary, path)
 

@@ -136,20 +136,25 @@ class Watchdog:
 
     def write(self, progress: Progress, message: str, notices: bool) -> None:
         headline = f"rank {ranks.rank()} of {ranks.size()}: {message}"
-        if notices and not self.noticed_by_others():
-            self.report(progress, headline)
-        else:
-            self.others_noticed()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.stacks(ranks.rank()).open("w") as file:
-            file.write(f"{headline}, {self.launch}\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
+        try:
+            if notices and not self.noticed_by_others():
+                self.report(progress, headline)
+            else:
+                self.others_noticed()
+        finally:  # a report that fails must not cost the stacks
+            self.write_stacks(headline)
         self.await_others()
         print(printable(f"fastrl: error: hang: {headline}; stacks in {self.folder}"), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)
         if notices:
             time.sleep(2 * self.tick)  # others first: an error here about their end would be the wrong last word
+
+    def write_stacks(self, headline: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.stacks(ranks.rank()).open("w") as file:
+            file.write(f"{headline}, {self.launch}\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
 
     def await_others(self) -> None:
         end = time.monotonic() + min(REPORT_S / 2, 10 * self.tick)

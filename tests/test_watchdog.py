@@ -10,6 +10,7 @@ import time
 import pytest
 from processes import SMALL, Started
 
+from fastrl.log import write_json
 from fastrl.perf import Progress, Spans
 from fastrl.run_config import configure
 from fastrl.watchdog import Patience, longest_wait
@@ -111,6 +112,38 @@ def test_a_stopped_process_goes_on_and_a_call_that_never_returns_ends_it(tmp_pat
     assert (tmp_path / "report.txt").read_text().startswith("update: rank 0 of 1: no progress for ")
     stacks = (tmp_path / "run/stacks-rank0.txt").read_text()
     assert 'File "<string>", line 13 in <module>' in stacks  # the call into C
+
+
+def test_a_report_that_fails_does_not_cost_the_stacks(tmp_path):
+    report = 'report = lambda progress, message: Path("report.txt").write_text'
+    failing = SCRIPT.replace(report, 'report = lambda progress, message: Path("no/folder").write_text')
+    script = failing.replace("range(80)", "range(2)")
+    assert script != failing != SCRIPT
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=90
+    )
+    assert done.returncode == 5 and b"No such file or directory: 'no/folder'" in done.stderr
+    stacks = (tmp_path / "run/stacks-rank0.txt").read_text()
+    assert 'File "<string>", line 13 in <module>' in stacks
+
+
+def test_ranks_that_write_one_file_at_once_leave_it_whole(tmp_path):
+    """As status.json, when all ranks notice a hang in the same moment."""
+    children = []
+    for rank in range(4):
+        children.append(os.fork())
+        if not children[-1]:
+            code = 1
+            try:
+                for n in range(500):
+                    write_json(tmp_path / "status.json", {"rank": rank, "n": [n] * 100})
+                code = 0
+            finally:
+                os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0, 0, 0]
+    assert json.loads((tmp_path / "status.json").read_text())["n"] == [499] * 100
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 # where a rank stands still: the flag, the phase, a function on its stack and one on the other rank's
