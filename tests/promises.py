@@ -1,9 +1,10 @@
 """What docs/reliability.md promises, counted: a test marked `promise("A5", trials=20)` is 20 trials of A5.
 
 python -m pytest -m "" --promise A5 --promise B3     the tests of some promises, the long ones of `make soak` too
-python -m pytest -m promise --reliability FILE       writes [{id, run, passed, command, seconds}], and keeps what
+python -m pytest -m promise --reliability=FILE       writes [{id, run, passed, command, seconds}], and keeps what
                                                      FILE says of the promises that were not run;
-                                                     --reliability-add adds to what it says of those that were
+                                                     --reliability-add adds to what it says of those that were.
+                                                     After a blank, pytest would take a FILE that exists for tests
 python tests/promises.py                             brings the counts of bench/results/reliability.json into the
                                                      tables of docs/reliability.md
 """
