@@ -32,7 +32,7 @@ soak: $(VENV)/.test
 
 reliability: $(VENV)/.test $(VENV_VLLM)/.vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "promise and not vllm" \
-		--reliability bench/results/reliability.json $(ARGS)
+		--reliability=bench/results/reliability.json $(ARGS)
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -m "promise and vllm" \
 		--reliability=bench/results/reliability.json --reliability-add $(ARGS) tests/test_vllm*.py
 	$(BIN)/python bench/bench_grading.py --reliability bench/results/reliability.json
