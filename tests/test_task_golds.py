@@ -1,5 +1,8 @@
 """Answers that do not accept themselves are left out and listed; too many of them, and timeouts, are said aloud."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fastrl.data import DATASETS, load_problems
@@ -100,3 +103,32 @@ def test_every_way_to_fail_is_counted_apart_and_timeouts_ring():
     [line] = lost_grades({"right": 90.0, "hard_timeout": 1.0, "died": 2.0})
     assert "3 of 93 answers got no grade in time and earn 0: 1 hard_timeout, 2 died" in line
     assert lost_grades({}) == [] and lost_grades({"truncated": 9.0}) == []
+
+
+SLOW_AT_FIRST = (
+    r"\omega_{n}^{2} e^{-\zeta \omega_{n} t} \cos \left(\omega_{n} \sqrt{1-\zeta^{2}} t\right)"
+    r"-\frac{\zeta \omega_{n}^{2}}{\sqrt{1-\zeta^{2}}} e^{-\zeta \omega_{n} t} \sin \left(\omega_{n} t\right)"
+)
+CPU_SECONDS = """
+import sys, time
+import math_verify
+from fastrl.rewards.math_worker import parse_gold
+begin = time.process_time()
+assert parse_gold(sys.argv[1]) is not None
+print(time.process_time() - begin)
+"""
+
+
+def test_a_gold_that_is_late_in_a_cold_process_is_asked_once_more():
+    """What its first reading takes is measured, and three fourths of that are allowed, or somewhat more or less."""
+    command = [sys.executable, "-c", CPU_SECONDS, SLOW_AT_FIRST]
+    cold_s = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    found = []
+    for share in (0.75, 0.65, 0.85):
+        with Math(workers=1, cpu_s=share * cold_s) as once, Math(workers=1, cpu_s=share * cold_s) as twice:
+            [grade] = once.grade([once.as_completion(SLOW_AT_FIRST)], [SLOW_AT_FIRST + " + 0"])
+            [gold] = twice.check_golds([SLOW_AT_FIRST])
+        found.append((grade.status, gold.status))
+        if found[-1] == ("soft_timeout", "right"):
+            return
+    raise AssertionError(f"(graded once, checked) {found}, with a first reading of {cold_s:.2f} s")

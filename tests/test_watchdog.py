@@ -176,7 +176,8 @@ def test_a_rank_that_stands_still_ends_all_with_their_stacks(fault, phase, here,
     assert all("watchdog.py" in text and "launch" in text for text in stacks)  # every thread
     status = json.loads((folder / "status.json").read_text())
     assert (status["reason"], status["exit_code"]) == ("hang", 5) and status["message"] in errors
-    assert phase in (status["phase"], *stacks[0].splitlines()[0].split())
+    headline = stacks[0].splitlines()[0]  # of the rank that stands still; the other may notice in the same moment
+    assert phase == status["phase"] or f"in phase {phase}, " in headline, (status, headline)
     assert status["step"] >= 2 and status["last_checkpoint"].endswith(f"step-{status['step'] // 2 * 2}")
     last_step = os.path.getmtime(folder / "metrics.jsonl")
     assert timeout_s <= ended - last_step < timeout_s + 40

@@ -90,9 +90,17 @@ class Math(Verifier):
         return self._grade([(gold, None if found is None else clean(found)) for gold, found in pairs])
 
     def check_golds(self, answers: list[str]) -> list[Grade]:
-        """Like grading each gold in a box, but equal text is not enough: math-verify must be able to read it."""
-        golds = [clean(answer) for answer in answers]
-        return self._grade([(gold, gold) for gold in golds], equal_text=False)
+        """Like grading each gold in a box, but equal text is not enough: math-verify must be able to read it.
+
+        What ran out of time is asked once more: a long formula takes a process a second at first, and then a
+        millisecond, and which problems a run keeps must not depend on what else the machine does.
+        """
+        pairs = [(gold, gold) for gold in map(clean, answers)]
+        grades = self._grade(pairs, equal_text=False)
+        late = [i for i, grade in enumerate(grades) if grade.status == "soft_timeout"]
+        for i, grade in zip(late, self._grade([pairs[i] for i in late], equal_text=False), strict=True):
+            grades[i] = grade
+        return grades
 
     def extract(self, completion: str) -> str | None:
         return last_box(completion)
