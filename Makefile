@@ -1,7 +1,7 @@
 # make train   set up and run the embedded job (any CPU)
 # make test    set up and run the whole test suite
 # make soak    further cases of the same tests, for a night
-# make reliability   every trial that docs/reliability.md counts (hours), into bench/results/reliability.json
+# make reliability   every trial that docs/reliability.md counts (an hour), into bench/results/reliability.json
 # make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
 # make check   lint and format
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures

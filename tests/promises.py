@@ -81,8 +81,9 @@ class Promises:
     def pytest_sessionfinish(self, session):
         if not self.file or hasattr(session.config, "workerinput"):
             return
+        where = ", without and with vLLM" if self.add else ""
         counts = {
-            promise: {**found, "command": f'python -m pytest -m "" --promise {promise}'}
+            promise: {**found, "command": f'python -m pytest -m "" --promise {promise}{where}'}
             for promise, found in self.counts.items()
             if found["run"]
         }

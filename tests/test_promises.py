@@ -68,10 +68,12 @@ def test_a_count_stands_in_the_row_of_its_promise():
     assert found == doc.replace("1/1", "-").replace("| c | -", "| c | 5/6")
 
 
-def test_every_promise_of_the_tests_has_a_row_in_the_document():
+def test_every_promise_of_the_tests_has_a_row_in_the_document_and_was_counted():
     marks = set()
     for path in (ROOT / "tests").glob("test_*.py"):
         if path.name != "test_promises.py":
             marks |= set(re.findall(r'promise\("([A-E]\d+)"', path.read_text()))
     promised = {m["id"] for m in ROW.finditer(DOC.read_text())}
     assert marks and marks <= promised, f"no row in docs/reliability.md: {sorted(marks - promised)}"
+    missing = promised - {row["id"] for row in counted()}
+    assert not missing, f"not in bench/results/reliability.json: {sorted(missing)}; make reliability counts them"
