@@ -1,7 +1,6 @@
 """Settings of every test: threads, poisoned memory, and where the real problems lie."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before triton is imported
@@ -63,13 +62,15 @@ def float64_norms(monkeypatch):
 
 @pytest.fixture
 def run_fastrl(tmp_path):
-    """Start `python -m fastrl.X ...` as a user does, in a folder of the test's own -> the finished process."""
+    """Run `python -m fastrl.X ...`, in a folder of the test's own -> the finished process."""
     import subprocess
 
+    from program import Run
+
     def run(module: str, *args: object, cwd: Path = tmp_path, timeout: float = 200, **environment: str):
-        return subprocess.run(
-            [sys.executable, "-m", f"fastrl.{module}", *map(str, args)], cwd=cwd, timeout=timeout, text=True,
-            capture_output=True, env={**os.environ, **environment},
-        )  # fmt: skip
+        started = Run(cwd, *args, module=module, err=True, **environment)
+        code = started.wait(timeout)
+        errors = Path(started.err).read_text(errors="replace")
+        return subprocess.CompletedProcess(args, code, stdout=started.text, stderr=errors)
 
     return run

@@ -1,4 +1,4 @@
-"""`python -m fastrl.train` many times over: each run is forked from a process that has imported the program already.
+"""`python -m fastrl.train` and other programs many times over, forked from a process that has imported them already.
 
 A run has an interpreter state of its own, its own folder, environment and signals, and ends as the program does; what
 it saves is the seconds of imports.
@@ -15,37 +15,40 @@ import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["pytest", "fastrl.train", "transformers", "transformers.models.qwen2.modeling_qwen2", "matplotlib.pyplot"]
-)
+CONTEXT.set_forkserver_preload([
+    "pytest", "fastrl.train", "fastrl.evaluate", "fastrl.compare", "transformers",
+    "transformers.models.qwen2.modeling_qwen2", "matplotlib.pyplot",
+])  # fmt: skip
 
 
-def main(cwd: str, argv: list[str], environment: dict[str, str], out: str) -> None:
+def main(module: str, cwd: str, argv: list[str], environment: dict[str, str], out: str, err: str) -> None:
     os.chdir(cwd)
     os.environ.update(environment)
-    handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(1 if err == out else os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    sys.argv = ["train", *argv]
-    for name in [n for n in sys.modules if n == "fastrl.train"]:
-        del sys.modules[name]
-    runpy.run_module("fastrl.train", run_name="__main__", alter_sys=True)
+    sys.argv = [module, *argv]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 class Run:
-    """A run that has been started in `cwd`. Environment variables may be named."""
+    """A run that has been started in `cwd`. Environment variables may be named. `err`: whether stderr stays apart."""
 
-    def __init__(self, cwd: Path, *args: object, **environment: str):
-        handle, self.out = tempfile.mkstemp(suffix=".txt", dir=cwd)
-        os.close(handle)
-        self.process = CONTEXT.Process(target=main, args=(str(cwd), [*map(str, args)], environment, self.out))
+    def __init__(self, cwd: Path, *args: object, module: str = "train", err: bool = False, **environment: str):
+        self.folder = tempfile.mkdtemp(prefix=".said-", dir=cwd)
+        self.out = f"{self.folder}/out.txt"
+        self.err = f"{self.folder}/err.txt" if err else self.out
+        argv = [*map(str, args)]
+        self.process = CONTEXT.Process(
+            target=main, args=(f"fastrl.{module}", str(cwd), argv, environment, self.out, self.err)
+        )
         self.process.start()
 
     @property
     def text(self) -> str:
-        """Everything said so far, on both streams."""
-        return Path(self.out).read_text(errors="replace")
+        """Everything said so far, on both streams if they are not apart."""
+        return Path(self.out).read_text(errors="replace") if Path(self.out).exists() else ""
 
     def wait(self, timeout: float = 200) -> int:
         """The exit code, negative for a signal."""

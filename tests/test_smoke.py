@@ -1,6 +1,8 @@
 """The programs as a user starts them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,8 +56,9 @@ def test_the_default_run_leaves_what_it_promises(run_fastrl, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_run_learns(run_fastrl, tmp_path):
-    done = run_fastrl("train", "--steps", 60, "--eval-limit", 128, "--seed", 3)
+def test_the_default_run_learns(tmp_path):
+    command = [sys.executable, "-m", "fastrl.train", "--steps", "60", "--eval-limit", "128", "--seed", "3"]
+    done = subprocess.run(command, cwd=tmp_path, timeout=200, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     first, last = [r["eval/arithmetic/avg@8"] for r in rows(tmp_path / "runs/default") if "eval/arithmetic/avg@8" in r]
     assert first < 0.5 and last > first + 0.2

@@ -98,7 +98,7 @@ from fastrl import ranks
 ranks.start("cpu")
 found = {{}}
 for master in ("float32", "split"):
-    policy = updated(Path({folder!r}) / f"{{master}}{{ranks.rank()}}", ["--update", "gxpo"], master)[0].policy
+    policy = updated(Path({folder!r}) / f"{{master}}{{ranks.rank()}}", ["--update", "gxpo"], master)[0].learner.policy
     found[master] = dict(policy.state_tensors()) | {{"weights": policy.flat.weights}}
 torch.save(found | {{"low": policy.low}}, Path({folder!r}) / f"{{ranks.rank()}}.pt")
 ranks.barrier()
@@ -127,7 +127,7 @@ def test_each_rank_has_the_lower_half_of_its_shard(tmp_path):
 
 
 def test_bytes_per_parameter(tmp_path):
-    policy = updated(tmp_path, [], "split", steps=1)[0].policy
+    policy = updated(tmp_path, [], "split", steps=1)[0].learner.policy
     P = policy.flat.weights.numel()
     assert policy.master.untyped_storage().data_ptr() == policy.flat.weights.untyped_storage().data_ptr()
     assert policy.low.dtype == torch.int16 and policy.low.untyped_storage().nbytes() == 2 * P
