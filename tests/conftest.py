@@ -68,7 +68,7 @@ def run_fastrl(tmp_path):
     from program import Run
 
     def run(module: str, *args: object, cwd: Path = tmp_path, timeout: float = 200, **environment: str):
-        started = Run(cwd, *args, module=module, err=True, **environment)
+        started = Run(cwd, *args, module=f"fastrl.{module}", err=True, **environment)
         code = started.wait(timeout)
         errors = Path(started.err).read_text(errors="replace")
         return subprocess.CompletedProcess(args, code, stdout=started.text, stderr=errors)

@@ -28,21 +28,25 @@ def main(module: str, cwd: str, argv: list[str], environment: dict[str, str], ou
     os.dup2(1 if err == out else os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [module, *argv]
-    sys.modules.pop(module, None)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module.endswith(".py"):
+        runpy.run_path(module, run_name="__main__")
+    else:
+        sys.modules.pop(module, None)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 class Run:
-    """A run that has been started in `cwd`. Environment variables may be named. `err`: whether stderr stays apart."""
+    """A run that has been started in `cwd`. Environment variables may be named. `err`: whether stderr stays apart.
 
-    def __init__(self, cwd: Path, *args: object, module: str = "train", err: bool = False, **environment: str):
+    module: a program's, or the path of a script.
+    """
+
+    def __init__(self, cwd: Path, *args: object, module: str = "fastrl.train", err: bool = False, **environment: str):
         self.folder = tempfile.mkdtemp(prefix=".said-", dir=cwd)
         self.out = f"{self.folder}/out.txt"
         self.err = f"{self.folder}/err.txt" if err else self.out
         argv = [*map(str, args)]
-        self.process = CONTEXT.Process(
-            target=main, args=(f"fastrl.{module}", str(cwd), argv, environment, self.out, self.err)
-        )
+        self.process = CONTEXT.Process(target=main, args=(module, str(cwd), argv, environment, self.out, self.err))
         self.process.start()
 
     @property
@@ -92,3 +96,20 @@ def ranks(folder, count: int, *args: object, **environment: str) -> list[Run]:
             MASTER_PORT=port, **environment,
         ) for rank in range(count)
     ]  # fmt: skip
+
+
+def together(folder: Path, script: str, count: int = 2, timeout: float = 250) -> str:
+    """Run the text of a script on `count` ranks -> what they said. The first that fails ends them all."""
+    path = folder / f"script{count}.py"
+    path.write_text(script)
+    runs = ranks(folder, count, module=str(path))
+    end = time.monotonic() + timeout
+    while any(run.process.is_alive() for run in runs):
+        if time.monotonic() > end or any(run.process.exitcode for run in runs):
+            for run in runs:
+                run.process.kill()
+        time.sleep(0.02)
+    said = "".join(run.text for run in runs)
+    codes = [run.process.exitcode for run in runs]
+    assert codes == [0] * count, f"exit codes {codes}: {said[-3000:]}"
+    return said

@@ -2,18 +2,16 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from program import together
 
 from fastrl.data.arithmetic import Arithmetic
 
 # one pair of processes for all trials. Every function of torch.distributed that fastrl.ranks calls is written down
 SCRIPT = """
 import json, os, sys
-sys.path.insert(0, {tests!r})
 os.environ["FASTRL_FAULT"] = "sleep=0@forward"  # inert, and visits are counted
 from pathlib import Path
 import torch, torch.distributed as dist
@@ -105,18 +103,8 @@ def run(folder: Path, seeds: list[int]) -> list[list[dict]]:
     ]  # fmt: skip
     trials = [[*map(str, [*data, *trial(random.Random(seed))])] for seed in seeds]
     (folder / "trials.json").write_text(json.dumps(trials))
-    paths = dict(tests=str(Path(__file__).parent), folder=str(folder / "runs"), out=str(folder / "out.json"))
-    (folder / "script.py").write_text(SCRIPT.format(trials=str(folder / "trials.json"), **paths))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        folder / "script.py",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    paths = dict(folder=str(folder / "runs"), out=str(folder / "out.json"))
+    together(folder, SCRIPT.format(trials=str(folder / "trials.json"), **paths), timeout=280)
     return json.loads((folder / "out.json").read_text())
 
 

@@ -3,14 +3,13 @@
 The loss and gradient of the program against plain float64 arithmetic, a completion and a token at a time.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_trainer
 from hypothesis import strategies as st
+from program import together
 from test_ratio_overflow import examples
 
 from fastrl.batching import make_batch
@@ -111,8 +110,7 @@ def test_loss_and_gradient_are_those_of_plain_arithmetic(count, tmp_path, float6
 
 
 RANKS = """
-import sys, torch
-sys.path.insert(0, {tests!r})
+import torch
 from pathlib import Path
 from test_degenerate import one_group
 from fastrl import ranks
@@ -153,12 +151,7 @@ def one_group(folder: Path, *flags):
 @pytest.mark.promise("B7", trials=2)
 @pytest.mark.parametrize("flags", [[], ["--objective", "ppo", "--kl", 0.01]], ids=["grpo", "ppo"])
 def test_a_rank_without_a_sample_takes_the_same_steps(flags, tmp_path):
-    script = tmp_path / "run.py"
-    tests = str(Path(__file__).parent)
-    script.write_text(RANKS.format(tests=tests, folder=str(tmp_path), flags=[*map(str, flags)]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(tmp_path, RANKS.format(folder=str(tmp_path), flags=[*map(str, flags)]))
     alone, history = one_group(tmp_path / "alone", *flags)
     assert any(norm > 0 for _, norm, *_ in history)
     for rank in range(2):

@@ -1,13 +1,11 @@
 """Memory that runs out within a minibatch: the run goes on with smaller microbatches and the same gradient."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import TIMES, make_trainer, mostly_later
+from program import together
 
 from fastrl.fitting import Fitting
 
@@ -126,8 +124,7 @@ def test_the_limit_is_kept_by_a_checkpoint_unless_it_was_set_anew(tmp_path):
 
 
 RANKS = """
-import sys, torch
-sys.path.insert(0, {tests!r})
+import torch
 from pathlib import Path
 from test_fitting import steps
 from fastrl import ranks
@@ -147,12 +144,8 @@ ranks.leave(0)
 
 @pytest.mark.slow
 def test_ranks_stay_in_step_when_one_of_them_runs_out(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "rank 1: warning: out of memory" in done.stderr
+    said = together(tmp_path, RANKS.format(folder=str(tmp_path)))
+    assert "rank 1: warning: out of memory" in said
     for rank, limited in ((0, False), (1, True)):
         tokens, difference, got, expected = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert (tokens < 512) == limited

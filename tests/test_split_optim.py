@@ -1,13 +1,11 @@
 """A master in two halves against one in float32: the same bits after the same gradients, in less memory."""
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_trainer, mostly_later
+from program import together
 from safetensors.torch import load_file
 
 from fastrl import checkpoint, trained
@@ -90,8 +88,7 @@ def test_the_same_bits_as_a_float32_master(rule, bad, tmp_path):
 
 
 RANKS = """
-import sys, torch
-sys.path.insert(0, {tests!r})
+import torch
 from pathlib import Path
 from test_split_optim import updated
 from fastrl import ranks
@@ -110,11 +107,7 @@ ranks.leave(0)
 @pytest.mark.slow
 @pytest.mark.soak
 def test_each_rank_has_the_lower_half_of_its_shard(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-2000:]
+    together(tmp_path, RANKS.format(folder=str(tmp_path)))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first["split"]["weights"], second["split"]["weights"])
     for found in (first, second):

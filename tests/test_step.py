@@ -1,11 +1,9 @@
 """The training step: gradients do not depend on how a batch is cut, padded or spread over ranks."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import make_trainer
+from program import together
 
 from fastrl.batching import make_batch, minibatches, select
 
@@ -219,8 +217,7 @@ def test_rows_without_a_gradient_change_nothing_but_the_work(settings, tmp_path,
 
 
 RANKS = """
-import sys, torch
-sys.path.insert(0, {tests!r})
+import torch
 from pathlib import Path
 from helpers import make_trainer
 from fastrl import ranks
@@ -256,22 +253,17 @@ def test_two_ranks_train_like_one(settings, tmp_path):
     results = []
     for world in (1, 2):
         out = tmp_path / f"{world}.pt"
-        script = tmp_path / f"run{world}.py"
-        tests = str(__file__).rpartition("/")[0]
-        script.write_text(
-            RANKS.format(tests=tests, folder=str(tmp_path / f"runs{world}"), out=str(out), settings=settings)
+        together(
+            tmp_path, RANKS.format(folder=str(tmp_path / f"runs{world}"), out=str(out), settings=settings), count=world
         )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", script]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=None)
-        assert done.returncode == 0, done.stderr[-2000:]
         results.append(torch.load(out, weights_only=True))
     one, two = results
     assert one["rollouts"] == two["rollouts"] == 72 and one["tokens"] == two["tokens"]
     assert one["reward"] == pytest.approx(two["reward"], abs=0)
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-9)
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-9)
-    for alone, together in zip(one["shared"], two["shared"], strict=True):
-        assert alone == pytest.approx(together, nan_ok=True)
+    for alone, shared in zip(one["shared"], two["shared"], strict=True):
+        assert alone == pytest.approx(shared, nan_ok=True)
     assert one["value_loss"] == pytest.approx(two["value_loss"], abs=1e-9)
     for name in ("weights", "critic") if settings else ("weights",):
         n = min(len(one[name]), len(two[name]))  # two ranks may pad the buffer further

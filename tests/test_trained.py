@@ -1,12 +1,9 @@
 """Weights that an update rule's move writes itself: always the master rounded, and never copied a second time."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import make_trainer
+from program import together
 from test_sfpo import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,8 +96,7 @@ def test_a_refused_move_leaves_the_anchor_in_master_and_weights(tmp_path):
 
 
 RANKS = """
-import sys, torch
-sys.path.insert(0, {tests!r})
+import torch
 from pathlib import Path
 from test_trained import RULES, updated
 from fastrl import ranks
@@ -116,11 +112,7 @@ ranks.leave(0)
 @pytest.mark.slow
 @pytest.mark.soak
 def test_other_ranks_get_the_weights_that_a_move_has_written(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-2000:]
+    together(tmp_path, RANKS.format(folder=str(tmp_path)))
     for rank in range(2):
         for rule, (same, copies) in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
             _, publications = RULES[rule]
