@@ -92,8 +92,8 @@ class Math(Verifier):
     def check_golds(self, answers: list[str]) -> list[Grade]:
         """Like grading each gold in a box, but equal text is not enough: math-verify must be able to read it.
 
-        What ran out of time is asked once more: a long formula takes a process a second at first, and then a
-        millisecond, and which problems a run keeps must not depend on what else the machine does.
+        What ran out of time is asked once more: a long formula takes a process a second at first and then a
+        millisecond, and which problems a run keeps should not depend on what else the machine does.
         """
         pairs = [(gold, gold) for gold in map(clean, answers)]
         grades = self._grade(pairs, equal_text=False)
