@@ -1,4 +1,4 @@
-"""The programs as a user starts them."""
+"""The default run and the other programs; the longest is started as a user starts it."""
 
 import json
 import subprocess
