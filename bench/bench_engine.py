@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.hf import HFEngine
 from fastrl.engine.vllm import VllmConfig, VllmEngine
-from fastrl.flat import FlatParams
-from fastrl.model_shapes import find_config
+from fastrl.models.shapes import find_config
+from fastrl.weights.buffer import FlatParams
 
 TINY = dict(vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)  # fmt: skip

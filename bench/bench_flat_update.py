@@ -16,9 +16,9 @@ import torch
 from timing import Provider, device_copy, measure, model, run
 from torch import Tensor
 
-from fastrl import flat_backends, flat_library
-from fastrl.ops import extrapolate_, interpolate_
-from fastrl.split_master import join, split
+from fastrl.weights import backends, library
+from fastrl.weights.halves import join, split
+from fastrl.weights.moves import extrapolate_, interpolate_
 
 BENCH = "flat_update"
 COPY = "device copy"
@@ -94,13 +94,13 @@ def off(mode: str, rounds: bool, found: dict[str, Tensor]) -> float:
 
 
 @cache
-def backends(device: str) -> list[str]:
+def ours_on(device: str) -> list[str]:
     """Those of ours that run on this machine."""
     if device != "cuda":
         return ["torch", "triton"]
-    found = ["cuda"] if flat_library.find() else []
+    found = ["cuda"] if library.find() else []
     try:
-        flat_backends.try_out("nvrtc", torch.device("cuda"))
+        backends.try_out("nvrtc", torch.device("cuda"))
         found.append("nvrtc")
     except OSError as error:  # no compiler here; a wrong result is no such error
         warnings.warn(f"no NVRTC: {error}", stacklevel=2)
@@ -110,7 +110,7 @@ def backends(device: str) -> list[str]:
 def providers(mode: str, s: dict[str, Tensor]) -> dict[str, Provider]:
     device, moved = s["theta"].device.type, BYTES[mode] * len(s["theta"])
     made = {}
-    for backend in backends(device):
+    for backend in ours_on(device):
         rounds = device == "cuda" or backend == "torch"  # the interpreter of Triton truncates
         call = partial(update, mode, s, backend)
         made[f"fastrl, {backend}"] = Provider(call, partial(off, mode, rounds), ALLOWED, moved=moved)

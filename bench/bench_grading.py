@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from promises import record
 
-from fastrl.log import versions
+from fastrl.base.log import versions
 from fastrl.rewards import Exact, Math
 
 PROMISED = {"math, mixed": 250, "math, sympy": 50}  # answers/s

@@ -23,13 +23,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from helpers import make_trainer
 
-from fastrl.batching import make_batch
-from fastrl.build import memory_plan
-from fastrl.log import versions
-from fastrl.memory_watch import MemoryWatch
-from fastrl.model import load_model
-from fastrl.run_config import configure
-from fastrl.trainer import Trainer
+from fastrl.base.log import versions
+from fastrl.memory.watch import MemoryWatch
+from fastrl.models.loading import load_model
+from fastrl.run.build import memory_plan
+from fastrl.settings.run import configure
+from fastrl.step.batching import make_batch
+from fastrl.step.trainer import Trainer
 
 
 class PlainLoop:

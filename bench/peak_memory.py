@@ -4,7 +4,7 @@
 
 Each case is `python -m fastrl.train` in a process of its own for two steps: random weights in the shape of a known
 model, a tokenizer as large as its vocabulary, problems as long as the setting says (math: 256 + 1024 tokens; 16k:
-1024 + 15360). Measured are the phases of `fastrl.memory_watch` on a GPU, as a share of the card and beside the plan; a
+1024 + 15360). Measured are the phases of `fastrl.memory.watch` on a GPU, as a share of the card and beside the plan; a
 case that does not fit keeps its row, with the plan alone. Without a GPU all figures are planned, and say so.
 """
 
@@ -19,11 +19,11 @@ import torch
 from timing import finish, show
 from transformers import AutoModelForCausalLM, Qwen2Tokenizer
 
-from fastrl.memory import CARDS
-from fastrl.memory_parts import GIB, MIB
-from fastrl.model_shapes import find_config, known_shapes, model_shape
+from fastrl.memory.parts import GIB, MIB
+from fastrl.memory.plan import CARDS
+from fastrl.models.shapes import find_config, known_shapes, model_shape
 from fastrl.plan import PlanConfig, planned, settings_for
-from fastrl.run_config import configure
+from fastrl.settings.run import configure
 
 SETTINGS = {"math": (256, 1024), "16k": (1024, 15360)}  # tokens of a prompt, of a completion
 COMMON = ["--checkpoint-activations", "full", "--problems-per-step", "8", "--kl", "0.001"]

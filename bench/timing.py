@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fastrl.log import versions
+from fastrl.base.log import versions
 
 # what a "model" figure assumes: an H100 SXM, dense bfloat16 and HBM3, and what of them is reached in practice
 PEAK_FLOPS, PEAK_BYTES_PER_S = 989e12, 3.35e12

@@ -16,7 +16,7 @@ enum Mode { kInterpolate, kGradients, kDisplacements };
 template <Mode mode, bool split>
 constexpr int kVector = mode == kGradients && !split ? 4 : 8;
 
-// fastrl/flat_library.py has the same fields
+// fastrl/weights/library.py has the same fields
 struct Arguments {
   void* theta;   // float, or with `low` the upper halves
   int16_t* low;  // null: theta is float
@@ -53,7 +53,7 @@ __device__ uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// float32 as bfloat16 and the signed 16 bits that it lacks: fastrl/split_master.py
+// float32 as bfloat16 and the signed 16 bits that it lacks: fastrl/weights/halves.py
 __device__ float join(uint32_t high, int32_t low) { return __uint_as_float((high << 16) + static_cast<uint32_t>(low)); }
 
 // bits of which the lower half is `low` and the upper, once 0x8000 is added, `high`; NaN loses its payload

@@ -1,10 +1,10 @@
 // In-place updates of a flat shard: raw device pointers, int64 counts, the caller's stream, a cudaError_t back.
-// The definitions are interpolate_ref_ and extrapolate_ref_ of fastrl/flat_definition.py; the statistics are
+// The definitions are interpolate_ref_ and extrapolate_ref_ of fastrl/weights/moves_ref.py; the statistics are
 // FlatStats.NAMES there, one row of FASTRL_FLAT_STATS doubles per block of threads, to be summed over blocks by the
 // caller.
 //
 // theta is float32 where `low` is null. Else it is bfloat16, `low` the 16 bits that each value lacks (both as
-// fastrl/split_master.py says), and out_bf16 must be null. Pointers to shards are multiples of 16 bytes.
+// fastrl/weights/halves.py says), and out_bf16 must be null. Pointers to shards are multiples of 16 bytes.
 #pragma once
 
 #define FASTRL_FLAT_STATS 9

@@ -15,6 +15,8 @@ import shlex
 import time
 from datetime import date
 
+from fastrl.base.exits import run_program
+from fastrl.base.log import say, versions, write_json
 from fastrl.comparison.costs import choose_lr, measure, read_points
 from fastrl.comparison.methods import COSTS, axis_names, check_protocol, flat
 from fastrl.comparison.plan import Plan, read_plan
@@ -33,8 +35,6 @@ from fastrl.comparison.report import (
     weak_points,
 )
 from fastrl.comparison.runs import Run, execute, read
-from fastrl.log import say, versions, write_json
-from fastrl.program import run_program
 
 STOPPED = 75
 

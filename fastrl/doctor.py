@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 
-from fastrl.checks import check_bounds
-from fastrl.config import parse
+from fastrl.base.bounds import check_bounds
+from fastrl.base.exits import run_program
+from fastrl.base.log import say, versions
+from fastrl.base.types import Problem
+from fastrl.base.versions import check_versions
 from fastrl.data.base import BOXED_INSTRUCTION
 from fastrl.data.prompts import describe_prompt, encode_prompts
-from fastrl.log import say, versions
-from fastrl.model import EMBEDDED, load_tokenizer, model_config, parameter_shapes, pick_device
-from fastrl.program import run_program
-from fastrl.requirements import check_versions
+from fastrl.data.task import TaskConfig
+from fastrl.models.loading import EMBEDDED, load_tokenizer, model_config, parameter_shapes, pick_device
 from fastrl.rewards import VERIFIERS, RewardSet
-from fastrl.task import TaskConfig
-from fastrl.types import Problem
+from fastrl.settings.parse import parse
 
 SHM = Path("/dev") / "shm"
 SHM_LEAST = 64 * 2**20  # bytes; NCCL takes about ten MB per pair of ranks

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fastrl.checks import check_bounds
-from fastrl.config import as_dict, parse
+from fastrl.base.bounds import check_bounds
+from fastrl.base.exits import run_program
+from fastrl.base.log import say, versions, write_json
+from fastrl.data.task import TaskConfig, default_rewards, load_task
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import EngineName, frozen_engine
 from fastrl.engine.vllm import VllmConfig
-from fastrl.log import say, versions, write_json
-from fastrl.metrics import evaluation_metrics
-from fastrl.model import EMBEDDED, Attention, load_model, load_tokenizer, pick_device
-from fastrl.program import run_program
+from fastrl.models.loading import EMBEDDED, Attention, load_model, load_tokenizer, pick_device
 from fastrl.rewards import RewardSet
-from fastrl.rollout import Rollout
-from fastrl.task import TaskConfig, default_rewards, load_task
+from fastrl.settings.parse import as_dict, parse
+from fastrl.step.metrics import evaluation_metrics
+from fastrl.step.rollout import Rollout
 
 
 @dataclass(kw_only=True)

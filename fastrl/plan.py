@@ -17,11 +17,10 @@ from typing import Literal
 
 import torch
 
-from fastrl.checks import check_bounds
-from fastrl.config import all_flags
-from fastrl.log import say, write_json
-from fastrl.memory import CARDS, MemoryPlan, plan_memory
-from fastrl.memory_advice import (
+from fastrl.base.bounds import check_bounds
+from fastrl.base.exits import run_program
+from fastrl.base.log import say, write_json
+from fastrl.memory.advice import (
     advice,
     available,
     best_tokens,
@@ -31,11 +30,12 @@ from fastrl.memory_advice import (
     smallest_set,
     table,
 )
-from fastrl.memory_parts import GIB, MemorySettings, ModelShape
-from fastrl.model_shapes import find_config, known_shapes, model_shape
-from fastrl.planning import memory_settings
-from fastrl.program import run_program
-from fastrl.run_config import TrainConfig, configure
+from fastrl.memory.parts import GIB, MemorySettings, ModelShape
+from fastrl.memory.plan import CARDS, MemoryPlan, plan_memory
+from fastrl.models.shapes import find_config, known_shapes, model_shape
+from fastrl.settings.memory import memory_settings
+from fastrl.settings.parse import all_flags
+from fastrl.settings.run import TrainConfig, configure
 
 TABLE = ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
 

@@ -15,22 +15,22 @@ from typing import Literal
 
 import torch
 
-from fastrl import log, ranks
 from fastrl.allocation import ALLOCATORS
-from fastrl.checks import check_bounds
-from fastrl.config import cli, expand, flags_of, read_toml
+from fastrl.base import log, ranks
+from fastrl.base.bounds import check_bounds
+from fastrl.base.exits import run_program
+from fastrl.base.types import DataError, Problem
+from fastrl.data.task import TaskConfig, default_rewards, load_task
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import EngineName, frozen_engine
 from fastrl.engine.vllm import VllmConfig
-from fastrl.model import EMBEDDED, Attention, load_model, load_tokenizer, pick_device
-from fastrl.profile_data import Profile, ProfileKey, default_path, read_profile
-from fastrl.profiling import sample_profile
-from fastrl.program import run_program
+from fastrl.models.loading import EMBEDDED, Attention, load_model, load_tokenizer, pick_device
+from fastrl.passrates.file import Profile, ProfileKey, default_path, read_profile
+from fastrl.passrates.sampling import sample_profile
 from fastrl.rewards import RewardSet
-from fastrl.rollout import Rollout
-from fastrl.run_config import EMBEDDED_RECIPE
-from fastrl.task import TaskConfig, default_rewards, load_task
-from fastrl.types import DataError, Problem
+from fastrl.settings.parse import cli, expand, flags_of, read_toml
+from fastrl.settings.run import EMBEDDED_RECIPE
+from fastrl.step.rollout import Rollout
 
 OF_A_RUN = {"profile": "out", "num_profile_completions": "num_completions"}  # keys of a recipe -> what they are here
 

@@ -19,18 +19,19 @@ from pathlib import Path
 
 import torch
 
-from fastrl import checkpoint, faults, ranks
-from fastrl.build import build, memory_lines, open_rewards, profile_plan
-from fastrl.config import as_dict
-from fastrl.log import RunLog, printable, say, versions, write_json
-from fastrl.perf import Progress, Spans, collector_paused
-from fastrl.program import exit_code, fail, run_program
-from fastrl.requirements import check_versions
-from fastrl.resuming import resume
-from fastrl.run_config import TrainConfig, configure, describe, resolve
-from fastrl.trainer import Stopped, Trainer
-from fastrl.types import EngineError, NumericsError
-from fastrl.watchdog import Watchdog, longest_wait
+from fastrl import checkpoint
+from fastrl.base import faults, ranks
+from fastrl.base.exits import exit_code, fail, run_program
+from fastrl.base.log import RunLog, printable, say, versions, write_json
+from fastrl.base.spans import Progress, Spans, collector_paused
+from fastrl.base.types import EngineError, NumericsError
+from fastrl.base.versions import check_versions
+from fastrl.run.build import build, memory_lines, open_rewards, profile_plan
+from fastrl.run.resume import resume
+from fastrl.settings.parse import as_dict
+from fastrl.settings.run import TrainConfig, configure, describe, resolve
+from fastrl.step.trainer import Stopped, Trainer
+from fastrl.watch.watchdog import Watchdog, longest_wait
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -1,6 +1,6 @@
 """The Triton twin of csrc/flat_update.cu, for a GPU without the CUDA library: same arithmetic, one program per 1024.
 
-    theta <- anchor + alpha scale (theta - anchor),   scale = 1 or as `fastrl.ops.extrapolate_` says
+    theta <- anchor + alpha scale (theta - anchor),   scale = 1 or as `fastrl.weights.moves.extrapolate_` says
 
 Statistics are rows of a partial sum per program, to be added up in float64.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # elements of a program; a tensor starts at a multiple of it, so a program has one threshold
-NUM_STATS = 9  # fastrl.ops.FlatStats.NAMES
+NUM_STATS = 9  # fastrl.weights.moves.FlatStats.NAMES
 
 
 @triton.jit
@@ -95,10 +95,10 @@ def flat_update(
     scale_max: float = 1.0, threshold: Tensor | None = None, segment: Tensor | None = None,
     low: Tensor | None = None, out_bf16: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """float32 shards [n] -> theta in place, and the sums of FlatStats, float64 [9]. `fastrl.ops` has checked them.
+    """float32 shards [n] -> theta in place, and the sums of FlatStats, float64 [9]. `moves.py` has checked them.
 
     x0 None: interpolation. x0, x1: gradients of two steps; x0 alone: the first displacement. With low, int16 [n], theta
-    is bfloat16 [n]: the halves of `fastrl.split_master`.
+    is bfloat16 [n]: the halves of `fastrl.weights.halves`.
     """
     programs = triton.cdiv(len(theta), BLOCK)
     partials = torch.zeros(programs, NUM_STATS, dtype=torch.float32, device=theta.device)

@@ -8,7 +8,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") 
 import pytest
 import torch
 
-from fastrl import faults
+from fastrl.base import faults
 
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ["promises"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fastrl import checkpoint
-from fastrl.build import build, open_rewards
-from fastrl.config import parse
-from fastrl.log import RunLog
-from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
-from fastrl.trainer import Trainer
+from fastrl.base.log import RunLog
+from fastrl.run.build import build, open_rewards
+from fastrl.settings.parse import parse
+from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
+from fastrl.step.trainer import Trainer
 
 TIMES = ("timing_s/", "perf/", "memory/", "step_time", "profile/seconds")
 

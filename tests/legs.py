@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from helpers import make_trainer
 
-from fastrl import checkpoint, faults
-from fastrl.config import parse
-from fastrl.program import exit_code
-from fastrl.resuming import resume
-from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
+from fastrl import checkpoint
+from fastrl.base import faults
+from fastrl.base.exits import exit_code
+from fastrl.run.resume import resume
+from fastrl.settings.parse import parse
+from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 
 ARGS = """
     --problems-per-step 2 --group-size 4 --limit 30 --eval-limit 2 --eval-k 1 --sample-every 0 --save-every 1

@@ -8,12 +8,12 @@ import torch
 from test_batching import completion, group
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastrl.activations import saved_on_host
-from fastrl.batching import make_batch
-from fastrl.flat import FlatParams
-from fastrl.model import load_model, token_logprobs
-from fastrl.packing import pack
-from fastrl.run_config import configure
+from fastrl.models.loading import load_model, token_logprobs
+from fastrl.models.packing import pack
+from fastrl.settings.run import configure
+from fastrl.step.batching import make_batch
+from fastrl.weights.activations import saved_on_host
+from fastrl.weights.buffer import FlatParams
 
 MODES = ["none", "selective", "full"]
 

@@ -4,7 +4,7 @@ import pytest
 
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.uniform import Uniform
-from fastrl.types import Problem
+from fastrl.base.types import Problem
 
 
 def problems(n):

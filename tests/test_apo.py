@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_objectives import make
 
+from fastrl.base.types import Problem
 from fastrl.objectives.apo import APO, optimal_value
-from fastrl.types import Problem
 
 F64 = torch.float64
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 from helpers import make_trainer, mostly_later, rows
 
-from fastrl.faults import from_environment
-from fastrl.types import NumericsError
+from fastrl.base.faults import from_environment
+from fastrl.base.types import NumericsError
 
 # no evaluation and one microbatch: step n is visit n of every point, but for logits
 RECIPE = """
@@ -157,7 +157,7 @@ def test_what_is_kept_of_a_bad_step_is_what_a_person_needs(tmp_path, planned):
 
 
 def test_a_bad_step_of_long_texts_is_bounded(tmp_path):
-    from fastrl.bad_step import CHARACTERS, short
+    from fastrl.watch.bad_step import CHARACTERS, short
 
     text = short("x" * 10 * CHARACTERS)
     assert text == "x" * CHARACTERS + f"... ({10 * CHARACTERS} characters)"

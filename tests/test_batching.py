@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrl.batching import averages, cut, denominator, make_batch, minibatches, select
-from fastrl.types import Completion, Problem, RolloutGroup, TrainBatch
+from fastrl.base.types import Completion, Problem, RolloutGroup, TrainBatch
+from fastrl.step.batching import averages, cut, denominator, make_batch, minibatches, select
 
 PAD = 99
 

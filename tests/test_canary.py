@@ -6,9 +6,9 @@ import pytest
 from helpers import make_trainer, mostly_later
 
 from fastrl import checkpoint
-from fastrl.canary import Canary
+from fastrl.base.types import EngineError
 from fastrl.engine.hf import HFEngine
-from fastrl.types import EngineError
+from fastrl.step.canary import Canary
 
 ARGS = ["--problems-per-step", 4, "--group-size", 4, "--eval-limit", 2, "--reward", "last_character", "--lr", 3e-3]
 

@@ -12,8 +12,9 @@ import torch
 from helpers import make_trainer, mostly_later
 from safetensors.torch import load_file
 
-from fastrl import checkpoint, faults
-from fastrl.types import CheckpointError
+from fastrl import checkpoint
+from fastrl.base import faults
+from fastrl.base.types import CheckpointError
 
 
 @pytest.fixture(scope="module")

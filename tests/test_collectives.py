@@ -9,14 +9,14 @@ from program import together
 
 from fastrl.data.arithmetic import Arithmetic
 
-# one pair of processes for all trials. Every function of torch.distributed that fastrl.ranks calls is written down
+# one pair of processes for all trials. Every function of torch.distributed that fastrl.base.ranks calls is written down
 SCRIPT = """
 import json, os, sys
 os.environ["FASTRL_FAULT"] = "sleep=0@forward"  # inert, and visits are counted
 from pathlib import Path
 import torch, torch.distributed as dist
 from helpers import make_trainer
-from fastrl import faults, ranks
+from fastrl.base import faults, ranks
 torch.set_num_threads(1)
 ranks.start("cpu", 60)
 CALLED = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "barrier")

@@ -12,7 +12,7 @@ from fastrl import checkpoint
 from fastrl.allocation import ALLOCATORS
 from fastrl.data.arithmetic import Arithmetic
 from fastrl.objectives import OBJECTIVES
-from fastrl.run_config import configure
+from fastrl.settings.run import configure
 from fastrl.updates import UPDATES
 
 SMALL = [

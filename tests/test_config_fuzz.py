@@ -11,19 +11,19 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fastrl.checks import check_type
+from fastrl.base.bounds import check_type
+from fastrl.base.exits import exit_code
 from fastrl.comparison.plan import CompareConfig
-from fastrl.config import all_flags, value_of
-from fastrl.critic import CriticConfig
+from fastrl.data.task import TaskConfig
 from fastrl.doctor import DoctorConfig
 from fastrl.engine.vllm import VllmConfig
 from fastrl.evaluate import EvaluateConfig
-from fastrl.optim import OptimConfig
+from fastrl.models.critic import CriticConfig
 from fastrl.plan import PlanConfig
 from fastrl.profile import ProfileConfig
-from fastrl.program import exit_code
-from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig, configure
-from fastrl.task import TaskConfig
+from fastrl.settings.parse import all_flags, value_of
+from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig, configure
+from fastrl.weights.optim import OptimConfig
 
 # numbers without an upper or lower limit: no limit is a meaning of theirs
 SIGNED = {"ratio-min", "ratio-max", "gate-threshold"}

@@ -11,15 +11,15 @@ from test_batching import completion, group
 from test_step import padded, prepared_batch
 
 from fastrl import checkpoint
-from fastrl.batching import averages, cut, make_batch, select
-from fastrl.config import parse
-from fastrl.critic import Critic, CriticConfig, critic_shapes, explained_variance
-from fastrl.model import load_model, model_config
+from fastrl.base.types import CheckpointError, NumericsError
+from fastrl.models.critic import Critic, CriticConfig, critic_shapes, explained_variance
+from fastrl.models.loading import load_model, model_config
 from fastrl.objectives.ppo import PPO
-from fastrl.optim import OptimConfig
-from fastrl.resuming import resume
-from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
-from fastrl.types import CheckpointError, NumericsError
+from fastrl.run.resume import resume
+from fastrl.settings.parse import parse
+from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
+from fastrl.step.batching import averages, cut, make_batch, select
+from fastrl.weights.optim import OptimConfig
 
 PPO_ARGS = ["--objective", "ppo", "--problems-per-step", 6, "--group-size", 4, "--eval-limit", 4]
 GROUPS = [

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from fastrl.base.types import DataError
 from fastrl.data import DATASETS, find_dataset, load_problems
 from fastrl.data.base import (
     MAX_ROW_BYTES,
@@ -17,7 +18,6 @@ from fastrl.data.base import (
     problem_from_row,
     problems_from_rows,
 )
-from fastrl.types import DataError
 
 GOOD = {"prompt": "What is 1+1?", "answer": "2"}
 USER = [{"role": "user", "content": "What is 1+1?"}]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fastrl.base.types import DataError
 from fastrl.data import load_problems
 from fastrl.data.base import BOXED_INSTRUCTION
 from fastrl.data.files import PathDataset
-from fastrl.types import DataError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

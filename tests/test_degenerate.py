@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from program import together
 from test_ratio_overflow import examples
 
-from fastrl.batching import make_batch
+from fastrl.base.types import Completion, Problem, RolloutGroup
 from fastrl.objectives.grpo import GRPO
-from fastrl.types import Completion, Problem, RolloutGroup
+from fastrl.step.batching import make_batch
 
 EOS, LONGEST = 0, 10
 FORMS = st.sampled_from(["empty", "end", "one", "cut", "longest", "usual"])
@@ -113,7 +113,7 @@ RANKS = """
 import torch
 from pathlib import Path
 from test_degenerate import one_group
-from fastrl import ranks
+from fastrl.base import ranks
 ranks.start("cpu")
 found = one_group(Path({folder!r}) / str(ranks.rank()), *{flags!r})
 torch.save(found, Path({folder!r}) / f"{{ranks.rank()}}.pt")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastrl import doctor
-from fastrl.requirements import check_versions, installed, lowest, release
+from fastrl.base.versions import check_versions, installed, lowest, release
 
 ROOT = Path(__file__).parent.parent
 SAFE = {"torch": "2.10", "transformers": "5.0", "safetensors": "0.8", "vllm": "0.18"}  # docs/reliability.md, D3

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from fastrl.base.types import EngineError
 from fastrl.data.arithmetic import Arithmetic
 from fastrl.engine.base import Request, Sampling, sampling_seed
 from fastrl.engine.hf import HFEngine, draw, nucleus, uniform
 from fastrl.engine.vllm_weights import attach
-from fastrl.flat import FlatParams
-from fastrl.model import load_model, token_logprobs
-from fastrl.types import EngineError
+from fastrl.models.loading import load_model, token_logprobs
+from fastrl.weights.buffer import FlatParams
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import torch
 from helpers import make_trainer
 from processes import SMALL
 
+from fastrl.base.types import Completion, EngineError
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.checked import fault, sample_checked
-from fastrl.types import Completion, EngineError
 
 
 class Broken:
@@ -160,7 +160,8 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_engine_faults import Broken, nan
-from fastrl import ranks, train
+from fastrl import train
+from fastrl.base import ranks
 calls = []
 
 def breaks(sampled):

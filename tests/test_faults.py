@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from fastrl import faults
-from fastrl.faults import Fault, Faults
+from fastrl.base import faults
+from fastrl.base.faults import Fault, Faults
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from helpers import TIMES, make_trainer, mostly_later
 from program import together
 
-from fastrl.fitting import Fitting
+from fastrl.step.microbatches import Fitting
 
 SMALL = ["--problems-per-step", 6, "--group-size", 4, "--dtype", "float64", "--eval-limit", 4, "--sample-every", 0]
 SETTINGS = {
@@ -127,7 +127,7 @@ RANKS = """
 import torch
 from pathlib import Path
 from test_fitting import steps
-from fastrl import ranks
+from fastrl.base import ranks
 ranks.start("cpu")
 limits = [("policy", 60, "backward")] if ranks.rank() == 1 else []
 trainer, metrics = steps(Path({folder!r}) / str(ranks.rank()), "--tokens-per-microbatch", 512, limits=limits)

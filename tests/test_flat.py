@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from fastrl.flat import FlatParams, layout, slot_name
-from fastrl.model import token_logprobs
-from fastrl.optim import OptimConfig, make_optimizer
+from fastrl.models.loading import token_logprobs
+from fastrl.weights.buffer import FlatParams, layout, slot_name
+from fastrl.weights.optim import OptimConfig, make_optimizer
 
 # 4 heads of 8 and 2 key-value heads: q 32 rows, k and v 16 rows each; 70 words are padded to 128 rows
 SIZES = dict(

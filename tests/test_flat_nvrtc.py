@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrl import flat_library, flat_nvrtc
+from fastrl.weights import library, nvrtc
 
-SOURCE = flat_nvrtc.source()
+SOURCE = nvrtc.source()
 KERNELS = [f"fastrl_{mode}{split}_kernel" for mode in ("interpolate", "gradients", "displacements")
            for split in ("", "_split")]  # fmt: skip
 
@@ -19,7 +19,7 @@ KERNELS = [f"fastrl_{mode}{split}_kernel" for mode in ("interpolate", "gradients
 @pytest.fixture(scope="module")
 def nvrtc():
     try:
-        return flat_nvrtc.compiler()
+        return nvrtc.compiler()
     except OSError as error:
         pytest.skip(f"{error} (pip install nvidia-cuda-nvrtc)")
 
@@ -34,7 +34,7 @@ def nvidia():
 @pytest.mark.slow
 def test_the_source_becomes_a_cubin_without_spills(nvrtc, nvidia, tmp_path):
     path = tmp_path / "flat_update.cubin"
-    path.write_bytes(flat_nvrtc.compiled(SOURCE.read_text(), "sm_90", folder=SOURCE.parent))
+    path.write_bytes(nvrtc.compiled(SOURCE.read_text(), "sm_90", folder=SOURCE.parent))
     said = subprocess.run(
         [nvidia / "bin" / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True, check=True
     ).stdout
@@ -48,29 +48,29 @@ def test_the_source_becomes_a_cubin_without_spills(nvrtc, nvidia, tmp_path):
 
 def test_what_nvrtc_cannot_compile_is_said(nvrtc):
     with pytest.raises(RuntimeError, match=r"for sm_999: NVRTC_ERROR_INVALID_OPTION.*gpu-architecture"):
-        flat_nvrtc.compiled(SOURCE.read_text(), "sm_999", folder=SOURCE.parent)
+        nvrtc.compiled(SOURCE.read_text(), "sm_999", folder=SOURCE.parent)
     with pytest.raises(RuntimeError, match=r"for sm_90: NVRTC_ERROR_COMPILATION; flat_update.cu\(1\): error"):
-        flat_nvrtc.compiled("__device__ int x = y;", "sm_90", folder=SOURCE.parent)
+        nvrtc.compiled("__device__ int x = y;", "sm_90", folder=SOURCE.parent)
 
 
 @pytest.mark.slow
 def test_arguments_lie_where_the_kernel_reads_them(nvrtc):
     """Every field of the Python structure, where the C++ one has it: the compiler says if it has not."""
-    fields = flat_library.Arguments
+    fields = library.Arguments
     places = {f"__builtin_offsetof(Arguments, {name})": getattr(fields, name).offset for name, _ in fields._fields_}
     places |= {f"sizeof(Arguments::{name})": getattr(fields, name).size for name, _ in fields._fields_}
-    places |= {"sizeof(Arguments)": ctypes.sizeof(fields), "kThreads": flat_nvrtc.THREADS}
+    places |= {"sizeof(Arguments)": ctypes.sizeof(fields), "kThreads": nvrtc.THREADS}
     asserts = "".join(f"static_assert({x} == {value});\n" for x, value in places.items())
-    flat_nvrtc.compiled(SOURCE.read_text() + asserts, "sm_90", folder=SOURCE.parent)
+    nvrtc.compiled(SOURCE.read_text() + asserts, "sm_90", folder=SOURCE.parent)
 
 
 def test_a_broken_nvrtc_is_a_reason_and_no_crash(tmp_path, monkeypatch):
     broken = tmp_path / "libnvrtc.so.13"
     broken.write_text("not a library")
     for found in ([broken], []):
-        monkeypatch.setattr(flat_nvrtc, "candidates", lambda found=found: found)
+        monkeypatch.setattr(nvrtc, "candidates", lambda found=found: found)
         with pytest.raises(OSError, match="no libnvrtc among site-packages" + (".*libnvrtc.so.13" if found else "")):
-            flat_nvrtc.compiler.__wrapped__()
+            nvrtc.compiler.__wrapped__()
 
 
 def test_the_wheel_of_pytorchs_own_version_is_tried_first(tmp_path, monkeypatch):
@@ -83,10 +83,10 @@ def test_the_wheel_of_pytorchs_own_version_is_tried_first(tmp_path, monkeypatch)
     (home / "libnvrtc.so").touch()
     monkeypatch.setenv("CUDA_HOME", str(home.parent))
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
-    monkeypatch.setattr(flat_nvrtc.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: spec)
     for cuda, first in (("12.8", "libnvrtc.so.12"), ("13.0", "libnvrtc.so.13"), (None, "libnvrtc.so.13")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        names = [path.name for path in flat_nvrtc.candidates() if path.is_relative_to(tmp_path)]
+        names = [path.name for path in nvrtc.candidates() if path.is_relative_to(tmp_path)]
         assert names[0] == first and sorted(names) == ["libnvrtc.so", "libnvrtc.so.12", "libnvrtc.so.13"]
 
 
@@ -120,7 +120,7 @@ void *last_launch(void) { return &last; }
 class Launch(ctypes.Structure):
     _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
                 ("function", ctypes.c_void_p), ("stream", ctypes.c_void_p), ("extra", ctypes.c_void_p),
-                ("parameter", flat_library.Arguments)]  # fmt: skip
+                ("parameter", library.Arguments)]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -128,36 +128,36 @@ def test_a_launch_hands_the_driver_what_the_kernel_expects(nvidia, tmp_path, mon
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler to make a stand-in for libcuda with")
-    library = tmp_path / "libcuda.so.1"
+    path = tmp_path / "libcuda.so.1"
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-Werror", f"-I{nvidia / 'include'}", "-xc", "-", "-o", library,
-         f"-DSIZE={ctypes.sizeof(flat_library.Arguments)}"], input=DRIVER, text=True, check=True,
+        [compiler, "-shared", "-fPIC", "-Werror", f"-I{nvidia / 'include'}", "-xc", "-", "-o", path,
+         f"-DSIZE={ctypes.sizeof(library.Arguments)}"], input=DRIVER, text=True, check=True,
     )  # fmt: skip
     loader = ctypes.CDLL
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: loader(str(library)) if name == "libcuda.so.1" else loader(name))
-    driver = flat_nvrtc.driver.__wrapped__()
-    monkeypatch.setattr(flat_nvrtc, "driver", lambda: driver)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: loader(str(path)) if name == "libcuda.so.1" else loader(name))
+    driver = nvrtc.driver.__wrapped__()
+    monkeypatch.setattr(nvrtc, "driver", lambda: driver)
 
     with pytest.raises(RuntimeError, match="cuModuleLoadData failed with CUDA error 200: not an image"):
-        flat_nvrtc.ask_driver("cuModuleLoadData", ctypes.byref(ctypes.c_void_p()), b"a text")
+        nvrtc.ask_driver("cuModuleLoadData", ctypes.byref(ctypes.c_void_p()), b"a text")
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    flat_nvrtc.ask_driver("cuModuleLoadData", ctypes.byref(module), b"cubin")
-    flat_nvrtc.ask_driver("cuModuleGetFunction", ctypes.byref(function), module, b"the_kernel")
+    nvrtc.ask_driver("cuModuleLoadData", ctypes.byref(module), b"cubin")
+    nvrtc.ask_driver("cuModuleGetFunction", ctypes.byref(function), module, b"the_kernel")
     far = 0x7F0123456780  # pointers of a GPU need more than 32 bits
-    sent = flat_library.Arguments(theta=far, low=far + 16, n=1 << 40, alpha=0.25, scale_max=3.5, partials=far + 32)
-    flat_nvrtc.start(function, sent, 264, far + 64)
+    sent = library.Arguments(theta=far, low=far + 16, n=1 << 40, alpha=0.25, scale_max=3.5, partials=far + 32)
+    nvrtc.start(function, sent, 264, far + 64)
     driver.last_launch.restype = ctypes.c_void_p
     last = Launch.from_address(driver.last_launch())
     assert (list(last.grid), list(last.block), last.shared) == ([264, 1, 1], [512, 1, 1], 0)
     assert (last.function, last.stream, last.extra) == (0x1234567890 + 7, far + 64, None)
     assert bytes(last.parameter) == bytes(sent) and last.parameter.anchor is None and last.parameter.n == 1 << 40
     with pytest.raises(AssertionError):
-        flat_nvrtc.start(function, flat_library.Arguments(n=0), 264, None)
+        nvrtc.start(function, library.Arguments(n=0), 264, None)
 
 
 def test_each_update_has_its_kernel():
     names = [
-        flat_nvrtc.kernel_name(flat_library.Arguments(x0=x0, x1=x1, low=low))
+        nvrtc.kernel_name(library.Arguments(x0=x0, x1=x1, low=low))
         for x0, x1 in ((None, None), (16, 32), (16, None)) for low in (None, 64)
     ]  # fmt: skip
     assert names == KERNELS

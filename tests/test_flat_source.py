@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrl import flat_nvrtc
-from fastrl.flat_backends import NUM_STATS, kernel_arguments
-from fastrl.flat_definition import extrapolate_ref_, interpolate_ref_
-from fastrl.flat_library import Arguments
-from fastrl.split_master import join, split
+from fastrl.weights import nvrtc
+from fastrl.weights.backends import NUM_STATS, kernel_arguments
+from fastrl.weights.halves import join, split
+from fastrl.weights.library import Arguments
+from fastrl.weights.moves_ref import extrapolate_ref_, interpolate_ref_
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ extern "C" void run(void (*kernel)(Arguments), const Arguments* a, int grid) { r
 """
     subprocess.run(
         [compiler, "-O1", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", f"-I{HERE}",
-         f"-I{flat_nvrtc.source().parent}", "-xc++", "-", "-o", path], input=program, text=True, check=True,
+         f"-I{nvrtc.source().parent}", "-xc++", "-", "-o", path], input=program, text=True, check=True,
     )  # fmt: skip
     return ctypes.CDLL(str(path))
 
@@ -46,7 +46,7 @@ def run(kernels, theta, anchor, alpha, **given):
     partials = torch.full((GRID, NUM_STATS), NAN, dtype=torch.float64)
     arguments = kernel_arguments(theta=theta, anchor=anchor, alpha=alpha, partials=partials, **given)
     assert isinstance(arguments, Arguments)
-    kernel = kernels[flat_nvrtc.kernel_name(arguments)]
+    kernel = kernels[nvrtc.kernel_name(arguments)]
     kernels.run(kernel, ctypes.byref(arguments), GRID)
     return partials.sum(dim=0)
 

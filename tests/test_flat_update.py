@@ -1,4 +1,4 @@
-"""The fast paths of fastrl.ops against its definitions: the CUDA source, as far as it can be checked, and its twin."""
+"""The fast paths of weights/moves.py against its definitions: the CUDA source, as far as it can be checked; its twin."""
 
 import math
 import re
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrl import flat_backends, flat_library
-from fastrl.ops import FlatStats, extrapolate_, interpolate_
-from fastrl.split_master import join, split
+from fastrl.weights import backends, library
+from fastrl.weights.halves import join, split
+from fastrl.weights.moves import FlatStats, extrapolate_, interpolate_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BUILT = DEVICE == "cuda" and flat_library.find() is not None
+BUILT = DEVICE == "cuda" and library.find() is not None
 BACKENDS = [
     "triton",
     pytest.param("cuda", marks=pytest.mark.skipif(not BUILT, reason="needs a GPU and nvcc")),
@@ -254,19 +254,19 @@ def test_autograd_is_told_that_a_shard_has_changed(backend):
 
 def test_what_runs_is_tried_out_first():
     """A launch that fails is a reason to take the next one, said once."""
-    flat_backends.try_out("triton", torch.device(DEVICE))
+    backends.try_out("triton", torch.device(DEVICE))
     if DEVICE == "cuda":
-        assert flat_backends.backend_on(torch.device("cuda", 0)) == ("cuda" if BUILT else "nvrtc")
+        assert backends.backend_on(torch.device("cuda", 0)) == ("cuda" if BUILT else "nvrtc")
         return
-    assert flat_backends.backend_on(torch.device("cpu")) == "torch"
+    assert backends.backend_on(torch.device("cpu")) == "torch"
     with pytest.warns(UserWarning) as seen:
-        assert flat_backends.backend_on(torch.device("cuda", 0)) == "torch"
-    built = ["cuda"] if flat_library.find() else []
+        assert backends.backend_on(torch.device("cuda", 0)) == "torch"
+    built = ["cuda"] if library.find() else []
     for backend, warning in zip([*built, "nvrtc", "triton"], seen, strict=True):
         assert re.match(rf"flat updates do not run on {backend} \(cuda:0\): .*CUDA", str(warning.message))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        assert flat_backends.backend_on(torch.device("cuda", 0)) == "torch"
+        assert backends.backend_on(torch.device("cuda", 0)) == "torch"
 
 
 def test_thresholds_and_segments_that_do_not_fit_are_refused():
@@ -284,7 +284,7 @@ def test_thresholds_and_segments_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("fault", ["an element", "a sum", "extrapolation"])
 def test_numbers_that_are_wrong_are_a_reason_to_take_the_next_one(fault, monkeypatch):
-    right = flat_backends.run
+    right = backends.run
 
     def wrong(backend, theta, anchor, alpha, **given):
         sums = right(backend, theta, anchor, alpha, **given)
@@ -292,10 +292,10 @@ def test_numbers_that_are_wrong_are_a_reason_to_take_the_next_one(fault, monkeyp
         sums[2] += fault == "a sum"
         return sums
 
-    monkeypatch.setattr(flat_backends, "run", wrong)
+    monkeypatch.setattr(backends, "run", wrong)
     count = 0 if fault == "a sum" else 1
     with pytest.raises(RuntimeError, match=f"^{count} of 8197 elements came out wrong, sums"):
-        flat_backends.try_out("triton", torch.device(DEVICE))
+        backends.try_out("triton", torch.device(DEVICE))
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def compiled(tmp_path_factory):
     if nvcc is None:
         # fastrl needs no CUDA toolkit: without one there is no library to check, and Triton takes its place
         pytest.skip("no nvcc on PATH, so csrc/flat_update.cu cannot be compiled")
-    path = tmp_path_factory.mktemp("csrc") / flat_library.NAME
+    path = tmp_path_factory.mktemp("csrc") / library.NAME
     said = subprocess.run(
         [nvcc, "-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", "-cudart", "static", "-Xptxas", "-v", "-gencode",
          "arch=compute_90,code=sm_90", "-o", path, SOURCE, "--keep", "--keep-dir", path.parent],
@@ -355,14 +355,14 @@ def test_every_access_of_the_cuda_source_is_of_16_bytes(compiled):
 @pytest.mark.slow
 def test_the_library_loads_and_refuses_without_a_gpu(compiled):
     """Plain C: it needs neither torch nor a driver to be loaded, and looks at its arguments before the device."""
-    library = flat_library.load(compiled[0])
+    loaded = library.load(compiled[0])
 
     def interpolate(theta=16, low=None, anchor=16, out_bf16=None, n=4, alpha=0.5, partials=16, grid=1):
-        return library.fastrl_interpolate(theta, low, anchor, out_bf16, n, alpha, partials, grid, None)
+        return loaded.fastrl_interpolate(theta, low, anchor, out_bf16, n, alpha, partials, grid, None)
 
     def extrapolate(x0=16, x1=None, threshold=None, segment=None, lookahead=3):
         vectors = (16, None, 16, x0, x1, None, threshold, segment)
-        return library.fastrl_extrapolate(*vectors, 4, lookahead, *[0.5] * 6, 16, 1, None)
+        return loaded.fastrl_extrapolate(*vectors, 4, lookahead, *[0.5] * 6, 16, 1, None)
 
     assert interpolate(None, None, None, n=0, partials=None) == 0  # nothing to do is no error
     for odd in (dict(theta=8), dict(low=34), dict(anchor=20), dict(out_bf16=18)):
@@ -378,11 +378,11 @@ def test_the_library_loads_and_refuses_without_a_gpu(compiled):
 
 def test_entry_points_are_called_as_they_are_declared():
     header = (SOURCE.parent / "flat_update.h").read_text()
-    for name, order in flat_library.ENTRIES.items():
+    for name, order in library.ENTRIES.items():
         parameters = re.search(rf"int {name}\((.*?)\);", header, re.DOTALL)[1].split(",")
         declared = {re.split(r"[ *]+", text.strip())[-1]: "*" in text for text in parameters}
         assert list(declared) == [*order, "grid", "stream"]
-        pointers = [flat_library.TYPES[argument] is flat_library.POINTER for argument in order]
+        pointers = [library.TYPES[argument] is library.POINTER for argument in order]
         assert list(declared.values()) == [*pointers, False, True]
 
 
@@ -399,4 +399,4 @@ def test_a_library_of_another_version_is_refused(tmp_path):
         path = tmp_path / f"{name}.so"
         subprocess.run([compiler, "-shared", "-fPIC", "-xc", "-", "-o", path], input=text, text=True, check=True)
         with pytest.raises(RuntimeError, match="another version of csrc/flat_update.h: install fastrl again"):
-            flat_library.load(path)
+            library.load(path)

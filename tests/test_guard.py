@@ -7,8 +7,8 @@ import random
 import pytest
 from helpers import make_trainer, step_records
 
-from fastrl.guard import Guard
-from fastrl.types import NumericsError
+from fastrl.base.types import NumericsError
+from fastrl.weights.guard import Guard
 
 
 def calm(guard: Guard, count: int = 64) -> Guard:

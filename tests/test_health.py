@@ -9,8 +9,8 @@ import torch
 from helpers import make_trainer, rows
 from test_objectives import make
 
-from fastrl.health import Health
-from fastrl.metrics import one_token_rows
+from fastrl.step.metrics import one_token_rows
+from fastrl.watch.health import Health
 
 STEPS = 160
 NAMES = {

@@ -12,11 +12,11 @@ from helpers import make_trainer, sign_again
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
-from fastrl.config import parse
-from fastrl.program import exit_code
-from fastrl.resuming import resume
-from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
-from fastrl.types import CheckpointError
+from fastrl.base.exits import exit_code
+from fastrl.base.types import CheckpointError
+from fastrl.run.resume import resume
+from fastrl.settings.parse import parse
+from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 
 ARGS = ["--problems-per-step", "2", "--group-size", "2", "--eval-limit", "2", "--reward", "last_character"]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastrl import train
-from fastrl.model import load_model, load_tokenizer, model_config, model_path
-from fastrl.program import exit_code
+from fastrl.base.exits import exit_code
+from fastrl.models.loading import load_model, load_tokenizer, model_config, model_path
 
 CODE = "from pathlib import Path\nPath({canary!r}).touch()\nclass Evil: pass\n"
 

@@ -11,12 +11,12 @@ from helpers import make_trainer, mostly_later, sign_again
 from safetensors.torch import load_file
 
 from fastrl import checkpoint
-from fastrl.config import parse
-from fastrl.identity import check_same
-from fastrl.program import exit_code
-from fastrl.resuming import resume
-from fastrl.run_config import AXES, DIGESTS, EMBEDDED_RECIPE, TrainConfig
-from fastrl.types import CheckpointError
+from fastrl.base.exits import exit_code
+from fastrl.base.types import CheckpointError
+from fastrl.run.identity import check_same
+from fastrl.run.resume import resume
+from fastrl.settings.parse import parse
+from fastrl.settings.run import AXES, DIGESTS, EMBEDDED_RECIPE, TrainConfig
 
 EMBEDDED = Path(__file__).parent.parent / "fastrl" / "assets" / "tiny"
 GOLDEN = Path(__file__).parent / "golden_checkpoint"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fastrl import faults, train
-from fastrl.checks import secret_in
-from fastrl.run_config import configure
+from fastrl import train
+from fastrl.base import faults
+from fastrl.base.bounds import secret_in
+from fastrl.settings.run import configure
 
 SECRETS = {
     "HF_TOKEN": "hf_CANARYaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "WANDB_API_KEY": "0123canary456789abcdef0123456789abcdef0",

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from fastrl.build import head_kernels
+from fastrl.base.log import RunLog
 from fastrl.kernels import parity, rows
-from fastrl.log import RunLog
-from fastrl.model import load_model
+from fastrl.models.loading import load_model
+from fastrl.run.build import head_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -101,7 +101,7 @@ from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.kernels.linear_policy_loss import linear_policy_loss
 from fastrl.kernels.policy_loss import policy_loss
 from fastrl.kernels.selective_logprob import selective_logprob
-from fastrl.ops import extrapolate_, interpolate_
+from fastrl.weights.moves import extrapolate_, interpolate_
 
 hidden, weight, target, one = torch.ones(2, 4), torch.eye(4), torch.tensor([1, 3]), torch.ones(2)
 ends = torch.tensor([0, 2], dtype=torch.int32)

@@ -6,9 +6,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from fastrl.base.types import EngineError
 from fastrl.engine.kv_cache import KvPages
 from fastrl.engine.vllm import VllmConfig
-from fastrl.types import EngineError
 
 
 class Device:

@@ -7,37 +7,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    [
-        "types", "checks", "requirements", "faults", "log", "perf", "kernels", "split_master", "flat_library",
-        "flat_nvrtc",
-    ],  # fmt: skip
-    [
-        "config", "program", "model_folder", "ranks", "packing", "activations", "host", "liger", "optim",
-        "flat_definition", "flat_backends", "memory_parts",
-    ],  # fmt: skip
-    [
-        "ops", "flat", "split_optim", "guard", "memory", "metrics", "data", "rewards", "model", "assets", "bad_step",
-        "watchdog",
-    ],
-    [
-        "objectives", "updates", "allocation", "trained", "batching", "engine", "memory_advice", "memory_watch",
-        "model_shapes", "health",
-    ],
-    [
-        "policy", "reference", "critic", "rollout", "fitting", "checkpoint", "task", "profile_data", "schedule",
-        "planning",
-    ],  # fmt: skip
-    ["learner", "profiling", "canary", "run_config", "identity"],
-    ["trainer"],
-    ["build", "resuming"],
-    ["comparison"],
-    ["train", "profile", "evaluate", "plan", "compare", "report", "doctor"],
-]  # fmt: skip
+    ["kernels"],
+    ["base", "memory"],
+    ["objectives", "allocation", "rewards", "weights"],
+    ["updates", "checkpoint", "data", "watch"],
+    ["models"],
+    ["engine", "assets"],
+    ["step", "settings"],
+    ["passrates", "comparison", "evaluate", "plan", "doctor"],
+    ["run", "compare", "profile"],
+    ["train"],
+]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def unit(path: Path) -> str:
-    """fastrl/rewards/math.py -> rewards; fastrl/trainer.py -> trainer."""
+    """fastrl/rewards/math.py -> rewards; fastrl/train.py -> train."""
     return path.relative_to(ROOT / "fastrl").parts[0].removesuffix(".py")
 
 
@@ -81,6 +66,6 @@ def test_kernels_import_nothing_of_ours():
 
 def test_a_planted_upward_import_is_found(tmp_path):
     planted = tmp_path / "flat.py"
-    planted.write_text("def f():\n    from fastrl.trainer import Trainer\n    from fastrl import model\n")
-    found = violations(planted, "flat")
-    assert len(found) == 2 and "imports trainer (layer 6)" in found[1] and "imports model (layer 2)" in found[0]
+    planted.write_text("def f():\n    from fastrl.step.trainer import Trainer\n    from fastrl import models\n")
+    found = violations(planted, "weights")
+    assert len(found) == 2 and "imports step (layer 6)" in found[1] and "imports models (layer 4)" in found[0]

@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastrl import liger
-from fastrl.model import load_model
-from fastrl.run_config import configure
+from fastrl.models import liger
+from fastrl.models.loading import load_model
+from fastrl.settings.run import configure
 
 INSTALLED = importlib.util.find_spec("liger_kernel") is not None
 

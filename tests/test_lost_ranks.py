@@ -12,8 +12,8 @@ import torch
 from helpers import rows, step_records
 from processes import SMALL, Started, until
 
-from fastrl import ranks
-from fastrl.types import EngineError
+from fastrl.base import ranks
+from fastrl.base.types import EngineError
 
 STEPS = 8
 

@@ -10,21 +10,21 @@ from helpers import make_trainer
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastrl.activations import checkpoint_layers
-from fastrl.build import memory_plan
-from fastrl.critic import critic_shapes
-from fastrl.flat import buffer_elements, layout
-from fastrl.guard import Guard
-from fastrl.memory import CARDS, USABLE, plan_memory
-from fastrl.memory_parts import GIB, MemorySettings, kv_per_sequence, saved_per_layer, working_set
-from fastrl.memory_parts import checkpoints as checkpoint_bytes
-from fastrl.memory_watch import MemoryWatch, live_bytes
-from fastrl.model import LoadedModel, parameter_shapes
-from fastrl.model_shapes import known_shapes, model_shape
-from fastrl.optim import OptimConfig
-from fastrl.policy import Policy
-from fastrl.run_config import configure
+from fastrl.memory.parts import GIB, MemorySettings, kv_per_sequence, saved_per_layer, working_set
+from fastrl.memory.parts import checkpoints as checkpoint_bytes
+from fastrl.memory.plan import CARDS, USABLE, plan_memory
+from fastrl.memory.watch import MemoryWatch, live_bytes
+from fastrl.models.critic import critic_shapes
+from fastrl.models.loading import LoadedModel, parameter_shapes
+from fastrl.models.policy import Policy
+from fastrl.models.shapes import known_shapes, model_shape
+from fastrl.run.build import memory_plan
+from fastrl.settings.run import configure
 from fastrl.updates import UPDATES
+from fastrl.weights.activations import checkpoint_layers
+from fastrl.weights.buffer import buffer_elements, layout
+from fastrl.weights.guard import Guard
+from fastrl.weights.optim import OptimConfig
 
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=500, max_position_embeddings=4096)  # fmt: skip
@@ -310,7 +310,7 @@ def test_the_watch_reports_plan_and_measurement(monkeypatch):
         gc.unfreeze()
     assert train["memory/planned_mib/train"] == pytest.approx(max(map(plan.total, ("backward", "step"))) / 2**20)
     assert train["memory/measured_mib/train"] - alone["memory/measured_mib/train"] == 4 and not said
-    monkeypatch.setattr("fastrl.memory_watch.measure", lambda device, held: int(1.06 * plan.total("generate")))
+    monkeypatch.setattr("fastrl.memory.watch.measure", lambda device, held: int(1.06 * plan.total("generate")))
     on_gpu = MemoryWatch(plan, "cuda:0", said.append)
     peaks = iter([3 << 20, 3 << 20, 9 << 20, 5 << 20])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
@@ -319,7 +319,7 @@ def test_the_watch_reports_plan_and_measurement(monkeypatch):
     assert first["memory/peak_mib"] == 3
     on_gpu("generate")
     assert len(said) == 1 and "memory in generate" in said[0] and "+6%" in said[0]
-    monkeypatch.setattr("fastrl.memory_watch.measure", lambda device, held: int(1.04 * plan.total("generate")))
+    monkeypatch.setattr("fastrl.memory.watch.measure", lambda device, held: int(1.04 * plan.total("generate")))
     other = MemoryWatch(plan, "cuda:0", said.append)
     assert other("generate")["memory/peak_mib"] == other("train")["memory/peak_mib"] == 9
     assert sum("in generate" in line for line in said) == 1
@@ -334,12 +334,12 @@ def test_live_bytes_count_a_storage_once():
 
 def test_on_a_gpu_pages_that_were_given_back_cancel(monkeypatch):
     """10 of the device used, 7 by torch's blocks of which 5 was the peak; then 3 of KV in all of torch's counters."""
-    from fastrl import memory_watch
+    from fastrl.memory import watch
 
     for kv, used in ((0, 10), (3, 10)):  # its pages are not among the used ones
         fake = SimpleNamespace(
             mem_get_info=lambda device, used=used: (100 - used, 100), memory_reserved=lambda device, kv=kv: 7 + kv,
             max_memory_allocated=lambda device, kv=kv: 5 + kv, reset_peak_memory_stats=lambda device: None,
         )  # fmt: skip
-        monkeypatch.setattr(memory_watch, "torch", SimpleNamespace(cuda=fake))
-        assert memory_watch.measure("cuda:0") == 8
+        monkeypatch.setattr(watch, "torch", SimpleNamespace(cuda=fake))
+        assert watch.measure("cuda:0") == 8

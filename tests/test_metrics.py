@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from fastrl.metrics import (
+from fastrl.base.types import Completion, Problem, RolloutGroup
+from fastrl.step.metrics import (
     evaluation_metrics,
     evaluation_table,
     interval95,
@@ -18,7 +19,6 @@ from fastrl.metrics import (
     rollout_metrics,
     rollout_table,
 )
-from fastrl.types import Completion, Problem, RolloutGroup
 
 
 def group(*completions):

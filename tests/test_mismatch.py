@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import make_trainer
 
-from fastrl.guard import MismatchWatch
-from fastrl.metrics import sampling_mismatch
-from fastrl.types import EngineError
+from fastrl.base.types import EngineError
+from fastrl.step.metrics import sampling_mismatch
+from fastrl.weights.guard import MismatchWatch
 
 
 def metrics(*log_ratios: float) -> dict[str, float]:
@@ -101,7 +101,7 @@ def test_old_log_probabilities_may_be_the_engines(tmp_path, monkeypatch, minibat
 
 
 def test_a_correction_of_equal_log_probabilities_is_refused():
-    from fastrl.run_config import configure
+    from fastrl.settings.run import configure
 
     with pytest.raises(ValueError, match="--old-logprobs engine makes equal; leave one of them out"):
         configure(["--old-logprobs", "engine", "--is-correction", "tis"])

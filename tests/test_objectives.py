@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from fastrl.base.types import TrainBatch
 from fastrl.objectives.base import kl_estimate
 from fastrl.objectives.grpo import GRPO
-from fastrl.types import TrainBatch
 
 PROMPT = 1  # tokens of prompt in every row
 

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from fastrl.batching import denominator
+from fastrl.base.types import TrainBatch
 from fastrl.objectives import OBJECTIVES
 from fastrl.objectives.grpo import GRPO
-from fastrl.types import TrainBatch
+from fastrl.step.batching import denominator
 
 
 def make(lengths, reward, group, *, truncated=None, max_new_tokens=8, **logprobs):

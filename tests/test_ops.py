@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastrl.flat_definition import CHUNK, series
-from fastrl.ops import extrapolate_, interpolate_
-from fastrl.split_master import split
+from fastrl.weights.halves import split
+from fastrl.weights.moves import extrapolate_, interpolate_
+from fastrl.weights.moves_ref import CHUNK, series
 
 F64 = torch.float64
 
@@ -91,7 +91,7 @@ def test_each_tensor_has_its_own_threshold():
 @pytest.mark.parametrize("lr, bound", [(1e-4, 5e-5), (1e-6, 6e-4), (1e-7, 6e-3)])
 def test_directions_are_those_of_adamw(lr, bound):
     """theta' = (1 - lr wd) theta - lr d, read off the displacement, against m^ / (sqrt(v^) + eps)."""
-    from fastrl.flat_definition import direction
+    from fastrl.weights.moves_ref import direction
 
     parameter = torch.nn.Parameter(vectors(50_000, 5)[0] * 1e-2)
     optimizer = torch.optim.AdamW([parameter], lr=lr, weight_decay=0.01)

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from fastrl.guard import Guard
-from fastrl.model import load_model
-from fastrl.optim import OptimConfig, ShardOptimizer, load_state_tensors, make_optimizer, state_tensors
-from fastrl.policy import Policy
-from fastrl.types import NumericsError
+from fastrl.base.types import NumericsError
+from fastrl.models.loading import load_model
+from fastrl.models.policy import Policy
+from fastrl.weights.guard import Guard
+from fastrl.weights.optim import OptimConfig, ShardOptimizer, load_state_tensors, make_optimizer, state_tensors
 
 EIGHT_BIT = ["adamw8bit", "paged_adamw8bit"]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_batching import completion, group, numbered
 
-from fastrl import packing as packing_module
-from fastrl.batching import make_batch, select
-from fastrl.model import load_model, token_logprobs
-from fastrl.packing import ATTENTION, pack, supports
+from fastrl.models import packing as packing_module
+from fastrl.models.loading import load_model, token_logprobs
+from fastrl.models.packing import ATTENTION, pack, supports
+from fastrl.step.batching import make_batch, select
 
 GROUPS = [
     group([1, 2, 3], completion([4, 5]), completion([6]), completion([7, 8, 9])),
@@ -58,7 +58,7 @@ def sliding(tmp_path):
     """The embedded model with a window of 4 tokens in every other layer."""
     from safetensors.torch import load_file, save_file
 
-    from fastrl.model import model_path
+    from fastrl.models.loading import model_path
 
     source = model_path("embedded")
     config = json.loads(open(f"{source}/config.json").read())

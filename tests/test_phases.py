@@ -9,7 +9,7 @@ from helpers import TIMES, make_trainer, mostly_later
 from safetensors.torch import load_file
 
 from fastrl import checkpoint
-from fastrl.host import HostCopies
+from fastrl.weights.offload import HostCopies
 
 SMALL = ["--problems-per-step", 4, "--group-size", 4, "--eval-limit", 4, "--sample-every", 0, "--rollouts-every", 0]
 RULES = {

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from fastrl import train
-from fastrl.config import all_flags
-from fastrl.memory import CARDS, plan_memory
-from fastrl.memory_advice import (
+from fastrl.base.exits import run_program
+from fastrl.memory.advice import (
     best_tokens,
     knobs,
     largest,
@@ -22,11 +21,12 @@ from fastrl.memory_advice import (
     smallest_set,
     with_knobs,
 )
-from fastrl.memory_parts import GIB, MemorySettings
-from fastrl.model_shapes import KNOWN, find_config, known_shapes, model_shape
+from fastrl.memory.parts import GIB, MemorySettings
+from fastrl.memory.plan import CARDS, plan_memory
+from fastrl.models.shapes import KNOWN, find_config, known_shapes, model_shape
 from fastrl.plan import TABLE, main
-from fastrl.program import run_program
-from fastrl.run_config import AXES, TrainConfig
+from fastrl.settings.parse import all_flags
+from fastrl.settings.run import AXES, TrainConfig
 
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
 CARD = int(CARDS["h100"] * GIB)
@@ -217,7 +217,7 @@ def test_errors_say_what_to_write(args, said, monkeypatch):
     def lost(name):
         raise ValueError(f"--model {name}: no such folder")
 
-    monkeypatch.setattr("fastrl.model_shapes.model_config", lost)  # instead of asking a hub
+    monkeypatch.setattr("fastrl.models.shapes.model_config", lost)  # instead of asking a hub
     with pytest.raises(ValueError, match=re.escape(said)):
         main(args)
 

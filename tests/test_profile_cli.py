@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from fastrl import profile, train
-from fastrl.model import model_path
-from fastrl.program import run_program
+from fastrl.base.exits import run_program
+from fastrl.models.loading import model_path
 
 LIMIT = ["--limit", "20"]
 

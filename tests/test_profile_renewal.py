@@ -8,12 +8,12 @@ from helpers import make_trainer, rows, step_records
 from test_profiling import SMALL
 
 from fastrl import checkpoint
-from fastrl.config import parse
-from fastrl.metrics import spearman
-from fastrl.profile_data import read_profile, weights_digest
-from fastrl.resuming import resume
-from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
-from fastrl.types import CheckpointError
+from fastrl.base.types import CheckpointError
+from fastrl.passrates.file import read_profile, weights_digest
+from fastrl.run.resume import resume
+from fastrl.settings.parse import parse
+from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
+from fastrl.step.metrics import spearman
 
 RENEWED = [*SMALL, "--reprofile-every", 2, "--steps", 6, "--save-every", 1, "--keep", 9, "--lr", 3e-3]
 

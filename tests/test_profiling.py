@@ -13,13 +13,14 @@ import pytest
 import torch
 from helpers import make_trainer, rows, step_records
 
-from fastrl import checkpoint, profiling
-from fastrl.metrics import spearman
-from fastrl.model import model_path
-from fastrl.profile_data import Profile, ProfileKey, model_digest, read_profile, verifier_key, weights_digest
-from fastrl.profiling import right, sample_profile
-from fastrl.trainer import Stopped
-from fastrl.types import Completion, DataError
+from fastrl import checkpoint
+from fastrl.base.types import Completion, DataError
+from fastrl.models.loading import model_path
+from fastrl.passrates import sampling
+from fastrl.passrates.file import Profile, ProfileKey, model_digest, read_profile, verifier_key, weights_digest
+from fastrl.passrates.sampling import right, sample_profile
+from fastrl.step.metrics import spearman
+from fastrl.step.trainer import Stopped
 
 SMALL = """
     --allocation sgpo --limit 24 --problems-per-step 2 --eval-limit 4 --eval-k 2 --num-profile-completions 4
@@ -55,7 +56,7 @@ ROW = b'{"id": "arithmetic/train/12", "rewards": [1.0], "right": [1.0], "lengths
 
 @pytest.mark.parametrize("torn", [b"", ROW[:40], ROW + ROW, ROW + ROW[:40]], ids=["clean", "part", "rows", "rows+part"])
 def test_an_interrupted_profile_goes_on_to_the_same_file(run, torn, tmp_path, monkeypatch):
-    monkeypatch.setattr(profiling, "CHUNK", 16)  # 4 problems of 4 completions: 6 chunks
+    monkeypatch.setattr(sampling, "CHUNK", 16)  # 4 problems of 4 completions: 6 chunks
     whole = sample(run, tmp_path / "whole.jsonl")
     assert whole.complete and len({tuple(row["rewards"]) for row in whole.rows}) > 4
     cut, said, chunks = tmp_path / "cut.jsonl", [], iter(range(3))

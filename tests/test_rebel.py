@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_objectives import make
 
-from fastrl.batching import select
 from fastrl.objectives.rebel import REBEL
+from fastrl.step.batching import select
 
 F64 = torch.float64
 LENGTHS, GROUPS = [2, 3, 1, 2, 2], [0, 0, 0, 1, 1]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrl.run_config import configure
+from fastrl.settings.run import configure
 
 FOLDER = Path(__file__).parent.parent / "fastrl" / "recipes"
 PAPERS = {

@@ -10,10 +10,10 @@ from helpers import digest, make_trainer, mostly_later, rows, sign_again, step_r
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
-from fastrl.config import parse
-from fastrl.resuming import resume
-from fastrl.run_config import AXES, EMBEDDED_RECIPE, TrainConfig
-from fastrl.types import CheckpointError
+from fastrl.base.types import CheckpointError
+from fastrl.run.resume import resume
+from fastrl.settings.parse import parse
+from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 
 SMALL = """
     --problems-per-step 2 --group-size 4 --eval-limit 2 --eval-k 2 --rollouts-every 1 --sample-every 0

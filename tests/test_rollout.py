@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import make_trainer, rows, step_records
 
-from fastrl.log import RunLog, printable
-from fastrl.metrics import sampling_mismatch
-from fastrl.rollout import first_samples
+from fastrl.base.log import RunLog, printable
+from fastrl.step.metrics import sampling_mismatch
+from fastrl.step.rollout import first_samples
 
 
 def test_cut_off_completions_earn_nothing_unless_asked_for(tmp_path):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fastrl.program import exit_code
-from fastrl.run_config import configure
+from fastrl.base.exits import exit_code
+from fastrl.settings.run import configure
 
 # the first six of the acceptance list, others beside them
 NAMES = ["../x", "/etc/x", "a/b", "", "x" * 300, "..", ".", "...", "a b", "a\x00b", "a\n", "\u00e4", "a\\b", "~",

@@ -7,7 +7,7 @@ from legs import Legs, SmallDisk
 from safetensors.torch import save_file
 
 from fastrl import checkpoint
-from fastrl.types import CheckpointError, NumericsError
+from fastrl.base.types import CheckpointError, NumericsError
 
 MIB = 2**20
 
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up_in_the_middle(disk):
 
 
 def test_a_tokenizer_that_finds_no_room_is_an_error_of_the_disk(disk, tmp_path):
-    from fastrl.model import load_model, save_model
+    from fastrl.models.loading import load_model, save_model
 
     loaded = load_model("embedded", dtype=torch.float32, device="cpu")
     folder = disk(795 / 256).folder  # 792 pages of weights, one for each file but tokenizer.json

@@ -9,9 +9,9 @@ import torch
 from fastrl.allocation.apo_filter import APOFilter
 from fastrl.allocation.sgpo import SGPO
 from fastrl.allocation.uniform import Uniform
-from fastrl.batching import make_batch
+from fastrl.base.types import Completion, Problem, RolloutGroup
 from fastrl.objectives.grpo import GRPO
-from fastrl.types import Completion, Problem, RolloutGroup
+from fastrl.step.batching import make_batch
 
 # problems with 0..8 of 8 right, as measured: Qwen2.5-Math-1.5B at its first visit of a training set
 U_SHAPE = [439, 151, 103, 91, 73, 76, 88, 96, 92]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastrl.split_master import join, split
+from fastrl.weights.halves import join, split
 
 # bits of theta, of the upper half, and the lower one
 BY_HAND = {

@@ -8,12 +8,13 @@ from helpers import make_trainer, mostly_later
 from program import together
 from safetensors.torch import load_file
 
-from fastrl import checkpoint, trained
-from fastrl.identity import check_same
-from fastrl.run_config import configure
-from fastrl.split_master import split
-from fastrl.split_optim import SplitOptimizer
-from fastrl.types import CheckpointError
+from fastrl import checkpoint
+from fastrl.base.types import CheckpointError
+from fastrl.run.identity import check_same
+from fastrl.settings.run import configure
+from fastrl.weights import shard
+from fastrl.weights.halves import split
+from fastrl.weights.halves_optim import SplitOptimizer
 
 SMALL = ["--dtype", "bfloat16", "--problems-per-step", 2, "--group-size", 2, "--eval-limit", 4, "--lr", 1e-3]
 RULES = {
@@ -32,7 +33,7 @@ RULES = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(trained, "SplitOptimizer", partial(SplitOptimizer, chunk=300_000))
+    monkeypatch.setattr(shard, "SplitOptimizer", partial(SplitOptimizer, chunk=300_000))
 
 
 def updated(folder, flags, master, steps=5, bad=()):
@@ -91,7 +92,7 @@ RANKS = """
 import torch
 from pathlib import Path
 from test_split_optim import updated
-from fastrl import ranks
+from fastrl.base import ranks
 ranks.start("cpu")
 found = {{}}
 for master in ("float32", "split"):

@@ -5,7 +5,7 @@ import torch
 from helpers import make_trainer
 from program import together
 
-from fastrl.batching import make_batch, minibatches, select
+from fastrl.step.batching import make_batch, minibatches, select
 
 OBJECTIVES = {
     "token": [],
@@ -220,7 +220,7 @@ RANKS = """
 import torch
 from pathlib import Path
 from helpers import make_trainer
-from fastrl import ranks
+from fastrl.base import ranks
 SHARED = ("reward_", "rewards/", "frac", "completions")
 ranks.start('cpu')
 trainer = make_trainer(Path({folder!r}) / str(ranks.rank()), "--dtype", "float64", "--problems-per-step", 6,

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
+from fastrl.base.types import DataError, Problem
 from fastrl.data import DATASETS, load_problems
-from fastrl.metrics import lost_grades
+from fastrl.data.task import gradable
 from fastrl.rewards import Math, RewardSet
-from fastrl.task import gradable
-from fastrl.types import DataError, Problem
+from fastrl.step.metrics import lost_grades
 
 UNREADABLE = [
     r"np.arcsin(10/13)",

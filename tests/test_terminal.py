@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fastrl import doctor, evaluate, profile, train
+from fastrl.base.exits import run_program
+from fastrl.base.log import printable
 from fastrl.data.arithmetic import Arithmetic
-from fastrl.log import printable
-from fastrl.model import model_path
-from fastrl.program import run_program
+from fastrl.models.loading import model_path
 
 ROOT = Path(__file__).parent.parent
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -7,7 +7,7 @@ from program import together
 from test_sfpo import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrl import ranks
+from fastrl.base import ranks
 
 # publications of one update, the last of them that of the corrective or slow step
 RULES = {
@@ -99,7 +99,7 @@ RANKS = """
 import torch
 from pathlib import Path
 from test_trained import RULES, updated
-from fastrl import ranks
+from fastrl.base import ranks
 ranks.start("cpu")
 found = {{rule: updated(Path({folder!r}) / str(ranks.rank()) / rule, rule, "bfloat16")[:2] for rule in RULES}}
 torch.save(found, Path({folder!r}) / f"{{ranks.rank()}}.pt")

@@ -11,12 +11,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from fastrl.base.types import EngineError
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.hf import HFEngine
 from fastrl.engine.vllm import VllmConfig, VllmEngine
 from fastrl.engine.vllm_weights import outside
-from fastrl.flat import FlatParams
-from fastrl.types import EngineError
+from fastrl.weights.buffer import FlatParams
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 WORDS, TOKENS = 70, 67  # of the model, no multiple of 64; and of its tokenizer

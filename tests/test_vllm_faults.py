@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from helpers import make_trainer
 from processes import SMALL
 
-from fastrl.types import EngineError
+from fastrl.base.types import EngineError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 VLLM = [*SMALL, "--engine", "vllm"]

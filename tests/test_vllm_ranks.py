@@ -17,7 +17,7 @@ import torch.distributed as dist
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from helpers import make_trainer
-from fastrl import ranks
+from fastrl.base import ranks
 
 ranks.start("cpu")
 group, own = dist.group.WORLD, ranks.rank()

@@ -8,9 +8,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from helpers import make_trainer, rows
 
 from fastrl import checkpoint
+from fastrl.base.types import EngineError
 from fastrl.engine.base import Sampling
 from fastrl.evaluate import EvaluateConfig, evaluate
-from fastrl.types import EngineError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SMALL = ("--engine", "vllm", "--problems-per-step", 4, "--group-size", 4, "--eval-limit", 4, "--reward-workers", 1)

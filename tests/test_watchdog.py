@@ -10,10 +10,10 @@ import time
 import pytest
 from processes import SMALL, Started
 
-from fastrl.log import write_json
-from fastrl.perf import Progress, Spans
-from fastrl.run_config import configure
-from fastrl.watchdog import Patience, longest_wait
+from fastrl.base.log import write_json
+from fastrl.base.spans import Progress, Spans
+from fastrl.settings.run import configure
+from fastrl.watch.watchdog import Patience, longest_wait
 
 
 def patience(timeout_s: float = 10.0) -> Patience:
@@ -84,8 +84,8 @@ def test_spans_tell_the_phase_and_its_visits():
 SCRIPT = """
 import ctypes, sys, time
 from pathlib import Path
-from fastrl.perf import Spans
-from fastrl.watchdog import Watchdog
+from fastrl.base.spans import Spans
+from fastrl.watch.watchdog import Watchdog
 spans = Spans()
 report = lambda progress, message: Path("report.txt").write_text(f"{progress.phase}: {message}")
 Watchdog(spans, 3.0, Path("run"), report=report, others_noticed=sys.exit).start()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fastrl.trained import Gradient
+from fastrl.weights.shard import Gradient
 
 
 class Descent:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fastrl.allocation.uniform import Uniform
-from fastrl.types import Problem
+from fastrl.base.types import Problem
 
 
 @dataclass(kw_only=True)

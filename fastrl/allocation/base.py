@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastrl.types import CheckpointError, Problem, RolloutGroup
+from fastrl.base.types import CheckpointError, Problem, RolloutGroup
 
 
 @dataclass(kw_only=True)

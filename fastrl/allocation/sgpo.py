@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from fastrl import ranks
 from fastrl.allocation.base import Allocation
-from fastrl.checks import check_bounds
-from fastrl.types import Problem, RolloutGroup
+from fastrl.base import ranks
+from fastrl.base.bounds import check_bounds
+from fastrl.base.types import Problem, RolloutGroup
 
 
 @dataclass(kw_only=True)

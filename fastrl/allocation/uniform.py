@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from fastrl.allocation.base import Allocation
-from fastrl.checks import check_bounds
-from fastrl.types import Problem
+from fastrl.base.bounds import check_bounds
+from fastrl.base.types import Problem
 
 
 @dataclass(kw_only=True)

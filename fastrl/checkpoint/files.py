@@ -7,7 +7,7 @@ import stat
 import zlib
 from pathlib import Path
 
-from fastrl.types import CheckpointError
+from fastrl.base.types import CheckpointError
 
 VERSION = 2
 STEP = re.compile(r"step-(0|[1-9][0-9]{0,11})", re.ASCII)

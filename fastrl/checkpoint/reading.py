@@ -7,13 +7,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastrl import ranks
+from fastrl.base import ranks
+from fastrl.base.types import CheckpointError
 from fastrl.checkpoint.files import MAX_JSON, VERSION, checksum, manifest_text, read_json, regular_size, seal, step_of
 from fastrl.checkpoint.generators import generators, restore_generators
 from fastrl.checkpoint.resharding import reslice
 from fastrl.checkpoint.state_form import whole
 from fastrl.checkpoint.tensor_form import check_tensors, read_header
-from fastrl.types import CheckpointError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", re.ASCII)
 # what other programs would run code from; no checkpoint of ours has them

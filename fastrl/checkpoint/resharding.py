@@ -6,9 +6,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastrl.base.types import CheckpointError
 from fastrl.checkpoint.tensor_form import RULES, split_name
-from fastrl.flat import ALIGN
-from fastrl.types import CheckpointError
+from fastrl.weights.buffer import ALIGN
 
 
 def reslice(files: list[Path], sizes: dict[str, int], rank: int, ranks: int, device: str) -> dict[str, Tensor]:

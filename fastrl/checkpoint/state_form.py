@@ -1,6 +1,6 @@
 """Whether the JSON of a checkpoint has the form of what this program writes: names, types and bounds of every value."""
 
-from fastrl.types import CheckpointError
+from fastrl.base.types import CheckpointError
 
 MOST = 2**53  # beyond it JSON's numbers are not exact in every reader
 MAX_ITEMS = 10**6

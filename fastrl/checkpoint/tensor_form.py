@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastrl.base.types import CheckpointError
 from fastrl.checkpoint.files import unique
-from fastrl.types import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes; safetensors has the same limit
 BLOCK = 256  # elements of an 8-bit state that share a scale

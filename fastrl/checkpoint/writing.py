@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastrl import faults, ranks
+from fastrl.base import faults, ranks
+from fastrl.base.types import CheckpointError, NumericsError
 from fastrl.checkpoint.files import VERSION, checksum, manifest_text, newest, seal, step_of, sync
 from fastrl.checkpoint.generators import python_generators, torch_generators
 from fastrl.checkpoint.reading import check_manifest
-from fastrl.types import CheckpointError, NumericsError
 
 ROOM = 1.2  # free space that a save begins with, in estimated sizes: tokenizer and headers are not estimated
 

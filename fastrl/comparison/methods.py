@@ -30,8 +30,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args, get_type_hints
 
-from fastrl.config import nearest
-from fastrl.run_config import AXES, TrainConfig, configure
+from fastrl.settings.parse import nearest
+from fastrl.settings.run import AXES, TrainConfig, configure
 
 Cost = Literal["rollouts", "backward_passes", "seconds", "tokens"]
 COSTS: tuple[str, ...] = get_args(Cost)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from fastrl.checks import check_bounds
+from fastrl.base.bounds import check_bounds
 from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
-from fastrl.config import as_dict, cli, expand, flags_of, nearest, read_toml
-from fastrl.model import load_tokenizer
-from fastrl.run_config import TrainConfig, resolve
+from fastrl.models.loading import load_tokenizer
+from fastrl.settings.parse import as_dict, cli, expand, flags_of, nearest, read_toml
+from fastrl.settings.run import TrainConfig, resolve
 
 PRESETS = {"embedded": Path(__file__).parent.parent / "recipes" / "compare_embedded.toml"}
 

@@ -3,13 +3,13 @@
 import difflib
 from pathlib import Path
 
+from fastrl.base.types import DataError
 from fastrl.data.arithmetic import Arithmetic
 from fastrl.data.base import BadRow, Dataset, Generated, Loaded
 from fastrl.data.files import READERS, PathDataset, missing
 from fastrl.data.gsm8k import GSM8K
 from fastrl.data.math import AIME24, AMC23, HMMT, MATH, MATH500, MINERVA, OLYMPIADBENCH
 from fastrl.data.prompts import describe_prompt, encode_prompts
-from fastrl.types import DataError
 
 __all__ = [
     "DATASETS",

@@ -9,7 +9,7 @@ with n. Problems and demonstrations are functions of (seed, split, index) alone.
 import random
 from dataclasses import dataclass
 
-from fastrl.types import DataError, Problem
+from fastrl.base.types import DataError, Problem
 
 OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Protocol
 
-from fastrl.types import DataError, Problem
+from fastrl.base.types import DataError, Problem
 
 BOXED_INSTRUCTION = "Work it out step by step and end with the final answer, and nothing else, in \\boxed{}."
 MAX_ROW_BYTES = 1_000_000

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastrl.types import DataError
+from fastrl.base.types import DataError
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastrl.base.types import DataError
 from fastrl.data.base import BOXED_INSTRUCTION, Loaded, problems_from_rows
 from fastrl.data.columnar import read_arrow, read_parquet
 from fastrl.data.jsonl import read_json, read_jsonl
-from fastrl.types import DataError
 
 READERS = {
     ".jsonl": read_jsonl,

@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastrl.base.types import DataError
 from fastrl.data.base import MAX_ROW_BYTES
-from fastrl.types import DataError
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from fastrl.checks import check_bounds
-from fastrl.types import Completion
+from fastrl.base.bounds import check_bounds
+from fastrl.base.types import Completion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ from itertools import chain
 import numpy
 import torch
 
+from fastrl.base.types import Completion, EngineError
 from fastrl.engine.base import Engine, Request, Sampling
-from fastrl.types import Completion, EngineError
 
 MOST = 0.5  # of the completions: then the engine is broken. Fewer are left to the guard, which takes no step on them
 

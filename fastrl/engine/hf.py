@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from fastrl.base.types import Completion
 from fastrl.engine.base import Request, Sampling
 from fastrl.kernels.linear_logprob import chunk_logits
-from fastrl.types import Completion
 
 COMPACT_WHEN = 0.25  # fraction of ended rows at which the cache is copied without them
 
@@ -31,7 +31,7 @@ class HFEngine:
 
     @classmethod
     def of(cls, loaded, max_num_seqs: int) -> "HFEngine":
-        """The engine of a `fastrl.model.LoadedModel`, over its own parameters."""
+        """The engine of a `fastrl.models.loading.LoadedModel`, over its own parameters."""
         return cls(
             loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, num_tokens=len(loaded.tokenizer),
             max_num_seqs=max_num_seqs,

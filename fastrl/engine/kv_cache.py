@@ -8,7 +8,7 @@ anything, NaN included, which masked rows would still be multiplied with: they a
 import torch
 from torch import Tensor
 
-from fastrl.types import EngineError
+from fastrl.base.types import EngineError
 
 
 class KvPages:

@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 
+from fastrl.base.types import Problem
 from fastrl.engine.base import Engine, Sampling
 from fastrl.engine.hf import HFEngine
 from fastrl.engine.vllm import VllmConfig, VllmEngine, installed_version
-from fastrl.flat import FlatParams
-from fastrl.model import LoadedModel
-from fastrl.types import Problem
+from fastrl.models.loading import LoadedModel
+from fastrl.weights.buffer import FlatParams
 
 EngineName = Literal["auto", "hf", "vllm"]
 FREE_FOR_KV = 0.8  # of the free memory, where nothing is trained: the rest is for activations and graphs

@@ -17,13 +17,13 @@ import numpy
 import torch
 from torch import nn
 
-from fastrl import ranks
-from fastrl.checks import check_bounds
+from fastrl.base import ranks
+from fastrl.base.bounds import check_bounds
+from fastrl.base.types import Completion, EngineError
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.kv_cache import KvPages
 from fastrl.engine.vllm_weights import outside, prepare_cpu, register
-from fastrl.flat import FlatParams
-from fastrl.types import Completion, EngineError
+from fastrl.weights.buffer import FlatParams
 
 CPU_BLOCK = 32  # tokens of a cached block, the fewest there; prompts of a group share theirs
 SUPPORTED = ((0, 26), (0, 32))  # first and last minor version

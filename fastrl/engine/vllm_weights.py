@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastrl.flat import FlatParams
-from fastrl.types import EngineError
+from fastrl.base.types import EngineError
+from fastrl.weights.buffer import FlatParams
 
 LOAD_FORMAT = "fastrl_flat"
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")

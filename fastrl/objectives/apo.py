@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastrl.checks import check_bounds
+from fastrl.base.bounds import check_bounds
+from fastrl.base.types import Problem, TrainBatch
 from fastrl.objectives.base import masked
-from fastrl.types import Problem, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastrl.types import Problem, TrainBatch
+from fastrl.base.types import Problem, TrainBatch
 
 LARGEST_CAP = 80.0  # nats; exp(88) is the last that float32 holds
 

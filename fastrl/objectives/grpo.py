@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastrl import ranks
-from fastrl.checks import check_bounds
+from fastrl.base import ranks
+from fastrl.base.bounds import check_bounds
+from fastrl.base.types import Problem, TrainBatch
 from fastrl.objectives.base import LARGEST_CAP, clipped_surrogate, clipped_weight, kl_estimate, masked, old_log_ratio
-from fastrl.types import Problem, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrl import ranks
-from fastrl.checks import check_bounds
+from fastrl.base import ranks
+from fastrl.base.bounds import check_bounds
+from fastrl.base.types import Problem, TrainBatch
 from fastrl.objectives.base import LARGEST_CAP, clipped_surrogate, kl_estimate, masked, old_log_ratio
-from fastrl.types import Problem, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)

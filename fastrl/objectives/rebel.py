@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrl.checks import check_bounds
+from fastrl.base.bounds import check_bounds
+from fastrl.base.types import Problem, TrainBatch
 from fastrl.objectives.base import masked, old_log_ratio
-from fastrl.types import Problem, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
-from fastrl.log import printable
+from fastrl.base.log import printable
 
 logger = logging.getLogger(__name__)
 

@@ -156,7 +156,7 @@ class Workers:
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= TRIES * self._count:
-                from fastrl.types import EngineError  # loads torch, which a program that only grades does not need
+                from fastrl.base.types import EngineError  # loads torch, which a program that only grades does not need
 
                 raise EngineError(
                     f"reward workers: {self._failed_starts} processes in a row ended before they were ready, the last "

@@ -27,7 +27,7 @@ class UpdateRule(Protocol):
         An accumulate() zeroes the gradients, runs its minibatch at the current weights and returns its metrics. It may
         be called any number of times and never samples. The rule calls `policy.optimizer_step()` after each gradient it
         uses and `policy.publish()` after it has moved the shard itself: by `policy.assign()`, or by operations of
-        fastrl.ops on `policy.master` and `policy.low`; `policy.publish(written=True)` if it has moved
+        fastrl.weights.moves on `policy.master` and `policy.low`; `policy.publish(written=True)` if it has moved
         `policy.weights_bf16`, where that is not None, along with it. `policy.values()` is a copy of the shard.
         """
 

@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastrl.checks import check_bounds
-from fastrl.flat_definition import BLOCK, direction, series
-from fastrl.ops import FlatStats, extrapolate_, interpolate_
+from fastrl.base.bounds import check_bounds
 from fastrl.updates.base import Accumulate
 from fastrl.updates.gate import Gate
+from fastrl.weights.moves import FlatStats, extrapolate_, interpolate_
+from fastrl.weights.moves_ref import BLOCK, direction, series
 
 THRESHOLDS = {"grad_norm": 3.0, "entropy": 3.0, "cosine": 0.15, "off": 1.0}
 TINY = 1e-8

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastrl.checks import check_bounds
-from fastrl.ops import FlatStats, interpolate_
+from fastrl.base.bounds import check_bounds
 from fastrl.updates.base import Accumulate, one_pass
 from fastrl.updates.gate import Gate
+from fastrl.weights.moves import FlatStats, interpolate_
 
 
 @dataclass(kw_only=True)

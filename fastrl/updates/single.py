@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastrl.checks import check_bounds
+from fastrl.base.bounds import check_bounds
 from fastrl.updates.base import Accumulate, one_pass
 
 

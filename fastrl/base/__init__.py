@@ -1,0 +1,1 @@
+"""What every package may import. Imports torch and nothing of ours."""

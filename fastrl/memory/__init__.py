@@ -1,0 +1,1 @@
+"""How many bytes a run needs and has. Knows no run."""

@@ -1,0 +1,251 @@
+"""Loading a Hugging Face causal language model, and the one place where logits are shifted against labels."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from fastrl.base import faults
+from fastrl.kernels.linear_logprob import linear_logprob
+from fastrl.models import packing
+from fastrl.models.liger import patch
+from fastrl.models.packing import Packing
+from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_pickles
+from fastrl.weights.activations import CheckpointMode, checkpoint_layers
+
+EMBEDDED = "embedded"  # the model that ships with the package
+# those of transformers itself: a name with a slash would be code from the hub
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    model: nn.Module
+    tokenizer: object
+    eos_ids: tuple[int, ...]  # every id that ends a completion
+    path: str
+
+    @property
+    def packs(self) -> bool:
+        """Whether `token_logprobs` may be given a packing."""
+        return packing.supports(self.model)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows up; it is never read, so any id will do."""
+        return self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+
+def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. Raises ValueError without CUDA."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device; use --device cpu")
+    if on_gpu and torch.device(device).index and torch.device(device).index >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
+
+
+def model_path(name: str) -> str:
+    """'embedded', a folder or a hub name -> what transformers can load. Raises ValueError for what is no model."""
+    if name == EMBEDDED:
+        return str(Path(__file__).parent.parent / "assets" / "tiny")
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not folder.is_dir():
+        if looks_local:
+            raise ValueError(
+                f"--model {name}: no such folder. Give a Hugging Face model folder, a hub name, or 'embedded'"
+            )
+        return name
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
+    refuse_code(name, folder)
+    return str(folder)
+
+
+def model_config(name: str):
+    """The transformers configuration of a model; no weights are read."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    path = model_path(name)
+    try:
+        refuse_auto_map(name, "config.json", PretrainedConfig.get_config_dict(path)[0])
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(named(name, error)) from error
+
+
+def parameter_shapes(config) -> dict[str, tuple[int, ...]]:
+    """A transformers configuration -> names and shapes of the parameters, tied ones once. Allocates nothing."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def save_model(loaded: "LoadedModel", folder: Path) -> None:
+    """Write weights, configuration and tokenizer as a Hugging Face model folder. Raises OSError, SafetensorError."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # parameters are views of one buffer, which safetensors would take for shared weights
+    state = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in loaded.model.state_dict().items()
+    }
+    loaded.model.save_pretrained(folder, state_dict=state)
+    try:
+        loaded.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # what tokenizers says of a disk that is full has no class of its own
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model. Raises ValueError, naming the files that are looked for, when there is none."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    path = model_path(name)
+    if Path(path).is_dir():
+        wanted = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if not any((Path(path) / file).exists() for file in wanted):
+            raise ValueError(
+                f"--model {name}: the folder has no tokenizer (none of {', '.join(wanted)}); copy one into it"
+            )
+    try:
+        refuse_auto_map(name, "tokenizer_config.json", get_tokenizer_config(path))
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(named(name, error, "no tokenizer could be loaded: ")) from error
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa", checkpoint: CheckpointMode = "none",
+    liger: bool = False,
+) -> LoadedModel:  # fmt: skip
+    """Weights of a model in `dtype` on `device`, in train mode without dropout, with its tokenizer and stop ids.
+
+    Raises ValueError when the model or its tokenizer cannot be loaded, or the model has no LM head.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(name)
+    path = model_path(name)
+    if Path(path).is_dir():
+        refuse_pickles(name, Path(path))
+    model_config(name)  # refuses what comes with code, before any weights are fetched
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False,
+            device_map=None,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ValueError(named(name, error)) from error
+    if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
+        raise ValueError(f"--model {name}: {type(model).__name__} has no plain LM head")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if attention == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(packing.register())
+    if liger:
+        patch(model)
+    checkpoint_layers(model, checkpoint)
+    stop = model.generation_config.eos_token_id if isinstance(model.generation_config, GenerationConfig) else None
+    eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}
+    if not eos:
+        raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
+    return LoadedModel(model.to(device).train(), tokenizer, tuple(sorted(eos)), path)
+
+
+def named(name: str, error: Exception, before: str = "") -> str:
+    """The message of an error with the flag in front, if it has none yet."""
+    line = first_line(error)
+    return line if line.startswith("--model ") else f"--model {name}: {before}{line}"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def label_hidden(model: nn.Module, input_ids: Tensor, response_mask: Tensor, packed: Packing | None) -> Tensor:
+    """-> last hidden states [N, H], those from which the N tokens of the mask are predicted, in the mask's order.
+
+    input_ids, response_mask [B, S], right-padded. Padding follows every real token, so causal attention needs no mask
+    and padded ids cannot reach a masked position.
+    """
+    wanted = response_mask[:, 1:]
+    source = input_ids[:, :-1] if packed is None else packed.input_ids
+    if not source.numel():  # prompts of one token without a completion; attention takes no empty sequence
+        return model.base_model.get_input_embeddings()(source.reshape(-1))
+    if packed is None:
+        return model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state[wanted]
+    return embedding(packed.place[wanted], packing.forward(model, packed))
+
+
+def spread(x: Tensor, mask: Tensor) -> Tensor:
+    """x [N] -> [B, S], at the N tokens of the mask and zero elsewhere."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+
+def token_policy_loss(
+    model: nn.Module, input_ids: Tensor, response_mask: Tensor, vectors: dict[str, Tensor | None], *,
+    inv_temperature: float = 1.0, num_tokens: int, packed: Packing | None = None, **settings,
+):  # fmt: skip
+    """As `token_logprobs`, and the loss of `linear_policy_loss` with it: that one's result, and logprobs [B, S].
+
+    vectors: its advantage, w, old_logprobs, ref_logprobs, [B, S] label-aligned. The head's gradient is added to its
+    float32 `.grad`; that of the hidden states goes on when the loss' backward() is called.
+    """
+    from fastrl.kernels.linear_policy_loss import linear_policy_loss  # needs Triton
+
+    hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
+    weight = model.get_output_embeddings().weight
+    chosen = {name: None if x is None else x[response_mask].float() for name, x in vectors.items()}
+    out = linear_policy_loss(
+        hidden, weight.detach()[:num_tokens], input_ids[response_mask], **chosen, **settings,
+        inv_temperature=inv_temperature, weight_grad=weight.grad[:num_tokens], triton=True,
+    )  # fmt: skip
+    return out, spread(out.logprobs, response_mask)
+
+
+def token_logprobs(
+    model: nn.Module, input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
+    num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False, packed: Packing | None = None,
+    triton: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Right-padded input_ids, response_mask [B, S] -> logprobs [B, S], entropy [B, S] or None; nats, label-aligned.
+
+    Zero outside the mask. Only masked positions enter the head. `num_tokens`: the tokenizer's size; ids beyond it (a
+    padded vocabulary) are not part of the distribution, here as in the engine. head_grad_in_place: add the head's
+    gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
+    packed: the packing of input_ids, if the model can use it. triton: take the kernels for the head.
+    """
+    hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
+    weight = model.get_output_embeddings().weight
+    in_place = head_grad_in_place and torch.is_grad_enabled()
+    values, entropy, _ = linear_logprob(
+        hidden,
+        (weight.detach() if in_place else weight)[:num_tokens],
+        input_ids[:, 1:][response_mask[:, 1:]],
+        inv_temperature=inv_temperature,
+        need_entropy=need_entropy,
+        weight_grad=weight.grad[:num_tokens] if in_place else None,
+        triton=triton,
+    )
+    return spread(values, response_mask), None if entropy is None else spread(entropy, response_mask)

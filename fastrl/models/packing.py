@@ -1,0 +1,136 @@
+"""Packing: a microbatch as one sequence of its distinct tokens, a prompt once for all completions that share it.
+
+    rows   p p p a a        flat   p p p a a b        every layer but attention works token by token and sees this
+           p p p b
+
+Attention is between the tokens of a row: queries, keys and values are gathered into rows and its outputs gathered back.
+On a GPU the rows stand one after the other and each is attended to in its own length, so padding costs nothing at all.
+Elsewhere, which is the definition, they are right-padded, where causal attention needs no mask.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding  # a gather whose backward adds up in a fixed order, in parallel
+
+from fastrl.base.types import TrainBatch
+
+ATTENTION = "fastrl_sdpa"  # the name transformers knows `attention` by
+CAUSAL = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packing:
+    """N distinct input tokens of B rows, without the last token of each row: nothing is predicted from it."""
+
+    input_ids: Tensor  # [1, N] int64
+    position_ids: Tensor  # [1, N] int64, the column of each token
+    place: Tensor  # [B, S] int64, which flat token stands at column s of row b; any in the padding
+    home: Tensor  # [N] int64, b * S + s of one place where each flat token stands
+    rows: Tensor  # [M] int64, `place` without the padding, row after row
+    row_starts: Tensor  # [B + 1] int32, where each row begins among the M, and M
+    row_home: Tensor  # [N] int64, one place among the M where each flat token stands
+
+
+def pack(batch: TrainBatch) -> Packing:
+    """The packing of a batch with S + 1 columns."""
+    B, S, device = len(batch), batch.input_ids.shape[1] - 1, batch.input_ids.device
+    row, column = torch.arange(B, device=device), torch.arange(S, device=device)
+    _, inverse = batch.group.unique(return_inverse=True)
+    first = torch.full((B,), B, device=device).scatter_reduce(0, inverse, row, "amin")[inverse]
+    shared = (column < batch.prompt_lengths[:, None]) & (first != row)[:, None]
+    real = column < batch.lengths()[:, None] - 1
+    kept = real & ~shared
+    number = (kept.flatten().cumsum(0) - 1).clamp(min=0).view(B, S)
+    home = kept.flatten().nonzero()[:, 0]
+    place = torch.where(shared, number[first], number)
+    lengths = torch.cat([real.new_zeros(1, dtype=torch.int64), real.sum(dim=1)])
+    return Packing(
+        input_ids=batch.input_ids[:, :-1].flatten()[home][None],
+        position_ids=(home % max(1, S))[None],
+        place=place,
+        home=home,
+        rows=place[real],
+        row_starts=lengths.cumsum(0).int(),
+        row_home=(real.flatten().cumsum(0) - 1)[home],
+    )
+
+
+def supports(model: nn.Module) -> bool:
+    """Whether attention is the only layer of the model that looks at more than one token, and can be replaced."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return model.config._attn_implementation == ATTENTION and kinds <= CAUSAL
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    packing: Packing | None = None, sliding_window: int | None = None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' SDPA; with a packing, of query, key and value [1, heads, N, d] -> [1, N, heads, d]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    B, S = packing.place.shape
+    kernel = ragged_kernel(query)
+    if kernel is not None:
+        inputs = (embedding(packing.rows, x[0].transpose(0, 1).flatten(1)).view(-1, x.shape[1], x.shape[3])
+                  for x in (query, key, value))  # fmt: skip
+        out = kernel(
+            *inputs, packing.row_starts, packing.row_starts, S, S, scale=kwargs.get("scaling"),
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        return embedding(packing.row_home, out.flatten(1)).view(1, -1, *out.shape[1:]), None
+
+    def rows(x: Tensor) -> Tensor:
+        heads, _, d = x.shape[1:]
+        return embedding(packing.place, x[0].transpose(0, 1).flatten(1)).view(B, S, heads, d).transpose(1, 2)
+
+    mask = None
+    if sliding_window is not None and sliding_window < S:
+        mask = query.new_ones(S, S, dtype=torch.bool).tril().triu(1 - sliding_window)[None, None]
+    out, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), mask, **kwargs)
+    return embedding(packing.home, out.reshape(B * S, -1)).view(1, -1, *out.shape[2:]), None
+
+
+def ragged_kernel(query: Tensor) -> Callable | None:
+    """Attention over rows of their own lengths, where it can take queries [1, heads, N, d]; else None."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if not (query.is_cuda and half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0):
+        return None
+    return varlen_attn() if torch.cuda.get_device_capability(query.device) >= (8, 0) else None
+
+
+@cache
+def varlen_attn() -> Callable | None:
+    """PyTorch's own, in versions whose it can share keys between heads and look back through a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn as attend
+    except ImportError:
+        return None
+    return attend if {"scale", "window_size", "enable_gqa"} <= inspect.signature(attend).parameters.keys() else None
+
+
+def register() -> str:
+    """Make `attention` known to transformers; returns its name there."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    return ATTENTION
+
+
+def forward(model: nn.Module, packing: Packing) -> Tensor:
+    """-> last hidden states [N, H] of the flat tokens."""
+    # four dimensions: a mask that is ready, so transformers builds none; `attention` does not read it
+    ready = packing.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+    out = model.base_model(
+        packing.input_ids, attention_mask=ready, position_ids=packing.position_ids, use_cache=False, packing=packing
+    )
+    return out.last_hidden_state[0]

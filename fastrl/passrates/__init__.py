@@ -1,0 +1,1 @@
+"""The profile: how often a model solves each problem."""

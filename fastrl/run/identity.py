@@ -1,0 +1,56 @@
+"""What a run and its continuation must have in common, and what must be said aloud where they differ."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastrl.base.types import CheckpointError, Problem
+from fastrl.models.policy import Policy
+from fastrl.models.reference import Reference
+from fastrl.passrates.file import digest
+
+# settings that may differ between a run and its continuation; everything else would change what is being trained
+FREE_ON_RESUME = {
+    "steps", "max_minutes", "stop_at_accuracy", "stop_below_accuracy", "stop_on_collapse", "eval", "eval_k",
+    "eval_every", "eval_limit",
+    "save_every", "keep", "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers",
+    "max_num_seqs", "allow_change", "offload", "reference_on_host", "profile", "canary", "hang_timeout",
+}  # fmt: skip
+ABSENT = "not there"
+
+
+def identity_of(policy: Policy, reference: Reference | None, problems: Sequence[Problem]) -> dict[str, str]:
+    """Digests of what the settings only name: a folder or a file may hold something else by now."""
+    tokenizer = policy.tokenizer
+    return {
+        "architecture": digest([name, list(slot.shape)] for name, slot in policy.flat.slots.items()),
+        "tokenizer": digest([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, str(tokenizer.chat_template)]),
+        "problems": digest([p.id, p.prompt, p.answer] for p in problems),
+        "reference": reference.sha256() if reference else "",
+    }
+
+
+def check_same(then: dict, now: dict, allowed: set[str], path: Path) -> None:
+    """Raise CheckpointError, naming it, when a setting of a run or a digest of its identity is another one now.
+
+    allowed: names that may differ, such as `allocation.group_size`, or `allocation` with all that is in it.
+    """
+    before, after = flat(then), flat(json.loads(json.dumps(now)))
+    free = FREE_ON_RESUME | {name.replace("-", "_") for name in allowed}
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name, ABSENT), after.get(name, ABSENT)
+        words = name.split(".")
+        if old != new and not any(".".join(words[:n]) in free for n in range(1, len(words) + 1)):
+            raise CheckpointError(
+                f"{path}: {name} was {str(old)[:200]} and is now {str(new)[:200]}; start with the old one, or say "
+                f"--allow-change {name}"
+            )
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Nested settings by their path, as the flags are written: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    out = {}
+    for name, value in settings.items():
+        inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        out.update(inner)
+    return out

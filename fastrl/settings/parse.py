@@ -1,0 +1,235 @@
+"""Configuration: a TOML recipe and the command line -> dataclasses, which are the objects.
+
+    python -m fastrl.train recipe.toml --objective grpo --optim.lr 1e-4
+
+A recipe is sparse: sections are the nested dataclasses, `type` picks the member of an axis. The command line wins. A
+flag of a nested dataclass may be written by its last word when no other flag, nested no deeper, ends in it: --lr is
+--optim.lr and not --critic.optim.lr. Unknown keys and flags are errors that name the nearest one that exists.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import tomllib
+import typing
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from fastrl.base.bounds import check_texts, check_type, refuse_secrets
+
+T = TypeVar("T")
+
+# what users of other trainers type first -> what it is called here
+KNOWN_ELSEWHERE = {
+    "model_name_or_path": "--model", "dataset": "--data", "dataset_name": "--data", "reward_funcs": "--reward",
+    "num_generations": "--group-size", "max_completion_length": "--max-new-tokens", "max_prompt_length":
+    "--max-prompt-tokens", "beta": "--kl", "epsilon": "--clip-low", "epsilon_high": "--clip-high", "delta":
+    "--dual-clip",
+    "learning_rate": "--lr", "report_to": "--log", "output_dir": "--out", "max_steps": "--steps", "save_steps":
+    "--save-every", "eval_steps": "--eval-every", "save_total_limit": "--keep", "resume_from_checkpoint": "--resume",
+    "scale_rewards": "--adv-norm", "per_device_train_batch_size": "--tokens-per-microbatch", "num_iterations":
+    "--epochs-per-batch", "train_batch_size": "--problems-per-step", "mask_truncated_completions": "--overlong",
+    "gradient_checkpointing": "--checkpoint-activations",
+}  # fmt: skip
+
+
+def parse(cls: type[T], argv: Sequence[str], axes: dict[str, dict[str, type]]) -> T:
+    """argv -> an instance of `cls`; axes: field -> {member name: dataclass}. Raises ValueError on what is unknown."""
+    args = list(argv)
+    recipe: dict = {}
+    source = "the command line"
+    refuse_secrets(args, source)
+    if args and args[0].endswith(".toml"):
+        source = args.pop(0)
+        recipe = read_toml(source)
+    members = {axis: pick_member(axis, choices, args, recipe, source) for axis, choices in axes.items()}
+    default = cls(**{axis: member() for axis, member in members.items()})
+    if recipe:
+        default = cli(default, flags_of(recipe, default, source), source)
+    return cli(default, expand(args, default), "the command line")
+
+
+def read_toml(path: str) -> dict:
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"{path}: no such recipe{nearest(file.name, [p.name for p in file.parent.glob('*.toml')])}")
+    try:
+        return tomllib.loads(file.read_bytes().decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+
+
+def pick_member(axis: str, choices: dict[str, type], args: list[str], recipe: dict, source: str) -> type:
+    """The class an axis names in the recipe or, taking the flag out of `args`, on the command line; else its first."""
+    section = recipe.get(axis, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{source}: {axis} must be a section: write [{axis}] and type = {section!r} under it")
+    name = section.pop("type", next(iter(choices)))
+    if not isinstance(name, str):
+        raise ValueError(f"{source}: type of [{axis}] must be text, got {name!r}; there are: {', '.join(choices)}")
+    flag = f"--{axis}"
+    rest = list(args)
+    args.clear()
+    while rest:
+        arg = rest.pop(0)
+        if arg == flag:
+            if not rest:
+                raise ValueError(f"{flag} needs a name; there are: {', '.join(choices)}")
+            name = rest.pop(0)
+        elif arg.startswith(flag + "="):
+            name = arg.partition("=")[2]
+        else:
+            args.append(arg)
+    if name not in choices:
+        hint = nearest(str(name), choices)
+        raise ValueError(f"{flag} {name}: no such member{hint}; there are: {', '.join(choices)}")
+    return choices[name]
+
+
+def flags_of(recipe: dict, default: object, source: str, prefix: str = "") -> list[str]:
+    """A TOML table -> the flags that say the same, so that one parser checks all types."""
+    known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default) if f.init}
+    hints = typing.get_type_hints(type(default))
+    flags = []
+    for key, value in recipe.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            hint = elsewhere(name) or nearest(name, known)
+            raise ValueError(f"{source}: there is no key {prefix + key!r}{hint}")
+        flag = f"--{prefix}{name}".replace("_", "-")
+        if dataclasses.is_dataclass(known[name]) and not isinstance(value, dict):
+            raise ValueError(f"{source}: {prefix}{key} is a section: write [{prefix}{key}] and keys under it")
+        if isinstance(value, dict):
+            if not dataclasses.is_dataclass(known[name]):
+                raise ValueError(f"{source}: {prefix}{key} is a single value, not a section")
+            flags += flags_of(value, known[name], source, f"{prefix}{name}.")
+            continue
+        check_type(f"{source}: {flag}", value, hints[name])
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--{prefix}no-{name}".replace("_", "-"))
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [flag, *(str(v) for v in values)]
+    return flags
+
+
+def all_flags(default: object, prefix: str = "") -> list[str]:
+    """Every flag of a configuration, as it is typed."""
+    flags = []
+    for field in dataclasses.fields(default):
+        if not field.init:
+            continue
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            flags += all_flags(value, f"{prefix}{field.name}.")
+        else:
+            flags.append(f"--{prefix}{field.name}".replace("_", "-"))
+    return flags
+
+
+def expand(args: list[str], default: object) -> list[str]:
+    """Write out flags that are given by their last word, and put the values of a repeated list flag together."""
+    flags = all_flags(default)
+    expanded = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        typed = name.replace("_", "-")
+        if name.startswith("--") and typed not in flags:
+            no = typed.startswith("--no-")
+            word = typed.removeprefix("--no-") if no else typed.removeprefix("--")
+            full = [f for f in flags if f.endswith(f".{word}")]
+            full = [f for f in full if f.count(".") == min(f.count(".") for f in full)]
+            if len(full) == 1:
+                section, _, last = full[0].rpartition(".")
+                name = f"{section}.{'no-' if no else ''}{last}"
+        expanded += [name, value] if equals else [name]
+    lists = {flag for flag in flags if isinstance(value_of(default, flag), tuple)}
+    merged: dict[str, list[str]] = {}
+    kept: list[str] = []
+    into = kept
+    for arg in expanded:
+        if arg.startswith("--"):
+            typed = arg.replace("_", "-")
+            into = merged.setdefault(typed, []) if typed in lists else kept
+            if into is not kept:
+                continue
+        into.append(arg)
+    return kept + [word for flag, values in merged.items() for word in (flag, *values)]
+
+
+def value_of(default: object, flag: str) -> object:
+    """What `--section.name` stands for in a configuration."""
+    for name in flag.removeprefix("--").replace("-", "_").split("."):
+        default = getattr(default, name)
+    return default
+
+
+def cli(default: T, args: list[str], source: str) -> T:
+    """Parse flags over a default instance; every complaint becomes one ValueError line."""
+    import tyro
+
+    refuse_secrets(args, source)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), warnings.catch_warnings():
+            # a field of an axis is annotated with one member and may hold another: the default's class is what counts
+            warnings.filterwarnings("ignore", message="The field .* is annotated with type")
+            config, unknown = tyro.cli(
+                type(default), args=args, default=default, return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )  # fmt: skip
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise ValueError(f"{source}: {message(said.getvalue()):.1000}; see --help") from None
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("--"):
+            before = [arg for arg in args[: args.index(unknown[0])] if arg.startswith("--")]
+            behind = f" behind {before[-1]}" if before else ""
+            raise ValueError(f"{source}: {unknown[0]!r} is too much{behind}; see --help")
+        hint = elsewhere(flag.lstrip("-").replace("-", "_")) or nearest(flag, all_flags(default))
+        raise ValueError(f"{source}: there is no option {flag}{hint}")
+    check_texts(config)
+    return config
+
+
+def message(said: str) -> str:
+    """tyro draws boxes with a title and a pointer to the help around its message -> the message alone."""
+    words = re.sub(r"[\u2500-\u257f]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said))
+    line = " ".join(words.split())
+    line = re.sub(r"^(Value error|Missing argument|Invalid choice|Parsing error)\s+", "", line)
+    line = re.sub(r"\s*(Argument helptext:.*)?\s*For full helptext.*$", "", line)
+    # our own checks name the flag themselves, but not the section that theirs is nested in
+    line = re.sub(r"^Error parsing (\S+\.(\w+)): --\2\.", r"--\1.", line)
+    return re.sub(r"^Error parsing \S+: (?=--)", "", line).rstrip(".")
+
+
+def elsewhere(name: str) -> str:
+    ours = KNOWN_ELSEWHERE.get(name.lower())
+    return f"; here it is called {ours}" if ours else ""
+
+
+def nearest(name: str, known: Sequence[str] | dict) -> str:
+    """'; did you mean X?', or an empty string when nothing is near. Last words count as names."""
+    deepest_first = sorted(known, key=lambda k: -k.count("."))  # so that the least nested keeps the word
+    words = {k.rpartition(".")[2].lstrip("-"): k for k in deepest_first}
+    near = difflib.get_close_matches(name.lstrip("-").rpartition(".")[2], words, n=1, cutoff=0.5)
+    return f"; did you mean {words[near[0]]}?" if near else "; see --help"
+
+
+def as_dict(config: object) -> dict:
+    """A configuration as JSON can hold it, with the class of each nested member under `type`."""
+    out = {}
+    for field in dataclasses.fields(config):
+        if not field.init:
+            continue
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = {"type": type(value).__name__.lower(), **as_dict(value)}
+        out[field.name] = list(value) if isinstance(value, tuple) else value
+    return out

@@ -1,0 +1,213 @@
+"""From a batch to its gradient: what the objective compares with, and the loss, microbatch by microbatch."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from fastrl.base import faults
+from fastrl.base.types import TrainBatch
+from fastrl.models.critic import Critic, explained_variance
+from fastrl.models.policy import Policy
+from fastrl.models.reference import Reference
+from fastrl.objectives.base import Objective
+from fastrl.step.batching import averages, denominator, minibatches, select
+from fastrl.step.metrics import sampling_mismatch
+from fastrl.step.microbatches import Fitting
+from fastrl.updates.base import UpdateRule
+from fastrl.watch import bad_step
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """The models of a run and how they learn. Knows neither where batches come from nor when a run ends."""
+
+    policy: Policy
+    reference: Reference | None
+    critic: Critic | None  # where the objective needs values
+    objective: Objective
+    update: UpdateRule
+    num_minibatches: int
+    fitting: Fitting  # cuts microbatches
+    old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
+
+    mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
+    broken: dict[str, int] = field(default_factory=dict, init=False)  # numbers of this step that were not finite
+
+    @property
+    def trained(self) -> dict[str, Policy | Critic]:
+        return {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
+
+    def prepare(self, batch: TrainBatch) -> None:
+        """Fill in what the objective needs and no other part has; old log-probabilities may be the engine's."""
+        needs = self.objective.needs(self.num_minibatches)
+        if self.old_from_engine and "old_logprobs" in self.objective.needs(2):
+            batch.old_logprobs = batch.rollout_logprobs.clone()
+            needs -= {"old_logprobs"}
+        self.fill(batch, needs)
+        self.objective.prepare(batch)
+
+    def fill(self, batch: TrainBatch, needs: frozenset[str]) -> None:
+        """Compute what the objective compares with, token by token, without gradients."""
+        models = {
+            "old_logprobs": self.policy, "current_logprobs": self.policy, "ref_logprobs": self.reference,
+            "values": self.critic,
+        }  # fmt: skip
+        for name in sorted(needs):
+            setattr(batch, name, faults.through(name, self.fitting.run(partial(self.scores, models[name], batch))))
+        if self.reference:
+            self.reference.rest()
+
+    def scores(self, model: Policy | Reference | Critic, batch: TrainBatch) -> torch.Tensor:
+        values = torch.zeros_like(batch.rollout_logprobs)
+        with torch.no_grad():
+            for rows, part in self.fitting.cut(batch, packed=model.packs):
+                scores = model.score(part)
+                values[rows, : scores.shape[1]] = scores.to(values.dtype)
+        return values
+
+    def learn(self, batch: TrainBatch) -> dict[str, float]:
+        """One step of the update rule on the batch's minibatches -> metrics."""
+        self.mismatch = {}
+        parts = [partial(self.accumulate, part) for part in minibatches(batch, self.num_minibatches)]
+        return self.update.update(self.policy, parts)
+
+    def accumulate(self, minibatch: TrainBatch) -> dict[str, float]:
+        """Leave the minibatch's gradient at the current weights in the gradient buffer; return its metrics."""
+        # counted once, over all ranks, so the gradient does not depend on how the minibatch is cut further
+        count = denominator(minibatch, self.objective.normalizer)
+        tokens = denominator(minibatch, "token")
+        minibatch.counts = {"token": tokens, "completion": denominator(minibatch, "completion")}
+        if self.objective.needs_current:
+            self.fill(minibatch, frozenset({"current_logprobs"} if minibatch.old_logprobs is not None else ()))
+            self.objective.couple(minibatch)
+        sums, seen = self.fitting.run(partial(self.backward, minibatch, count))
+        if not self.mismatch:
+            self.mismatch = sampling_mismatch((seen - minibatch.rollout_logprobs)[minibatch.response_mask])
+        if minibatch.old_logprobs is None:  # then this is the first pass of the step, and the next is not
+            minibatch.old_logprobs = seen
+        if sums:
+            faults.through("loss", sums["loss"])
+        metrics = averages(sums, tokens)
+        self.policy.loss = metrics["loss"]
+        if not math.isfinite(self.policy.loss):
+            bad_step.note(self.broken, sums.get("loss"), seen, minibatch.response_mask)
+        return metrics
+
+    def backward(self, minibatch: TrainBatch, count: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Add up the gradient, microbatch by microbatch -> sums of the metrics, logprobs [B, S]. No collectives."""
+        self.policy.zero_grad()
+        sums: dict[str, torch.Tensor] = {}
+        seen = torch.zeros_like(minibatch.rollout_logprobs)
+        for learns, rows, part in self.microbatches(minibatch):
+            faults.at("forward")
+            loss, logprobs, metrics = self.forward(part, count, learns)
+            if learns:
+                loss.backward()
+            seen[rows, : logprobs.shape[1]] = logprobs.detach().to(seen.dtype)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+        return sums, seen
+
+    def forward(self, part: TrainBatch, count: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """A microbatch -> its share of the loss, logprobs [B, S], and metrics summed over response tokens."""
+        fused = self.objective.fused(part) if self.policy.fuses and hasattr(self.objective, "fused") else None
+        if learns and fused is not None:
+            loss, logprobs, metrics = self.policy.fused_loss(part, count, fused)
+            return loss, logprobs, {"loss": loss.detach() * part.counts["token"], **metrics}
+        with torch.set_grad_enabled(learns):
+            logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
+            loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
+        return loss / count, logprobs, {"loss": loss.detach() * (part.counts["token"] / count), **metrics}
+
+    def microbatches(self, minibatch: TrainBatch) -> Iterator[tuple[bool, torch.Tensor, TrainBatch]]:
+        """(whether there is anything to learn, row indices, rows); rows without a gradient only go forward."""
+        silent = self.objective.silent(minibatch)
+        for learns, rows in ((True, (~silent).nonzero()[:, 0]), (False, silent.nonzero()[:, 0])):
+            pieces = self.fitting.cut(
+                select(minibatch, rows), splits_groups=self.objective.splits_groups, packed=self.policy.packs
+            )
+            yield from ((learns, rows[index], part) for index, part in pieces)
+
+    def fit_critic(self, batch: TrainBatch) -> dict[str, float]:
+        """Teach the critic the batch's returns, minibatch by minibatch; return its metrics."""
+
+        def accumulate(part: TrainBatch) -> dict[str, float]:
+            tokens = denominator(part, "token")
+
+            def backward() -> dict[str, torch.Tensor]:
+                pieces = (piece for _, piece in self.fitting.cut(part, packed=self.critic.packs))
+                return self.critic.backward(pieces, self.objective.value_loss_sum, tokens)
+
+            metrics = averages(self.fitting.run(backward), tokens)
+            self.critic.loss = metrics["loss"]
+            return metrics
+
+        self.critic.wake()
+        metrics = self.critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])
+        self.critic.rest()
+        return metrics | {"critic/explained_variance": explained_variance(batch)}
+
+    def set_lr(self, step: int, steps: int) -> None:
+        """Learning rates of the step after `step` of `steps`."""
+        for model in self.trained.values():
+            model.set_lr(model.optim.lr_at(step, steps))
+
+    def end_step(self, step: int) -> tuple[dict[str, list[str]], dict[str, int]]:
+        """Close the step for the guards -> what each has refused it for, and how many numbers were not finite."""
+        reasons = {name: model.guard.end_step(step) for name, model in self.trained.items()}
+        broken = self.broken | {f"{n} gradient": m.own_broken for n, m in self.trained.items() if m.own_broken}
+        self.broken = {}
+        for model in self.trained.values():
+            model.own_broken = 0
+        return reasons, broken
+
+    def give_up(self) -> None:
+        """Raises NumericsError where a guard has refused too many steps."""
+        for model in self.trained.values():
+            model.guard.give_up()
+
+    def counters(self) -> dict[str, float]:
+        critic = {"critic/skipped_total": float(self.critic.guard.skipped)} if self.critic else {}
+        guard = self.policy.guard
+        return {"skipped_total": float(guard.skipped), **critic, "empty_total": float(guard.empty)}
+
+    def state_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's weights and optimizer states."""
+        yield from self.policy.state_tensors()
+        if self.critic:
+            yield from ((f"critic.{name}", tensor) for name, tensor in self.critic.state_tensors())
+
+    def state_names(self) -> list[str]:
+        critic = self.critic.state_names() if self.critic else []
+        return [*self.policy.state_names(), *(f"critic.{name}" for name in critic)]
+
+    def shard_sizes(self) -> dict[str, int]:
+        """Elements of this rank's shards, by the prefix of their tensors' names."""
+        critic = {"critic.": len(self.critic.master)} if self.critic else {}
+        return {"": len(self.policy.master), **critic}
+
+    def state_dict(self) -> dict:
+        """Everything but tensors that the next step depends on."""
+        return {
+            "tokens_per_microbatch": self.fitting.tokens,
+            "policy_version": self.policy.policy_version,
+            "tensors": sorted(self.state_names()),
+            "update": self.update.state_dict(),
+            "guard": self.policy.guard.state_dict(),
+            **({"critic_guard": self.critic.guard.state_dict()} if self.critic else {}),
+        }
+
+    def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
+        """Continue from what a checkpoint has; of `tokens_per_microbatch` the trainer decides."""
+        self.update.load_state_dict(state["update"])
+        self.policy.guard.load_state_dict(state["guard"])
+        self.policy.load_state_tensors(tensors)
+        if self.critic:
+            prefix = "critic."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            self.critic.load_state_tensors(own)
+            self.critic.guard.load_state_dict(state["critic_guard"])
+        self.policy.policy_version = state["policy_version"]

@@ -1,0 +1,121 @@
+"""Sampling and scoring: a plan of problems becomes groups of completions with rewards."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastrl.base import faults, ranks
+from fastrl.base.spans import Spans
+from fastrl.base.types import Completion, Problem, RolloutGroup
+from fastrl.engine.base import Engine, Request, Sampling, sampling_seed
+from fastrl.engine.checked import sample_checked
+from fastrl.rewards import RewardSet
+from fastrl.step.metrics import evaluation_table
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """engine + verifier. Each rank samples its share of a plan."""
+
+    engine: Engine
+    rewards: RewardSet
+    tokenizer: object
+    sampling: Sampling
+    seed: int
+    grade_truncated: bool = False  # grade completions cut off by max_new_tokens instead of giving them 0
+    canary: Callable[[], dict[str, float]] | None = None  # run once for each version of the weights; may raise
+    make_room: Callable[[], None] = lambda: None  # before the engine takes its memory
+    spans: Spans = field(default_factory=Spans)
+    statuses: dict[str, int] = field(default_factory=dict, init=False)  # outcomes of the last run, by class
+    reward_metrics: dict[str, float] = field(default_factory=dict, init=False)
+    canary_metrics: dict[str, float] = field(default_factory=dict, init=False)  # of the newest weights
+    checked_version: int | None = field(default=None, init=False)
+
+    def run(self, plan: list[tuple[Problem, int]], step: int) -> list[RolloutGroup]:
+        """[(problem, group_size)] of all ranks -> this rank's groups, sampled for training step `step` and scored."""
+        own = slice(ranks.rank(), None, ranks.size())
+        with self.spans("rollout"):
+            groups = self.sample(plan[own], self.sampling, "train", step, firsts=first_samples(plan)[own])
+        with self.spans("reward"):
+            self.score(groups)
+        return groups
+
+    def evaluate(self, problems: list[Problem], k: int, sampling: Sampling):
+        """k completions of each problem -> this rank's groups and their `evaluation_table`.
+
+        The seeds depend on the problem and the sample only, so two evaluations differ by their weights alone.
+        """
+        own = [(problem, k) for problem in problems[ranks.rank() :: ranks.size()]]
+        groups = self.sample(own, sampling, "eval")
+        self.score(groups)
+        correct = [[self.is_right(c) for c in g.completions] for g in groups]
+        keys = [[self.rewards.vote_key(c.text) for c in g.completions] for g in groups]
+        return groups, evaluation_table(groups, correct, keys)
+
+    def is_right(self, completion: Completion) -> bool:
+        """What the first verifier says, whatever its weight; with user functions alone, a total reward of 1 or more."""
+        if self.rewards.verifiers:
+            return (completion.rewards.get(self.rewards.verifiers[0].name) or 0.0) >= 1.0
+        return completion.reward >= 1.0
+
+    def sample(
+        self, plan: list[tuple[Problem, int]], sampling: Sampling, *stream: object, firsts: list[int] | None = None
+    ) -> list[RolloutGroup]:
+        """firsts: number of the first sample of each group, if not 0: a seed depends on (stream, problem, number)."""
+        requests = [
+            Request(
+                prompt_ids=problem.prompt_ids,
+                seeds=[sampling_seed(self.seed, *stream, problem.id, i) for i in range(first, first + group_size)],
+            )
+            for (problem, group_size), first in zip(plan, firsts or [0] * len(plan), strict=True)
+        ]
+        self.make_room()
+        with self.engine.generate_phase():
+            if self.canary and self.checked_version != self.engine.policy_version:
+                self.canary_metrics = self.canary()
+                self.checked_version = self.engine.policy_version
+            faults.at("generate")
+            self.engine.progress = self.spans.beat
+            sampled = sample_checked(self.engine, requests, sampling, len(self.tokenizer))
+        flat = [c for completions in sampled for c in completions]
+        for completion in flat[:1]:
+            completion.rollout_logprobs = faults.through("rollout_logprobs", completion.rollout_logprobs)
+        ids = [c.token_ids for c in flat]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of no rows it makes one
+        for completion, text in zip(flat, texts, strict=True):
+            completion.text = text
+        version = self.engine.policy_version
+        return [
+            RolloutGroup(problem=problem, completions=completions, policy_version=version)
+            for (problem, _), completions in zip(plan, sampled, strict=True)
+        ]
+
+    def score(self, groups: list[RolloutGroup]) -> None:
+        """Fill `reward` and `rewards`; a completion cut off by the length limit earns 0 unless grade_truncated."""
+        faults.at("grade")
+        rows = [(g.problem, c) for g in groups for c in g.completions]
+        truncated = [c.finish_reason == "length" and not self.grade_truncated for _, c in rows]
+        graded = [row for row, cut_off in zip(rows, truncated, strict=True) if not cut_off]
+        columns = {name: [p.columns.get(name) for p, _ in graded] for name in {n for p, _ in graded for n in p.columns}}
+        scores = self.rewards.score(
+            [p.prompt for p, _ in graded],
+            [c.text for _, c in graded],
+            [p.answer for p, _ in graded],
+            completion_ids=[c.token_ids for _, c in graded],
+            columns=columns,
+        )
+        total = faults.through("reward", scores.total)
+        for i, (_, completion) in enumerate(graded):
+            completion.reward = total[i]
+            completion.rewards = {name: values[i] for name, values in scores.each.items()}
+        self.statuses = {**scores.statuses, "truncated": sum(truncated)}
+        self.reward_metrics = scores.metrics
+
+
+def first_samples(plan: list[tuple[Problem, int]]) -> list[int]:
+    """For each group the completions of the same problem before it: a problem that comes twice is not sampled alike."""
+    seen: dict[str, int] = {}
+    firsts = []
+    for problem, group_size in plan:
+        firsts.append(seen.get(problem.id, 0))
+        seen[problem.id] = firsts[-1] + group_size
+    return firsts

@@ -1,0 +1,215 @@
+"""Weights under training: one flat buffer, this rank's float32 shard of it, an optimizer and a guard over the shard."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.base import faults, ranks
+from fastrl.weights.activations import saved_on_host
+from fastrl.weights.buffer import FlatParams
+from fastrl.weights.guard import Guard
+from fastrl.weights.halves import join, split
+from fastrl.weights.halves_optim import SplitOptimizer
+from fastrl.weights.moves_ref import squared_norm
+from fastrl.weights.offload import HostCopies
+from fastrl.weights.optim import OptimConfig, ShardOptimizer
+
+Offload = Literal["none", "optimizer", "activations", "optimizer,activations"]
+MasterKind = Literal["float32", "split"]
+PART = 2**24  # elements that are in a wider type at a time
+
+
+@dataclass(slots=True)
+class Gradient:
+    """This rank's slice of the gradient summed over ranks, the norm of the whole, and the loss it is of."""
+
+    shard: Tensor  # [P / ranks], a view of the gradient buffer; `apply` clips it in place
+    norm: float  # before clipping, the same on all ranks
+    loss: float = 0.0  # the same on all ranks
+
+
+class TrainedModel:
+    """Update rules see this rank's flat shard, the steps of an optimizer step, and `publish()`.
+
+    With float32 weights on one rank, `master` is the weight buffer itself; otherwise it is a float32 copy of the shard
+    and `publish` writes it back and gathers the other ranks' shards. A split `master` is the shard of the bfloat16
+    weights, and `low` what they lack of float32. An update rule reads the shard by `values()`, and writes it by
+    `assign()` or by the operations of `moves.py`, which are given `low`, or `weights_bf16` to write in the same pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, guard: Guard, grad_dtype: torch.dtype = torch.float32, *,
+        master: MasterKind = "float32", offload: Offload = "none",
+    ):  # fmt: skip
+        self.model, self.offload = model, offload
+        self.flat = FlatParams(model, ranks=ranks.size(), grad_dtype=grad_dtype)
+        own = self.flat.weights.chunk(ranks.size())[ranks.rank()]
+        self.own_weights, self.low = own, None
+        if master == "split":
+            self.master, self.low = own, torch.zeros_like(own, dtype=torch.int16)
+            self.optimizer = SplitOptimizer(optim, own, self.low)
+        else:
+            self.master = own if own.dtype in (torch.float32, torch.float64) else own.float()
+            self.optimizer = ShardOptimizer(optim, self.master)
+        self.device = self.master.device
+        self.optim, self.guard, self.host = optim, guard, HostCopies()
+        self.policy_version = 0  # weight updates published so far
+        self.loss = 0.0  # over all ranks, of the gradient in the buffer; whoever accumulates one leaves it here
+        self.own_broken = 0  # gradients of this rank that were not finite, before they were reduced
+
+    def zero_grad(self) -> None:
+        self.flat.zero_grads()
+
+    def rest(self) -> None:
+        """Until `wake`, only the weights are needed: gradients have no memory, and what is offloaded is on the host."""
+        self.flat.drop_grads()
+        if "optimizer" in self.offload:
+            beside_weights = self.master if self.low is None else self.low
+            if beside_weights is not self.own_weights:
+                self.host.put(beside_weights)
+            for tensor in self.optimizer.resident():
+                self.host.put(tensor)
+
+    def wake(self) -> None:
+        """Master and optimizer state are back, bit for bit, and gradients are zero."""
+        self.host.back()
+        self.flat.zero_grads()
+
+    def saving(self) -> AbstractContextManager:
+        """Around a forward: where its activations go."""
+        return saved_on_host(self.flat.weights if "activations" in self.offload else None)
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """A copy of this rank's shard, float32 (or float64)."""
+        return self.master.clone() if self.low is None else join(self.master, self.low)
+
+    @torch.no_grad()
+    def assign(self, values: Tensor) -> None:
+        """Set this rank's shard; not published."""
+        if self.low is None:
+            self.master.copy_(values)
+            return
+        for high, low, own in zip(*(x.split(PART) for x in (self.master, self.low, values)), strict=True):
+            parts = split(own.to(self.device))
+            high.copy_(parts[0])
+            low.copy_(parts[1])
+
+    @torch.no_grad()
+    def gradient(self) -> Gradient:
+        """Reduce the gradient buffer over ranks. Once per accumulated gradient."""
+        faults.through("grad", self.flat.grads)
+        own = squared_norm(self.flat.grads) if ranks.size() > 1 else None  # afterwards no one knows whose it was
+        shard = ranks.reduce_shard(self.flat.grads)
+        square = ranks.all_sum_(squared_norm(shard))
+        norm = square.sqrt().item()
+        if not math.isfinite(norm):
+            self.own_broken += own is None or not math.isfinite(own.item())
+        return Gradient(shard, norm, self.loss)
+
+    @torch.no_grad()
+    def apply(self, gradient: Gradient) -> dict[str, float]:
+        """Guard, clip, step, publish. Returns grad_norm (before clipping) and skipped (0 or 1).
+
+        A gradient that the guard refuses leaves parameters and optimizer state untouched on all ranks.
+        """
+        norm, refused = gradient.norm, self.guard.skipped
+        if not self.guard.admit(norm, gradient.loss):
+            return {"grad_norm": norm, "skipped": float(self.guard.skipped - refused)}
+        limit = self.optim.max_grad_norm
+        if limit and norm > limit:
+            gradient.shard.mul_(limit / norm)
+        faults.at("optimizer")
+        self.optimizer.step(gradient.shard)
+        self.publish()
+        return {"grad_norm": norm, "skipped": 0.0}
+
+    def optimizer_step(self) -> dict[str, float]:
+        """Reduce the accumulated gradient and apply it."""
+        return self.apply(self.gradient())
+
+    @property
+    def weights_bf16(self) -> Tensor | None:
+        """This rank's shard of the model's weights, where they are `master` rounded to bfloat16, once published."""
+        return self.own_weights if self.own_weights.dtype == torch.bfloat16 and self.low is None else None
+
+    @torch.no_grad()
+    def publish(self, written: bool = False) -> None:
+        """Make the shards' new values the weights of the model and of the engine, on every rank.
+
+        written: `weights_bf16` holds this rank's already.
+        """
+        if self.master is not self.own_weights and not written:
+            self.own_weights.copy_(self.master)
+        faults.at("allgather")
+        ranks.gather_shards(self.flat.weights)
+        self.policy_version += 1
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def optimizer_snapshot(self) -> dict[str, Tensor]:
+        """A copy of the optimizer's state, for `optimizer_restore`."""
+        return self.optimizer.snapshot()
+
+    def optimizer_restore(self, state: dict[str, Tensor]) -> None:
+        self.optimizer.restore(state)
+
+    def scale_first_moment(self, factor: float) -> None:
+        self.optimizer.scale_first_moment(factor)
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sums over this rank's shard -> over all shards."""
+        return ranks.all_sum_(values)
+
+    def tensor_rms(self, values: Callable[[slice], Tensor]) -> Tensor:
+        """values(part of this rank's shard) -> root mean square within each tensor of the model, [tensors]."""
+        squares = self.all_sum(torch.stack([squared_norm(values(part)) for part in self.tensor_slices()]))
+        sizes = squares.new_tensor([slot.numel for slot in self.flat.slots.values()])
+        return (squares / sizes).sqrt().to(torch.promote_types(self.master.dtype, torch.float32))
+
+    def tensor_slices(self) -> list[slice]:
+        """Where the tensors of the model lie in this rank's shard, in order; a tensor that lies elsewhere is empty.
+
+        Every rank has the same number of them, so that sums per tensor can be reduced.
+        """
+        size = len(self.master)
+        first = ranks.rank() * size
+        bounds = [(slot.offset - first, slot.offset - first + slot.numel) for slot in self.flat.slots.values()]
+        return [slice(min(max(a, 0), size), min(max(b, 0), size)) for a, b in bounds]
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's shard of everything that the next optimizer step reads."""
+        read = self.host.read
+        if self.low is None:
+            yield "master", read(self.master)
+        else:
+            yield "master", join(self.master.cpu(), read(self.low).cpu())
+        for name, tensor in self.optimizer.state_tensors(read).items():
+            yield f"optimizer.{name}", tensor
+
+    def state_names(self) -> list[str]:
+        """The names that `state_tensors` gives."""
+        return ["master", *(f"optimizer.{name}" for name in self.optimizer.state_names())]
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state_tensors` gave, and publish it."""
+        self.wake()
+        self.assign(tensors["master"])
+        prefix = "optimizer."
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self.optimizer.load_state_tensors(own)
+        version = self.policy_version
+        self.publish()
+        self.policy_version = version
