@@ -1,4 +1,4 @@
-"""The fast paths of weights/moves.py against its definitions: the CUDA source, as far as it can be checked; its twin."""
+"""The fast paths of the moves against their definitions: the CUDA source, as far as it can be checked, and its twin."""
 
 import math
 import re
