@@ -8,8 +8,9 @@ from helpers import make_trainer, mostly_later
 from test_sfpo import SMALL, quadratic, weights_and_state
 from toys import Descent
 
-from fastrl.updates.gxpo import GXPO, segments
+from fastrl.updates.gxpo import GXPO
 from fastrl.updates.sfpo import SFPO
+from fastrl.weights.shard import segments
 
 F64 = torch.float64
 # no guards: every coordinate is extrapolated by what its gradients say

@@ -1,10 +1,10 @@
 """Toys with the interfaces of the program's parts."""
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
+from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
+from fastrl.weights.moves_ref import BLOCK
 from fastrl.weights.shard import Gradient
 
 
@@ -13,7 +13,6 @@ class Descent:
 
     def __init__(self, theta: Tensor, gradient_of, lr: float = 1.0):
         self.master, self.gradient_of, self.lr = theta.clone(), gradient_of, lr
-        self.optim = SimpleNamespace(weight_decay=0.0)
         self.seen: list[Tensor] = []  # every gradient taken
         self.state = {"step": torch.zeros(())}
         self.first_moment = torch.ones(())
@@ -36,16 +35,41 @@ class Descent:
     def optimizer_step(self) -> dict[str, float]:
         return self.apply(self.gradient())
 
-    weights_bf16 = low = None
-
-    def values(self) -> Tensor:
+    def snapshot(self) -> Tensor:
         return self.master.clone()
 
-    def assign(self, values: Tensor) -> None:
-        self.master.copy_(values)
+    def restore(self, anchor: Tensor) -> None:
+        self.master.copy_(anchor)
 
-    def publish(self, written: bool = False) -> None:
-        pass
+    def interpolate(self, anchor: Tensor, alpha: float) -> dict[str, float]:
+        return interpolate_(self.master, anchor, alpha).named()
+
+    def extrapolate(self, anchor: Tensor, law: Extrapolation, *, grads=None, u0=None) -> dict[str, float]:
+        """The whole vector is one tensor of the model."""
+        first = grads[0] if u0 is None else -u0 / self.lr
+        limits = {}
+        if law.active_threshold:
+            limits["threshold"] = law.active_threshold * first.square().mean().sqrt()[None]
+            limits["segment"] = torch.zeros(-(-len(anchor) // BLOCK), dtype=torch.int64)
+        stats = extrapolate_(
+            self.master, anchor, law.lookahead, law.alpha, grads=grads, u0=u0, lr=self.lr, ratio_min=law.ratio_min,
+            ratio_max=law.ratio_max, scale_max=law.scale_max, **limits,
+        )  # fmt: skip
+        return self.checked(stats.named(), anchor, law)
+
+    def extrapolate_by_tensor(self, anchor: Tensor, law: Extrapolation, grads) -> dict[str, float]:
+        g0, g1 = grads
+        ratio, scale = law.by_tensor((g0 * g1).sum(), g0.square().sum())
+        n = len(anchor)
+        stats = interpolate_(self.master, anchor, law.alpha * scale.item()).named()
+        stats |= {"active": n, "ratio": n * ratio.item(), "scale": n * scale.item()}
+        return self.checked(stats, anchor, law)
+
+    def checked(self, stats: dict[str, float], anchor: Tensor, law: Extrapolation) -> dict[str, float]:
+        refused = law.multiplier(stats) < law.min_multiplier
+        if refused:
+            self.restore(anchor)
+        return stats | {"refused": float(refused)}
 
     def optimizer_snapshot(self) -> dict[str, Tensor]:
         return {name: t.clone() for name, t in self.state.items()}
@@ -56,11 +80,5 @@ class Descent:
     def scale_first_moment(self, factor: float) -> None:
         self.first_moment *= factor
 
-    def all_sum(self, values: Tensor) -> Tensor:
-        return values
-
-    def tensor_slices(self) -> list[slice]:
-        return [slice(0, len(self.master))]
-
-    def tensor_rms(self, values) -> Tensor:
-        return torch.stack([values(part).square().mean().sqrt() for part in self.tensor_slices()])
+    def inner_products(self, pairs) -> list[float]:
+        return [(a * b).sum().item() for a, b in pairs]

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastrl.base.types import CheckpointError
-from fastrl.checkpoint.tensor_form import RULES, split_name
+from fastrl.checkpoint.tensor_form import rule_of, split_name
 from fastrl.weights.buffer import ALIGN
 
 
@@ -22,13 +22,13 @@ def reslice(files: list[Path], sizes: dict[str, int], rank: int, ranks: int, dev
     first, tensors = readers[0], {}
     for name in first.keys():  # noqa: SIM118, a reader is no dict
         prefix, rest = split_name(name)
-        if RULES[rest].each == "same":
+        if rule_of(rest).each == "same":
             tensors[name] = first.get_tensor(name)
             if any(not torch.equal(other.get_tensor(name), tensors[name]) for other in readers):
                 raise CheckpointError(f"{files[0].parent}: {name} differs between ranks; use another checkpoint")
             continue
         slices = [reader.get_slice(name) for reader in readers]
-        if RULES[rest].each == "block" or slices[0].get_dtype() == "U8":
+        if rule_of(rest).each == "block" or slices[0].get_dtype() == "U8":
             raise CheckpointError(
                 f"{files[0].parent}: written by {len(files)} ranks, and this run has {ranks}: {name} is 8-bit state, "
                 f"whose scales belong to the shards of {len(files)} ranks; start {len(files)}"

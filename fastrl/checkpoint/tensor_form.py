@@ -36,6 +36,11 @@ RULES = {
 LENGTHS = {"optimizer.step": 1, "optimizer.qmap1": 256, "optimizer.qmap2": 256}
 
 
+def rule_of(name: str) -> Rule | None:
+    """What a tensor without the critic's prefix must be; None where no run has it. `update.X` is an update rule's."""
+    return Rule(FLOATS, "element") if name.startswith("update.") else RULES.get(name)
+
+
 def split_name(name: str) -> tuple[str, str]:
     """'critic.optimizer.step' -> ('critic.', 'optimizer.step'); what has no prefix is the policy's."""
     return ("critic.", name.removeprefix("critic.")) if name.startswith("critic.") else ("", name)
@@ -68,7 +73,7 @@ def check_tensors(path: Path, header: dict[str, tuple[str, list[int]]], sizes: d
     """
     for name, (dtype, shape) in header.items():
         prefix, rest = split_name(name)
-        rule = RULES.get(rest)
+        rule = rule_of(rest)
         if rule is None or (sizes and prefix not in sizes):
             raise CheckpointError(f"{path}: it has a tensor {name[:80]!r}, which this run has not; use another one")
         if dtype not in rule.dtypes:

@@ -72,7 +72,8 @@ class MemorySettings:
     reference: bool = False
     reference_on_host: bool = False
     scores: bool = False  # whether there is a score phase
-    copies: int = 0  # of the master; this and the next two as fastrl.updates.base says
+    copies: int = 0  # of the master; this and the next three as fastrl.updates.base says
+    keeps: int = 0
     holds_state: bool = False
     per_coordinate: bool = False
     checkpoint: str = "none"  # none, selective, full
@@ -101,7 +102,7 @@ def buffer(elements: int, ranks: int) -> int:
 
 
 def trained(elements: int, optimizer: str, s: MemorySettings) -> dict[str, int]:
-    """Bytes of a TrainedModel on one rank: weights and gradients are whole there, the others a shard."""
+    """Bytes of a ShardedModel on one rank: weights and gradients are whole there, the others a shard."""
     total = buffer(elements, s.ranks)
     shard = total // s.ranks
     own_master = s.dtype != torch.bfloat16  # then the shard of the weights is the master

@@ -113,6 +113,7 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
         "master": (state, policy["master"]),
         "optimizer": (state, policy["optimizer"]),
         "snapshots": (("backward", "step"), snapshot_bytes(shard, s)),
+        "rule": (whole, s.keeps * shard * max(4, s.dtype.itemsize)),
     }
     if "optimizer" in s.offload:
         host["master"], host["optimizer"] = policy["master"], policy["optimizer"]

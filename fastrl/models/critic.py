@@ -17,7 +17,7 @@ from fastrl.updates.base import Accumulate
 from fastrl.updates.single import Single
 from fastrl.weights.guard import Guard
 from fastrl.weights.optim import OptimConfig
-from fastrl.weights.shard import MasterKind, Offload, TrainedModel
+from fastrl.weights.shard import MasterKind, Offload, ShardedModel
 
 ValueLoss = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -56,7 +56,7 @@ class ValueModel(nn.Module):
         return linear(hidden.to(dtype), head.weight.to(dtype), head.bias.to(dtype))[:, 0]
 
 
-class Critic(TrainedModel):
+class Critic(ShardedModel):
     """A model of its own: weights, gradients, optimizer state and guard are apart from the policy's."""
 
     def __init__(

@@ -8,10 +8,10 @@ from fastrl.models.loading import LoadedModel, token_logprobs, token_policy_loss
 from fastrl.models.packing import pack
 from fastrl.weights.guard import Guard
 from fastrl.weights.optim import OptimConfig
-from fastrl.weights.shard import MasterKind, Offload, TrainedModel
+from fastrl.weights.shard import MasterKind, Offload, ShardedModel
 
 
-class Policy(TrainedModel):
+class Policy(ShardedModel):
     def __init__(
         self, loaded: LoadedModel, optim: OptimConfig, guard: Guard, *,
         temperature: float = 1.0, grad_dtype: torch.dtype = torch.float32, triton: bool = False,

@@ -29,7 +29,7 @@ def memory_settings(
         critic_optimizer=config.critic.optim.name if critic else None, reference=reference,
         reference_on_host=config.reference_on_host,
         scores=bool(needs) or objective.needs_current,
-        copies=update.copies, holds_state=update.holds_state, per_coordinate=update.per_coordinate,
+        copies=update.copies, keeps=update.keeps, holds_state=update.holds_state, per_coordinate=update.per_coordinate,
         checkpoint=config.checkpoint_activations, offload=() if offload == "none" else tuple(offload.split(",")),
         attention=config.attention, engine=engine, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.vllm.max_num_batched_tokens, kv_bytes=int(config.vllm.kv_gib * GIB),

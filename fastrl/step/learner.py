@@ -16,7 +16,7 @@ from fastrl.objectives.base import Objective
 from fastrl.step.batching import averages, denominator, minibatches, select
 from fastrl.step.metrics import sampling_mismatch
 from fastrl.step.microbatches import Fitting
-from fastrl.updates.base import UpdateRule
+from fastrl.updates.base import UpdateRule, check_state
 from fastrl.watch import bad_step
 
 
@@ -35,6 +35,10 @@ class Learner:
 
     mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
     broken: dict[str, int] = field(default_factory=dict, init=False)  # numbers of this step that were not finite
+
+    def __post_init__(self):
+        self.update.start(self.policy)
+        check_state(self.update, self.policy.like)
 
     @property
     def trained(self) -> dict[str, Policy | Critic]:
@@ -72,7 +76,9 @@ class Learner:
         """One step of the update rule on the batch's minibatches -> metrics."""
         self.mismatch = {}
         parts = [partial(self.accumulate, part) for part in minibatches(batch, self.num_minibatches)]
-        return self.update.update(self.policy, parts)
+        metrics = self.update.update(self.policy, parts)
+        check_state(self.update, self.policy.like)  # a tensor that the first update has made
+        return metrics
 
     def accumulate(self, minibatch: TrainBatch) -> dict[str, float]:
         """Leave the minibatch's gradient at the current weights in the gradient buffer; return its metrics."""
@@ -177,12 +183,14 @@ class Learner:
     def state_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's weights and optimizer states."""
         yield from self.policy.state_tensors()
+        yield from ((f"update.{name}", tensor) for name, tensor in self.update.state_tensors().items())
         if self.critic:
             yield from ((f"critic.{name}", tensor) for name, tensor in self.critic.state_tensors())
 
     def state_names(self) -> list[str]:
         critic = self.critic.state_names() if self.critic else []
-        return [*self.policy.state_names(), *(f"critic.{name}" for name in critic)]
+        kept = [f"update.{name}" for name in self.update.state_tensors()]
+        return [*self.policy.state_names(), *kept, *(f"critic.{name}" for name in critic)]
 
     def shard_sizes(self) -> dict[str, int]:
         """Elements of this rank's shards, by the prefix of their tensors' names."""
@@ -205,9 +213,13 @@ class Learner:
         self.update.load_state_dict(state["update"])
         self.policy.guard.load_state_dict(state["guard"])
         self.policy.load_state_tensors(tensors)
+        self.update.load_state_tensors(under("update.", tensors))
         if self.critic:
-            prefix = "critic."
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            self.critic.load_state_tensors(own)
+            self.critic.load_state_tensors(under("critic.", tensors))
             self.critic.guard.load_state_dict(state["critic_guard"])
         self.policy.policy_version = state["policy_version"]
+
+
+def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

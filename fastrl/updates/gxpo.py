@@ -1,7 +1,7 @@
 """GXPO (arXiv:2605.06755): two probe steps, an extrapolation per coordinate, one corrective step; per minibatch.
 
     1  theta_1 = step(theta_0, g0),  theta_2 = step(theta_1, g1)
-    2  r = second / first of the gradients (or of AdamW's directions),   scale = S_K(r) / S_2(r)    as ops.extrapolate_
+    2  r = second / first of the gradients (or of AdamW's directions),   scale = S_K(r) / S_2(r)    as weights/moves.py
     3  theta~  = theta_0 + alpha scale (theta_2 - theta_0)
     4  theta'  = step(theta~, grad L(theta~))
 
@@ -15,21 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fastrl.base.bounds import check_bounds
-from fastrl.updates.base import Accumulate
+from fastrl.updates.base import Accumulate, Shard, UpdateRule
 from fastrl.updates.gate import Gate
-from fastrl.weights.moves import FlatStats, extrapolate_, interpolate_
-from fastrl.weights.moves_ref import BLOCK, direction, series
+from fastrl.weights.moves import Extrapolation
+from fastrl.weights.shard import Gradient
 
 THRESHOLDS = {"grad_norm": 3.0, "entropy": 3.0, "cosine": 0.15, "off": 1.0}
-TINY = 1e-8
 
 
 @dataclass(kw_only=True)
-class GXPO:
+class GXPO(UpdateRule):
     """Defaults are the authors' late code, but for the gate's signal, which is the paper's.
 
     The paper: lookahead 3, 5 or 10, ratio coord_grad, opt_state keep, gate_stat ema, gate_threshold 0.5, gate_warmup 0,
@@ -94,10 +92,18 @@ class GXPO:
     def backward_passes(self) -> int:
         return 3 if self.active else 1
 
-    def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
+    @property
+    def law(self) -> Extrapolation:
+        return Extrapolation(
+            lookahead=self.lookahead, alpha=self.alpha, ratio_min=self.ratio_min, ratio_max=self.ratio_max,
+            scale_max=self.scale_max, active_threshold=self.active_threshold,
+            min_multiplier=self.min_effective_multiplier,
+        )  # fmt: skip
+
+    def update(self, shard: Shard, minibatches: Sequence[Accumulate]) -> dict[str, float]:
         totals: dict[str, float] = {}
         for accumulate in minibatches:
-            metrics = self.extrapolated_step(policy, accumulate) if self.active else plain_step(policy, accumulate)
+            metrics = self.extrapolated_step(shard, accumulate) if self.active else plain_step(shard, accumulate)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value
         self.resting = max(0, self.resting - 1)
@@ -105,94 +111,59 @@ class GXPO:
         means = {name: value if name in summed else value / len(minibatches) for name, value in totals.items()}
         return means | {"update/gate_z": self.watch.z, "update/stopped": float(not self.active)}
 
-    def extrapolated_step(self, policy, accumulate: Accumulate) -> dict[str, float]:
-        anchor = policy.values()
-        state = policy.optimizer_snapshot() if self.opt_state == "restore" else None
+    def extrapolated_step(self, shard: Shard, accumulate: Accumulate) -> dict[str, float]:
+        anchor = shard.snapshot()
+        state = shard.optimizer_snapshot() if self.opt_state == "restore" else None
         metrics = accumulate()
-        first = policy.gradient()
-        metrics |= policy.apply(first)
+        first = shard.gradient()
+        metrics |= shard.apply(first)
         if not taken(metrics):
             return metrics | {"num_backward_passes": 1.0, "update/fallback": 1.0}
         # after `apply`, so that r sees both gradients as they were clipped
-        probe = policy.values().sub_(anchor) if self.ratio == "coord_adamw" else first.shard.clone()
+        probe = shard.snapshot().sub_(anchor) if self.ratio == "coord_adamw" else first.shard.clone()
         g0 = first.shard.clone() if self.gate == "cosine" else None
         metrics = accumulate()
-        second = policy.gradient()
-        metrics |= policy.apply(second)
+        second = shard.gradient()
+        metrics |= shard.apply(second)
         if not taken(metrics):
             return metrics | {"num_backward_passes": 2.0, "update/fallback": 1.0}
-        report = self.reposition(policy, anchor, probe, second.shard)
-        policy.publish(written=policy.weights_bf16 is not None)
+        report = self.reposition(shard, anchor, probe, second.shard)
         if state is not None:
-            policy.optimizer_restore(state)
+            shard.optimizer_restore(state)
         metrics = accumulate()
-        slow = policy.gradient()
-        signal = self.signal(policy, metrics, slow, g0)
-        metrics |= policy.apply(slow) | report
+        slow = shard.gradient()
+        signal = self.signal(shard, metrics, slow, g0)
+        metrics |= shard.apply(slow) | report
         if not taken(metrics):
-            policy.assign(anchor)
-            policy.publish()
-            skipped = metrics["skipped"] + plain_step(policy, accumulate)["skipped"]
+            shard.restore(anchor)
+            skipped = metrics["skipped"] + plain_step(shard, accumulate)["skipped"]
             return metrics | {"skipped": skipped, "num_backward_passes": 4.0, "update/fallback": 1.0}
         self.after(signal)
         return metrics | {"num_backward_passes": 3.0, "update/fallback": 0.0}
 
-    def reposition(self, policy, anchor: Tensor, probe: Tensor, g1: Tensor) -> dict[str, float]:
-        """Move policy.master, and bfloat16 weights, from theta_2 to theta~; metrics of the move, over all ranks."""
-        theta, low, weights = policy.master, policy.low, policy.weights_bf16
-        lr, decay = policy.lr, policy.optim.weight_decay
+    def reposition(self, shard: Shard, anchor: Tensor, probe: Tensor, g1: Tensor) -> dict[str, float]:
+        """From theta_2 to theta~; metrics of the move."""
         if self.ratio == "tensor":
-            sums = self.reposition_by_tensor(policy, anchor, probe, g1)
+            stats = shard.extrapolate_by_tensor(anchor, self.law, (probe, g1))
+        elif self.ratio == "coord_grad":
+            stats = shard.extrapolate(anchor, self.law, grads=(probe, g1))
         else:
-            adamw = self.ratio == "coord_adamw"
-            rms = policy.tensor_rms(lambda s: direction(anchor[s], probe[s], lr, decay) if adamw else probe[s])
-            threshold = self.active_threshold * rms if self.active_threshold else None
-            segment = segments(policy.tensor_slices(), theta) if self.active_threshold else None
-            sums = extrapolate_(
-                theta, anchor, self.lookahead, self.alpha, grads=None if adamw else (probe, g1),
-                u0=probe if adamw else None, lr=lr, weight_decay=decay, ratio_min=self.ratio_min,
-                ratio_max=self.ratio_max, scale_max=self.scale_max, threshold=threshold, segment=segment,
-                low=low, out_bf16=weights,
-            ).sums  # fmt: skip
-        stats = FlatStats(policy.all_sum(sums)).named()
-        multiplier = self.alpha * stats["scale"] / stats["elements"]
-        refused = multiplier < self.min_effective_multiplier
-        if refused:
-            interpolate_(theta, anchor, 0.0, low=low, out_bf16=weights)
+            stats = shard.extrapolate(anchor, self.law, u0=probe)
         active = max(1.0, stats["active"])
         return {
-            "update/multiplier": multiplier,
+            "update/multiplier": self.law.multiplier(stats),
             "update/ratio": stats["ratio"] / active,
             "update/ratio_clipped_frac": stats["clamped"] / active,
             "update/active_frac": stats["active"] / stats["elements"],
             "update/stretch": math.sqrt(stats["after_sq"] / max(stats["before_sq"], 1e-300)),
-            "update/refused": float(refused),
+            "update/refused": stats["refused"],
         }
 
-    def reposition_by_tensor(self, policy, anchor: Tensor, g0: Tensor, g1: Tensor) -> Tensor:
-        """One ratio per tensor, <g0, g1> / <g0, g0>, clamped to [-1, 1.5]; returns the sums of FlatStats."""
-        slices = policy.tensor_slices()
-        products = [torch.stack([(g0[s] * g1[s]).sum(), g0[s].square().sum()]).double() for s in slices]
-        inner, square = policy.all_sum(torch.stack(products)).unbind(dim=1)
-        ratio = (inner / (square + 1e-300)).clamp(-1.0, 1.5)
-        largest = self.lookahead / 2 + 1 if self.scale_max is None else self.scale_max
-        scale = torch.where((ratio + 1).abs() > TINY, series(ratio, self.lookahead), 1.0).clamp(1.0, largest)
-        low, weights = policy.low, policy.weights_bf16
-        total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=g0.device)
-        for part, own, r in zip(slices, scale.tolist(), ratio.tolist(), strict=True):
-            halves = {name: half[part] for name, half in (("low", low), ("out_bf16", weights)) if half is not None}
-            moved = interpolate_(policy.master[part], anchor[part], self.alpha * own, **halves).sums
-            n = part.stop - part.start
-            extra = {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}
-            total += moved + moved.new_tensor([extra.get(name, 0.0) for name in FlatStats.NAMES])
-        return total
-
-    def signal(self, policy, metrics: dict[str, float], slow, g0: Tensor | None) -> float:
+    def signal(self, shard: Shard, metrics: dict[str, float], slow: Gradient, g0: Tensor | None) -> float:
         """What the gate watches, from the corrective gradient."""
         if g0 is None:
             return slow.norm if self.gate == "grad_norm" else metrics["entropy"]
-        products = torch.stack([(g0 * slow.shard).sum(), g0.square().sum(), slow.shard.square().sum()]).double()
-        inner, one, other = policy.all_sum(products).tolist()
+        inner, one, other = shard.inner_products([(g0, slow.shard), (g0, g0), (slow.shard, slow.shard)])
         return 1 - abs(inner) / math.sqrt(max(one * other, 1e-300))
 
     def after(self, signal: float) -> None:
@@ -213,18 +184,9 @@ class GXPO:
 
 
 def taken(metrics: dict[str, float]) -> bool:
-    """Whether an optimizer step was, by what `policy.apply` returned."""
+    """Whether an optimizer step was, by what `Shard.apply` returned."""
     return not metrics["skipped"] and metrics["grad_norm"] > 0
 
 
-def plain_step(policy, accumulate: Accumulate) -> dict[str, float]:
-    return {**accumulate(), **policy.optimizer_step(), "num_backward_passes": 1.0}
-
-
-def segments(slices: list[slice], shard: Tensor) -> Tensor:
-    """[blocks] int64: which tensor each block of a shard belongs to; padding belongs to the tensor before."""
-    index = torch.zeros(-(-len(shard) // BLOCK), dtype=torch.int64, device=shard.device)
-    for number, part in enumerate(slices):
-        if part.stop > part.start:
-            index[part.start // BLOCK :] = number
-    return index
+def plain_step(shard: Shard, accumulate: Accumulate) -> dict[str, float]:
+    return {**accumulate(), **shard.optimizer_step(), "num_backward_passes": 1.0}

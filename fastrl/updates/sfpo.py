@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastrl.base.bounds import check_bounds
-from fastrl.updates.base import Accumulate, one_pass
+from fastrl.updates.base import Accumulate, Shard, UpdateRule, one_pass
 from fastrl.updates.gate import Gate
-from fastrl.weights.moves import FlatStats, interpolate_
 
 
 @dataclass(kw_only=True)
-class SFPO:
+class SFPO(UpdateRule):
     """The paper's runs: lookahead 3, alpha 0.8 (0.9 for Qwen3-4B), gate window 30 and threshold 1, AdamW state kept.
 
     gate `code` is the authors' program: z of the last entropy within the window that it ends, upward only. `paper` is
@@ -50,7 +49,7 @@ class SFPO:
             inclusive=self.gate == "code",
         )  # fmt: skip
 
-    copies, per_coordinate = 1, False
+    copies = 1
 
     @property
     def holds_state(self) -> bool:
@@ -66,27 +65,22 @@ class SFPO:
     def backward_passes(self) -> int:
         return self.lookahead + 1 if self.alpha_now > 0 else 1
 
-    def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
+    def update(self, shard: Shard, minibatches: Sequence[Accumulate]) -> dict[str, float]:
         alpha, fast = self.alpha_now, []
         report = {"update/alpha": alpha}
         if alpha > 0:
-            anchor = policy.values()
-            state = policy.optimizer_snapshot() if self.opt_state == "restore" else None
-            fast = [one_pass(policy, minibatches) for _ in range(self.lookahead)]
-            weights = policy.weights_bf16
-            sums = interpolate_(policy.master, anchor, alpha, low=policy.low, out_bf16=weights).sums
-            moved = FlatStats(policy.all_sum(sums)).named()
-            policy.publish(written=weights is not None)
+            anchor = shard.snapshot()
+            state = shard.optimizer_snapshot() if self.opt_state == "restore" else None
+            fast = [one_pass(shard, minibatches) for _ in range(self.lookahead)]
+            moved = shard.interpolate(anchor, alpha)
             if state is not None:
-                policy.optimizer_restore(state)
+                shard.optimizer_restore(state)
             elif self.opt_state == "scale" and moved["before_sq"] > 0:
-                policy.scale_first_moment(alpha)
+                shard.scale_first_moment(alpha)
             report["update/displacement"] = math.sqrt(moved["before_sq"])
-        slow = one_pass(policy, minibatches)
+        slow = one_pass(shard, minibatches)
         if alpha > 0 and slow["skipped"] == len(minibatches):
-            # the pulled back weights were no place to take a gradient at
-            policy.assign(anchor)
-            policy.publish()
+            shard.restore(anchor)  # the pulled back weights were no place to take a gradient at
         self.after(slow["entropy"])
         report |= {"update/gate_z": self.watch.z, "update/stopped": float(self.since is not None)}
         summed = {name: slow[name] + sum(p[name] for p in fast) for name in ("skipped", "num_backward_passes")}

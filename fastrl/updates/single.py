@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastrl.base.bounds import check_bounds
-from fastrl.updates.base import Accumulate, one_pass
+from fastrl.updates.base import Accumulate, Shard, UpdateRule, one_pass
 
 
 @dataclass(kw_only=True)
-class Single:
+class Single(UpdateRule):
     """theta <- theta - step(gradient), minibatch after minibatch, `epochs_per_batch` times over the batch."""
 
     epochs_per_batch: int = 1
-
-    copies, holds_state, per_coordinate = 0, False, False
 
     def __post_init__(self):
         check_bounds(self, "update.", epochs_per_batch="[1, 1e4]")
@@ -22,13 +20,7 @@ class Single:
     def backward_passes(self) -> int:
         return self.epochs_per_batch
 
-    def update(self, policy, minibatches: Sequence[Accumulate]) -> dict[str, float]:
-        passes = [one_pass(policy, minibatches) for _ in range(self.epochs_per_batch)]
+    def update(self, shard: Shard, minibatches: Sequence[Accumulate]) -> dict[str, float]:
+        passes = [one_pass(shard, minibatches) for _ in range(self.epochs_per_batch)]
         summed = ("skipped", "num_backward_passes")
         return passes[-1] | {name: sum(p[name] for p in passes) for name in summed}
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass

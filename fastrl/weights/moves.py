@@ -14,15 +14,45 @@ with the 16 bits that it lacks in `low` (`fastrl.weights.halves`), both of which
 operators of the dispatcher, torch.ops.fastrl, so that torch.compile and fake tensors see through them.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fastrl.weights import backends
 from fastrl.weights.backends import Backend
-from fastrl.weights.moves_ref import BLOCK, FlatStats, extrapolate_ref_, interpolate_ref_
+from fastrl.weights.moves_ref import BLOCK, FlatStats, extrapolate_ref_, interpolate_ref_, series
 
 Shards = tuple[Tensor, Tensor]
 VECTOR_BYTES = 16  # of an access of the kernels
+TINY = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolation:
+    """How far two steps lead: theta_0 + alpha scale (theta_2 - theta_0), scale = S_K(r) / S_2(r) in [1, scale_max].
+
+    r: what is left of a gradient, or of an optimizer's direction, in the second step; clamped.
+    """
+
+    lookahead: int  # K >= 2
+    alpha: float
+    ratio_min: float = -2.0
+    ratio_max: float = 3.0
+    scale_max: float | None = None  # None: lookahead / 2 + 1
+    active_threshold: float = 0.0  # times the tensor's root mean square; smaller coordinates have scale 1
+    min_multiplier: float = 0.0  # mean of alpha scale below which the move is taken back
+
+    def by_tensor(self, inner: Tensor, square: Tensor) -> Shards:
+        """<g0, g1> and <g0, g0> of each tensor [tensors] -> r, clamped to [-1, 1.5], and scale [tensors]."""
+        ratio = (inner / (square + 1e-300)).clamp(-1.0, 1.5)
+        largest = self.lookahead / 2 + 1 if self.scale_max is None else self.scale_max
+        scale = torch.where((ratio + 1).abs() > TINY, series(ratio, self.lookahead), 1.0).clamp(1.0, largest)
+        return ratio, scale
+
+    def multiplier(self, stats: dict[str, float]) -> float:
+        """Sums of FlatStats over all ranks -> mean of alpha scale."""
+        return self.alpha * stats["scale"] / stats["elements"]
 
 
 def backend_for(theta: Tensor) -> Backend:

@@ -1,7 +1,7 @@
 """Weights under training: one flat buffer, this rank's float32 shard of it, an optimizer and a guard over the shard."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -15,12 +15,14 @@ from fastrl.weights.buffer import FlatParams
 from fastrl.weights.guard import Guard
 from fastrl.weights.halves import join, split
 from fastrl.weights.halves_optim import SplitOptimizer
-from fastrl.weights.moves_ref import squared_norm
+from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
+from fastrl.weights.moves_ref import BLOCK, FlatStats, direction, squared_norm
 from fastrl.weights.offload import HostCopies
 from fastrl.weights.optim import OptimConfig, ShardOptimizer
 
 Offload = Literal["none", "optimizer", "activations", "optimizer,activations"]
 MasterKind = Literal["float32", "split"]
+Pair = tuple[Tensor, Tensor]
 PART = 2**24  # elements that are in a wider type at a time
 
 
@@ -33,13 +35,12 @@ class Gradient:
     loss: float = 0.0  # the same on all ranks
 
 
-class TrainedModel:
-    """Update rules see this rank's flat shard, the steps of an optimizer step, and `publish()`.
+class ShardedModel:
+    """What is trained: update rules see it as a `Shard` (updates/base.py), which moves and is published.
 
     With float32 weights on one rank, `master` is the weight buffer itself; otherwise it is a float32 copy of the shard
     and `publish` writes it back and gathers the other ranks' shards. A split `master` is the shard of the bfloat16
-    weights, and `low` what they lack of float32. An update rule reads the shard by `values()`, and writes it by
-    `assign()` or by the operations of `moves.py`, which are given `low`, or `weights_bf16` to write in the same pass.
+    weights, and `low` what they lack of float32. Moves write `low`, or the bfloat16 weights, in the same pass.
     """
 
     def __init__(
@@ -84,8 +85,13 @@ class TrainedModel:
         """Around a forward: where its activations go."""
         return saved_on_host(self.flat.weights if "activations" in self.offload else None)
 
+    @property
+    def like(self) -> Tensor:
+        """Shape, dtype and device of a snapshot; holds nothing."""
+        return torch.empty_like(self.master, dtype=torch.float32 if self.low is not None else None, device="meta")
+
     @torch.no_grad()
-    def values(self) -> Tensor:
+    def snapshot(self) -> Tensor:
         """A copy of this rank's shard, float32 (or float64)."""
         return self.master.clone() if self.low is None else join(self.master, self.low)
 
@@ -99,6 +105,75 @@ class TrainedModel:
             parts = split(own.to(self.device))
             high.copy_(parts[0])
             low.copy_(parts[1])
+
+    def restore(self, anchor: Tensor) -> None:
+        """Go back to a snapshot, and publish."""
+        self.assign(anchor)
+        self.publish()
+
+    def interpolate(self, anchor: Tensor, alpha: float) -> dict[str, float]:
+        """theta <- anchor + alpha (theta - anchor), published -> the sums of FlatStats over all ranks."""
+        sums = interpolate_(self.master, anchor, alpha, **self.written_along()).sums
+        return self.published(sums)
+
+    def extrapolate(
+        self,
+        anchor: Tensor,
+        law: Extrapolation,
+        *,
+        grads: Pair | None = None,
+        u0: Tensor | None = None,
+    ) -> dict[str, float]:
+        """theta, two steps from the anchor, goes where `law` leads each coordinate, published -> sums over all ranks.
+
+        grads: the gradients of the two steps; or u0: the first step itself, of decoupled AdamW.
+        """
+        lr, decay = self.lr, self.optim.weight_decay
+        threshold = segment = None
+        if law.active_threshold:
+            rms = self.tensor_rms(lambda s: grads[0][s] if u0 is None else direction(anchor[s], u0[s], lr, decay))
+            threshold = law.active_threshold * rms
+            segment = segments(self.tensor_slices(), self.master)
+        sums = extrapolate_(
+            self.master, anchor, law.lookahead, law.alpha, grads=grads, u0=u0, lr=lr, weight_decay=decay,
+            ratio_min=law.ratio_min, ratio_max=law.ratio_max, scale_max=law.scale_max, threshold=threshold,
+            segment=segment, **self.written_along(),
+        ).sums  # fmt: skip
+        return self.published(sums, anchor, law)
+
+    def extrapolate_by_tensor(self, anchor: Tensor, law: Extrapolation, grads: Pair) -> dict[str, float]:
+        """As `extrapolate`, with one ratio for each tensor of the model: <g0, g1> / <g0, g0>."""
+        (g0, g1), slices = grads, self.tensor_slices()
+        products = [torch.stack([(g0[s] * g1[s]).sum(), g0[s].square().sum()]).double() for s in slices]
+        ratio, scale = law.by_tensor(*ranks.all_sum_(torch.stack(products)).unbind(dim=1))
+        along = self.written_along()
+        total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=self.device)
+        for part, own, r in zip(slices, scale.tolist(), ratio.tolist(), strict=True):
+            halves = {name: half[part] for name, half in along.items()}
+            moved = interpolate_(self.master[part], anchor[part], law.alpha * own, **halves).sums
+            n = part.stop - part.start
+            extra = {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}
+            total += moved + moved.new_tensor([extra.get(name, 0.0) for name in FlatStats.NAMES])
+        return self.published(total, anchor, law)
+
+    def published(
+        self, sums: Tensor, anchor: Tensor | None = None, law: Extrapolation | None = None
+    ) -> dict[str, float]:
+        """Publish a move that wrote its bfloat16 weights along -> its sums over all ranks.
+
+        Where the mean of alpha scale is below the law's least one, the anchor is published instead: "refused" is 1.
+        """
+        stats = FlatStats(ranks.all_sum_(sums)).named()
+        stats["refused"] = float(law is not None and law.multiplier(stats) < law.min_multiplier)
+        if stats["refused"]:
+            interpolate_(self.master, anchor, 0.0, **self.written_along())
+        self.publish(written=self.weights_bf16 is not None)
+        return stats
+
+    def written_along(self) -> dict[str, Tensor]:
+        """What a move of `master` writes in the same pass, as arguments of weights/moves.py."""
+        along = {"low": self.low, "out_bf16": self.weights_bf16}
+        return {name: tensor for name, tensor in along.items() if tensor is not None}
 
     @torch.no_grad()
     def gradient(self) -> Gradient:
@@ -168,13 +243,13 @@ class TrainedModel:
     def scale_first_moment(self, factor: float) -> None:
         self.optimizer.scale_first_moment(factor)
 
-    def all_sum(self, values: Tensor) -> Tensor:
-        """Sums over this rank's shard -> over all shards."""
-        return ranks.all_sum_(values)
+    def inner_products(self, pairs: Sequence[Pair]) -> list[float]:
+        """Pairs of vectors like the shard -> their inner products over all ranks."""
+        return ranks.all_sum_(torch.stack([(a * b).sum() for a, b in pairs]).double()).tolist()
 
     def tensor_rms(self, values: Callable[[slice], Tensor]) -> Tensor:
         """values(part of this rank's shard) -> root mean square within each tensor of the model, [tensors]."""
-        squares = self.all_sum(torch.stack([squared_norm(values(part)) for part in self.tensor_slices()]))
+        squares = ranks.all_sum_(torch.stack([squared_norm(values(part)) for part in self.tensor_slices()]))
         sizes = squares.new_tensor([slot.numel for slot in self.flat.slots.values()])
         return (squares / sizes).sqrt().to(torch.promote_types(self.master.dtype, torch.float32))
 
@@ -213,3 +288,12 @@ class TrainedModel:
         version = self.policy_version
         self.publish()
         self.policy_version = version
+
+
+def segments(slices: list[slice], shard: Tensor) -> Tensor:
+    """[blocks] int64: which tensor each block of a shard belongs to; padding belongs to the tensor before."""
+    index = torch.zeros(-(-len(shard) // BLOCK), dtype=torch.int64, device=shard.device)
+    for number, part in enumerate(slices):
+        if part.stop > part.start:
+            index[part.start // BLOCK :] = number
+    return index
