@@ -43,16 +43,15 @@ def linear_logprob_ref(
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, inv_temperature, need_entropy, weight_grad, workspace, triton):
+    def forward(ctx, hidden, weight, target, inv_temperature, need_entropy, weight_grad, triton):
         ctx.set_materialize_grads(False)  # outputs that the loss does not use cost nothing in the backward
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, lse = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(lse) if need_entropy else None
-        chunks = TritonChunks(hidden, weight, workspace) if triton else TorchChunks(hidden, weight)
+        chunks = TritonChunks(hidden, weight) if triton else TorchChunks(hidden, weight)
         chunks.forward_all(target, inv_temperature, logprobs, lse, entropy)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
-        ctx.inv_temperature, ctx.weight_grad = inv_temperature, weight_grad
-        ctx.workspace, ctx.triton = workspace, triton
+        ctx.inv_temperature, ctx.weight_grad, ctx.triton = inv_temperature, weight_grad, triton
         return logprobs, entropy, lse
 
     @staticmethod
@@ -67,7 +66,7 @@ class LinearLogprob(torch.autograd.Function):
         elif into is not None or ctx.needs_input_grad[1]:
             # chunks add up in full precision, also for a bfloat16 buffer
             dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        chunks = TritonChunks(hidden, weight, ctx.workspace) if ctx.triton else TorchChunks(hidden, weight)
+        chunks = TritonChunks(hidden, weight) if ctx.triton else TorchChunks(hidden, weight)
         for rows in chunks:
             vectors = [None if x is None else x[rows] for x in (lse, entropy, dlogprobs, dlse, dentropy)]
             dz = chunks.gradient(chunks.logits(rows), target[rows], part(ctx.inv_temperature, rows), *vectors)
@@ -78,24 +77,21 @@ class LinearLogprob(torch.autograd.Function):
         if into is not None and dweight is not into:
             into += dweight
         returned = dweight.to(weight.dtype) if into is None and dweight is not None else None
-        return dhidden, returned, None, None, None, None, None, None
+        return dhidden, returned, None, None, None, None, None
 
 
 class TorchChunks:
     """Chunks of rows in torch, in the precision of the inputs but at least float32."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, *, chunk: int = CHUNK_ROWS, logits_dtype: torch.dtype | None = None
-    ):
-        self.hidden, self.weight, self.logits_dtype = hidden, weight, logits_dtype
-        self.step = min(chunk, max(1, CHUNK_ELEMENTS // len(weight)))
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        self.hidden, self.weight = hidden, weight
+        self.step = min(CHUNK_ROWS, max(1, CHUNK_ELEMENTS // len(weight)))
 
     def __iter__(self):
         return iter(slices(len(self.hidden), self.step))
 
     def logits(self, rows: slice) -> Tensor:
-        z = chunk_logits(self.hidden[rows], self.weight)
-        return z if self.logits_dtype is None else z.to(self.logits_dtype).to(z.dtype)
+        return chunk_logits(self.hidden[rows], self.weight)
 
     def forward_all(self, target, inv_temperature, logprobs, lse, entropy) -> None:
         for rows in self:
@@ -130,21 +126,15 @@ class TorchChunks:
 class TritonChunks:
     """Chunks of rows in one workspace of logits; their gradient takes its place, in the dtype of the model."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, workspace: Tensor | None, *, chunk: int = CHUNK_ROWS,
-        logits_dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
+    def __init__(self, hidden: Tensor, weight: Tensor):
         from fastrl.kernels import rows as kernels
 
         self.kernels, self.hidden, self.weight = kernels, hidden, weight
-        self.given, self.chunk, self.logits_dtype = workspace, chunk, logits_dtype
         self.forward, self.add_weight_gradient = kernels.row_forward, kernels.add_weight_gradient
 
     @cached_property
     def workspace(self) -> Tensor:
-        if self.given is not None:
-            return self.given[: self.chunk]
-        return self.kernels.make_workspace(self.hidden, self.weight, self.chunk, self.logits_dtype)
+        return self.kernels.make_workspace(self.hidden, self.weight, CHUNK_ROWS)
 
     def __iter__(self):
         return iter(slices(len(self.hidden), len(self.workspace)))
@@ -153,7 +143,7 @@ class TritonChunks:
         return self.kernels.logits_into(self.workspace, self.hidden[rows], self.weight)
 
     def forward_all(self, *given) -> None:
-        self.kernels.slab_forward(self.hidden, self.weight, *given, self.given)
+        self.kernels.slab_forward(self.hidden, self.weight, *given)
 
     def gradient(self, *given) -> Tensor:
         return self.kernels.row_gradient(*given, dtype=self.hidden.dtype)
@@ -187,32 +177,28 @@ def part(inv_temperature: float | Tensor, rows: slice) -> float | Tensor:
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, inv_temperature: float | Tensor = 1.0,
-    need_entropy: bool = False, weight_grad: Tensor | None = None, workspace: Tensor | None = None,
-    triton: bool | None = None,
+    need_entropy: bool = False, weight_grad: Tensor | None = None, triton: bool | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """hidden [N, H], weight [V, H] of one dtype, target [N] in [0, V) -> logprobs, entropy, lse, each [N], nats.
 
     Outputs are float32 (float64 for float64 inputs); entropy is None unless asked for. All three are differentiable in
     hidden and weight. inv_temperature: one for all, or [N] float32. With `weight_grad` [V, H] the weight gradient is
-    added there during the backward and does not travel through autograd. workspace: float32 [rows of a chunk, at least
-    V], for the Triton path; made if not given. triton: whether to take that path; None = on CUDA.
+    added there during the backward and does not travel through autograd. triton: whether to take that path; None = on
+    CUDA.
 
     Raises ValueError on shapes or dtypes that do not match. A target that is no row of weight raises in torch and gives
     NaN in Triton.
     """
     if triton is None:
         triton = hidden.is_cuda and hidden.dtype != torch.float64
-    check_head(
-        "linear_logprob", hidden, weight, target, inv_temperature, workspace=workspace, weight_grad=weight_grad,
-        triton=triton,
-    )  # fmt: skip
+    check_head("linear_logprob", hidden, weight, target, inv_temperature, weight_grad=weight_grad, triton=triton)
     scale = inv_temperature if isinstance(inv_temperature, Tensor) else float(inv_temperature)
-    return LinearLogprob.apply(hidden, weight, target, scale, need_entropy, weight_grad, workspace, triton)
+    return LinearLogprob.apply(hidden, weight, target, scale, need_entropy, weight_grad, triton)
 
 
 def check_head(
     operation: str, hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float | Tensor, *,
-    workspace: Tensor | None, weight_grad: Tensor | None, logits_dtype: torch.dtype = torch.float32, triton: bool,
+    weight_grad: Tensor | None, triton: bool,
 ) -> None:  # fmt: skip
     """Raise ValueError unless the inputs of an operation on the head fit each other."""
     if hidden.ndim != 2 or target.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
@@ -241,16 +227,6 @@ def check_head(
             f"{tuple(weight.shape)} on {weight.device}"
         )
     given = dict(hidden=hidden, weight=weight, weight_grad=weight_grad)
-    if triton:
-        given["workspace"] = workspace
-        if workspace is not None and (
-            workspace.dtype != logits_dtype or workspace.ndim != 2 or len(workspace) < 1
-            or workspace.shape[1] < len(weight) or workspace.device != hidden.device
-        ):  # fmt: skip
-            raise ValueError(
-                f"{operation}: workspace must be {logits_dtype} [rows, at least {len(weight)}] on {hidden.device}, "
-                f"got {workspace.dtype} {tuple(workspace.shape)} on {workspace.device}"
-            )
     for name, x in given.items():
         if x is None:
             continue

@@ -1,33 +1,81 @@
-"""Loss of single tokens and its gradient in their log-probabilities; on CUDA in one launch (`vectors.py`).
+"""Loss of single tokens: what it is (`TokenLoss`), its definition, and its gradient in one launch on CUDA.
 
     x     = logprob - old_logprob,   ratio = exp(clamp(x, -cap, cap));   no gradient through the ratio where |x| > cap
-    clip    max(-A ratio, -A clip(ratio, 1 - low, 1 + high)),   for A < 0 at most -A dual_clip
+    clip    max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)),   for A < 0 at most -A dual_clip
     cispo   -A clip(ratio) logprob, with no gradient through the ratio
-    pg      -A logprob
-    loss  = sum_n w (the above + kl_coef kl(logprob - ref_logprob)),   coef = d loss / d logprob
+    loss  = sum_n w (the above + kl KL(logprob - ref_logprob) - entropy H),   coef = d loss / d logprob
 
 w is the response mask over the one global denominator, so nothing is left to divide. Tokens of w = 0 are not looked at:
 whatever they hold, they give zero. So do tokens of which something is not finite, and they are counted; only an
-old_logprob of -inf is a ratio beyond the cap.
+old_logprob of -inf is a ratio beyond the cap. The entropy is a matter of the head, `linear_policy_loss`.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 KL_CAP = 20.0  # exp(20) is finite, exp of a broken reference is not
-STATS = (
-    "loss", "tokens", "logprob", "policy_kl", "kl", "clip_low", "clip_high", "capped", "nonfinite", "ratio", "ratio_sq",
-    "log_ratio_max",
-)  # fmt: skip
+STATS = ("loss", "policy_kl", "kl", "clip_low", "clip_high", "capped", "nonfinite")
 
-Mode = Literal["clip", "cispo", "pg"]
+Surrogate = Literal["clip", "cispo"]
 KlEstimator = Literal["k1", "k2", "k3", "k3+"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLoss:
+    """A clipped policy gradient of single tokens, with a KL and an entropy term: GRPO's and PPO's, and relatives.
+
+    Example: TokenLoss(clip_high=0.28) is DAPO's; TokenLoss(surrogate="cispo", clip_low=10) that of CISPO.
+    """
+
+    surrogate: Surrogate = "clip"
+    clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0  # largest ratio that counts against a bad token; None = no limit
+    log_ratio_cap: float = 20.0  # nats
+    ratio_level: Literal["token", "sequence"] = "token"  # sequence: the mean of the completion's log-ratios for each
+    kl: float = 0.0  # coefficient of the KL to the reference
+    kl_type: KlEstimator = "k3"
+    entropy: float = 0.0  # coefficient of the entropy bonus
+
+    def __post_init__(self):
+        for name, allowed in {"surrogate": ("clip", "cispo"), "kl_type": ("k1", "k2", "k3", "k3+")}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"TokenLoss: {name} must be {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    def policy(self, log_ratio: Tensor, logprobs: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log_ratio [...] nats, logprobs, advantage that broadcast to it -> policy loss [...], where clipped low, high.
+
+        The definition. Differentiable in log_ratio (clip) or logprobs (cispo).
+        """
+        cap, low_edge, high_edge = self.log_ratio_cap, 1 - self.clip_low, 1 + self.clip_high
+        if self.surrogate == "cispo":
+            ratio = log_ratio.detach().clamp(-cap, cap).exp()
+            return -advantage * ratio.clamp(low_edge, high_edge) * logprobs, ratio < low_edge, ratio > high_edge
+        ratio = log_ratio.clamp(-cap, cap).exp()
+        clipped = ratio.clamp(low_edge, high_edge)
+        loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+        if self.dual_clip is not None:
+            loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * self.dual_clip), loss)
+        return loss, (ratio < clipped) & (advantage < 0), (ratio > clipped) & (advantage > 0)
+
+    def metrics(self, sums: dict[str, Tensor], *, has_reference: bool) -> dict[str, Tensor]:
+        """Sums by the names of STATS -> by the names of the log."""
+        kl = {"kl": sums["kl"]} if has_reference else {}
+        return {
+            "policy_kl": sums["policy_kl"],
+            "clip_ratio/low_mean": sums["clip_low"],
+            "clip_ratio/high_mean": sums["clip_high"],
+            "clip_ratio/region_mean": sums["clip_low"] + sums["clip_high"],
+            "log_ratio_capped_frac": sums["capped"],
+            **kl,
+        }
+
+
 class PolicyLoss(NamedTuple):
-    """coef [N]; loss [], the sum; stats [len(STATS)]: loss and others summed over tokens, the last one a maximum."""
+    """coef [N]; loss [], the sum; stats [len(STATS)]: loss and others summed over tokens."""
 
     coef: Tensor
     loss: Tensor
@@ -37,19 +85,32 @@ class PolicyLoss(NamedTuple):
         return dict(zip(STATS, self.stats, strict=True))
 
 
-def kl_ref(x: Tensor, estimator: KlEstimator) -> Tensor:
-    """Estimate of KL(policy || reference) from x = logprob - ref_logprob; k3+ has k3's value and k2's gradient."""
-    x = x.clamp(-KL_CAP, KL_CAP)
-    k2, k3 = x.square() / 2, torch.expm1(-x) + x
-    return {"k1": x, "k2": k2, "k3": k3, "k3+": k2 + (k3 - k2).detach()}[estimator]
+def kl_estimate(log_ratio: Tensor, kind: KlEstimator) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from log_ratio = logprobs - ref_logprobs, for tokens of the policy.
+
+    k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x, never negative; k3+ has k3's value and k2's gradient, which is that of
+    KL(policy || reference). As a loss, k1 has expected gradient zero and k3 that of KL(reference || policy).
+    """
+    # an infinite log-probability is no number to clamp, and the guard must see it
+    x = torch.where(log_ratio.isfinite(), log_ratio.clamp(-KL_CAP, KL_CAP), torch.nan)
+    if kind == "k1":
+        return x
+    k2 = x.square() / 2
+    if kind == "k2":
+        return k2
+    k3 = torch.expm1(-x) + x  # expm1: exp(-x) - 1 + x goes negative near 0 in float32
+    return k3 if kind == "k3" else k2 + (k3 - k2).detach()
 
 
 def policy_loss_ref(
-    logprobs: Tensor, old_logprobs: Tensor | None, advantage: Tensor, w: Tensor, *, ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0, kl_estimator: KlEstimator = "k3", mode: Mode = "clip",
-    epsilon: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = 3.0, log_ratio_cap: float = 20.0,
-) -> PolicyLoss:  # fmt: skip
-    """The definition, by autograd, in at least float32 (float64 stays float64)."""
+    loss: TokenLoss,
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantage: Tensor,
+    w: Tensor,
+    ref_logprobs: Tensor | None = None,
+) -> PolicyLoss:
+    """The definition on vectors, by autograd, in at least float32 (float64 stays float64)."""
     alive = w != 0
     old_logprobs = logprobs if old_logprobs is None else old_logprobs
     size = logprobs.abs() + advantage.abs() + (0 if ref_logprobs is None else ref_logprobs.abs())
@@ -62,67 +123,37 @@ def policy_loss_ref(
     with torch.enable_grad():
         logp = living(logprobs.detach()).requires_grad_()
         x = logp - living(old_logprobs.detach())
-        ratio = x.clamp(-log_ratio_cap, log_ratio_cap).exp()
-        clipped = ratio.clamp(1 - epsilon[0], 1 + epsilon[1])
-        low, high = ratio < 1 - epsilon[0], ratio > 1 + epsilon[1]
-        if mode == "clip":
-            loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-            if dual_clip is not None:
-                loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
-            low, high = low & (advantage < 0), high & (advantage > 0)
-        elif mode == "cispo":
-            loss = -advantage * clipped.detach() * logp
-        else:
-            loss = -advantage * logp
+        token, low, high = loss.policy(x, logp, advantage)
         kl = torch.zeros_like(logp)
         if ref_logprobs is not None:
-            kl = kl_ref(logp - living(ref_logprobs), kl_estimator)
-        total = (w * (loss + kl_coef * kl)).sum()
+            kl = kl_estimate(logp - living(ref_logprobs), loss.kl_type)
+        total = (w * (token + loss.kl * kl)).sum()
         (coef,) = torch.autograd.grad(total, logp)
-    sums = dict(
-        loss=total, tokens=alive, logprob=logp, policy_kl=-x, kl=kl, clip_low=low & used, clip_high=high & used,
-        capped=x.abs() > log_ratio_cap, nonfinite=alive & ~used, ratio=ratio * used, ratio_sq=ratio.square() * used,
-        log_ratio_max=x.abs().amax() if len(x) else x.new_zeros(()),
-    )  # fmt: skip
-    stats = torch.stack([sums[name].detach().to(logp.dtype).sum() for name in STATS])
+    capped = x.abs() > loss.log_ratio_cap
+    sums = (total, -x, kl, low & used, high & used, capped, alive & ~used)
+    stats = torch.stack([x.detach().to(logp.dtype).sum() for x in sums])
     return PolicyLoss(coef, stats[0], stats)
 
 
-def add_up(rows: list[Tensor] | Tensor) -> Tensor:
-    """Stats of parts [parts, len(STATS)] -> of the whole [len(STATS)]: sums, and the largest of the last column."""
-    rows = torch.stack(rows) if isinstance(rows, list) else rows
-    return torch.cat([rows[:, :-1].sum(dim=0), rows[:, -1:].amax(dim=0)])
-
-
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor | None, advantage: Tensor, w: Tensor, *, ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0, kl_estimator: KlEstimator = "k3", mode: Mode = "clip",
-    epsilon: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = 3.0, log_ratio_cap: float = 20.0,
-    out: Tensor | None = None, triton: bool | None = None,
+    loss: TokenLoss, logprobs: Tensor, old_logprobs: Tensor | None, advantage: Tensor, w: Tensor,
+    ref_logprobs: Tensor | None = None, *, triton: bool | None = None,
 ) -> PolicyLoss:  # fmt: skip
     """Vectors [N] float32, contiguous, on one device -> coef [N], loss [] and stats; nats.
 
-    old_logprobs None: on-policy, ratio 1. out [N]: receives coef. Nothing is differentiable: coef is the gradient.
-    triton: whether to launch the kernel; None = on CUDA. Raises ValueError on other shapes or dtypes.
+    old_logprobs None: on-policy, ratio 1. Nothing is differentiable: coef is the gradient. triton: whether to launch
+    the kernel; None = on CUDA. Raises ValueError on other shapes or dtypes, and on a ratio of whole sequences.
     """
-    vectors = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantage=advantage, w=w, ref_logprobs=ref_logprobs,
-                   out=out)  # fmt: skip
+    vectors = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantage=advantage, w=w, ref_logprobs=ref_logprobs)
     check_vectors("policy_loss", vectors)
-    if mode not in ("clip", "cispo", "pg"):
-        raise ValueError(f"policy_loss: mode must be clip, cispo or pg, got {mode!r}")
-    if kl_estimator not in ("k1", "k2", "k3", "k3+"):
-        raise ValueError(f"policy_loss: kl_estimator must be k1, k2, k3 or k3+, got {kl_estimator!r}")
-    options = dict(
-        ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, mode=mode, epsilon=epsilon,
-        dual_clip=dual_clip, log_ratio_cap=log_ratio_cap,
-    )  # fmt: skip
+    if loss.ratio_level != "token":
+        raise ValueError("policy_loss: the ratio of a sequence is not known here; use ratio_level='token'")
     if not (logprobs.is_cuda if triton is None else triton) or len(logprobs) == 0:
-        found = policy_loss_ref(logprobs, old_logprobs, advantage, w, **options)
-        return found if out is None else found._replace(coef=out.copy_(found.coef))
+        return policy_loss_ref(loss, **vectors)
     from fastrl.kernels.vectors import policy_loss_tokens
 
-    coef = torch.empty_like(logprobs) if out is None else out
-    stats = add_up(policy_loss_tokens(logprobs, old_logprobs, advantage, w, coef, kl_cap=KL_CAP, **options))
+    coef = torch.empty_like(logprobs)
+    stats = policy_loss_tokens(loss, **vectors, coef=coef, kl_cap=KL_CAP).sum(dim=0)
     return PolicyLoss(coef, stats[0], stats)
 
 

@@ -106,9 +106,9 @@ def row_gradient_kernel(
         tl.store(dz_ptr + n * dz_stride_n + v, dz.to(dz_ptr.dtype.element_ty), mask=v < V)
 
 
-def make_workspace(hidden: Tensor, weight: Tensor, chunk: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory of one chunk of logits, [rows, V rounded up to ROW_ALIGN]."""
-    return torch.empty(min(chunk, max(1, len(hidden))), aligned(len(weight)), dtype=dtype, device=hidden.device)
+def make_workspace(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    """Memory of one chunk of logits, float32 [rows, V rounded up to ROW_ALIGN]."""
+    return torch.empty(min(chunk, max(1, len(hidden))), aligned(len(weight)), device=hidden.device)
 
 
 def aligned(words: int) -> int:
@@ -146,7 +146,7 @@ def row_forward(
 
 def slab_forward(
     hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float | Tensor, logprobs: Tensor, lse: Tensor,
-    entropy: Tensor | None, workspace: Tensor | None,
+    entropy: Tensor | None,
 ) -> None:  # fmt: skip
     """hidden [n, H], weight [V, H] -> logprobs, lse, entropy [n] float32 in place, 64 MiB of logits alive at a time.
 
@@ -156,10 +156,7 @@ def slab_forward(
         rows = slice(start, min(start + SLAB_ROWS, len(hidden)))
         n = rows.stop - rows.start
         width = min(aligned(len(weight)), max(SLAB_WORDS, SLAB_ELEMENTS // n // SLAB_WORDS * SLAB_WORDS))
-        if workspace is not None and workspace.numel() >= n * width:
-            z = workspace.view(-1)[: n * width].view(n, width)
-        else:
-            z = torch.empty(n, width, dtype=torch.float32, device=hidden.device)
+        z = torch.empty(n, width, dtype=torch.float32, device=hidden.device)
         state = torch.empty(n, 4, dtype=torch.float32, device=hidden.device) if width < len(weight) else None
         scale = inv_temperature[rows] if isinstance(inv_temperature, Tensor) else inv_temperature
         own = None if entropy is None else entropy[rows]

@@ -74,9 +74,12 @@ class RolloutGroup:
         return torch.tensor([c.reward for c in self.completions])
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
     """B completions with their prompts, right-padded to S tokens; rows of a group are adjacent.
+
+    A batch is never written on: each stage returns a new one, by `dataclasses.replace`, that has more. make_batch:
+    what was sampled; Learner.prepare: scores, then what the objective makes of them; Learner.accumulate: the counts.
 
     Every per-token tensor is label-aligned: column s is about token `input_ids[:, s]` given the tokens before it,
     so `response_mask[:, 0]` is always False and `logprobs[:, 0]` is never used. Padding may hold anything.
@@ -93,13 +96,15 @@ class TrainBatch:
     truncated: Tensor  # [B] bool, cut off by max_new_tokens
     prompt_lengths: Tensor  # [B] int64, tokens; rows of a group have the same prompt
     max_new_tokens: int
+    # scores
     old_logprobs: Tensor | None = None  # [B, S] float32, the policy at the start of the step
     ref_logprobs: Tensor | None = None  # [B, S] float32, the frozen reference
-    current_logprobs: Tensor | None = None  # [B, S] float32, the policy now, without gradient
-    residual: Tensor | None = None  # [B] float32, what is left of a regression now, where rows depend on each other
     values: Tensor | None = None  # [B, S] float32, the critic at the start of the step
+    # what Objective.prepare makes of them
     advantages: Tensor | None = None  # [B, S] float32, credit per token, where an objective has it
     returns: Tensor | None = None  # [B, S] float32, what the critic learns
+    # of a minibatch at the present weights
+    residual: Tensor | None = None  # [B] float32, what is left of a regression, where rows depend on each other
     counts: dict[str, float] = field(
         default_factory=dict
     )  # response tokens and completions of the minibatch, all ranks

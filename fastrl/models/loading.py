@@ -12,10 +12,12 @@ from torch.nn.functional import embedding
 
 from fastrl.base import faults
 from fastrl.kernels.linear_logprob import linear_logprob
+from fastrl.kernels.linear_policy_loss import LinearLoss, TokenVectors, linear_policy_loss
 from fastrl.models import packing
 from fastrl.models.liger import patch
 from fastrl.models.packing import Packing
 from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_pickles
+from fastrl.objectives.base import FusedLoss
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
 
 EMBEDDED = "embedded"  # the model that ships with the package
@@ -204,21 +206,20 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_policy_loss(
-    model: nn.Module, input_ids: Tensor, response_mask: Tensor, vectors: dict[str, Tensor | None], *,
-    inv_temperature: float = 1.0, num_tokens: int, packed: Packing | None = None, **settings,
-):  # fmt: skip
-    """As `token_logprobs`, and the loss of `linear_policy_loss` with it: that one's result, and logprobs [B, S].
+    model: nn.Module, input_ids: Tensor, response_mask: Tensor, fused: FusedLoss, count: float, *,
+    inv_temperature: float = 1.0, num_tokens: int, packed: Packing | None = None,
+) -> tuple[LinearLoss, Tensor]:  # fmt: skip
+    """As `token_logprobs`, and the loss with it, divided by count: `linear_policy_loss`'s result, and logprobs [B, S].
 
-    vectors: its advantage, w, old_logprobs, ref_logprobs, [B, S] label-aligned. The head's gradient is added to its
-    float32 `.grad`; that of the hidden states goes on when the loss' backward() is called.
+    The head's gradient is added to its float32 `.grad`; that of the hidden states goes on when the loss' backward() is
+    called.
     """
-    from fastrl.kernels.linear_policy_loss import linear_policy_loss  # needs Triton
-
     hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
     weight = model.get_output_embeddings().weight
-    chosen = {name: None if x is None else x[response_mask].float() for name, x in vectors.items()}
+    given = (fused.advantage, fused.w / count, fused.old_logprobs, fused.ref_logprobs)
+    vectors = TokenVectors(*(None if x is None else x[response_mask].float() for x in given))
     out = linear_policy_loss(
-        hidden, weight.detach()[:num_tokens], input_ids[response_mask], **chosen, **settings,
+        fused.loss, hidden, weight.detach()[:num_tokens], input_ids[response_mask], vectors,
         inv_temperature=inv_temperature, weight_grad=weight.grad[:num_tokens], triton=True,
     )  # fmt: skip
     return out, spread(out.logprobs, response_mask)

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastrl.base.types import TrainBatch
 from fastrl.models.loading import LoadedModel, token_logprobs, token_policy_loss
 from fastrl.models.packing import pack
+from fastrl.objectives.base import FusedLoss
 from fastrl.weights.guard import Guard
 from fastrl.weights.optim import OptimConfig
 from fastrl.weights.shard import MasterKind, Offload, ShardedModel
@@ -30,28 +31,21 @@ class Policy(ShardedModel):
         """Whether `fused_loss` can be called: on Triton, with a float32 gradient buffer to add the head's to."""
         return self.triton and self.flat.grads.dtype == torch.float32
 
-    def fused_loss(self, batch: TrainBatch, count: float, settings: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """A microbatch, its denominator, what `objective.fused` said -> loss, logprobs [B, S], sums for metrics.
+    def fused_loss(self, batch: TrainBatch, fused: FusedLoss, count: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A microbatch, what the objective says of it, its denominator -> loss, logprobs [B, S], sums for metrics.
 
         The loss is divided already: its backward() must follow, unscaled. The sums are those of `objective.loss_sum`.
         """
-        advantage, w = settings.pop("advantage"), settings.pop("w") / count
-        vectors = dict(advantage=advantage, w=w, old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs)
         with self.saving():
             out, logprobs = token_policy_loss(
-                self.model, batch.input_ids, batch.response_mask, vectors, inv_temperature=self.inv_temperature,
-                num_tokens=len(self.tokenizer), packed=pack(batch) if self.packs else None, **settings,
+                self.model, batch.input_ids, batch.response_mask, fused, count, inv_temperature=self.inv_temperature,
+                num_tokens=len(self.tokenizer), packed=pack(batch) if self.packs else None,
             )  # fmt: skip
         sums = out.named()
         # a token that is not finite has no part in the fused loss; autograd would pass it on, and the guard see it
         self.flat.grads[:1] += torch.where(sums["nonfinite"] > 0, torch.nan, 0.0)
-        metrics = {
-            "entropy": out.entropy.sum(), "policy_kl": sums["policy_kl"], "log_ratio_capped_frac": sums["capped"],
-            "clip_ratio/low_mean": sums["clip_low"], "clip_ratio/high_mean": sums["clip_high"],
-            "clip_ratio/region_mean": sums["clip_low"] + sums["clip_high"],
-            **({} if batch.ref_logprobs is None else {"kl": sums["kl"]}),
-        }  # fmt: skip
-        return out.loss, logprobs, metrics
+        metrics = fused.loss.metrics(sums, has_reference=fused.ref_logprobs is not None)
+        return out.loss, logprobs, {"entropy": out.entropy.sum(), **metrics}
 
     def logprobs(self, batch: TrainBatch, need_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Label-aligned log-probabilities and entropy of a microbatch, [B, S] nats, differentiable."""

@@ -12,16 +12,16 @@ profile of it.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fastrl.base.bounds import check_bounds
 from fastrl.base.types import Problem, TrainBatch
-from fastrl.objectives.base import masked
+from fastrl.kernels.apo_loss import apo_loss
+from fastrl.objectives.base import Objective, masked
 
 
 @dataclass(frozen=True, kw_only=True)
-class APO:
+class APO(Objective):
     """The authors' settings. Their program reads beta1 = 0 as the mean and a missing profile as 0; here value_mode
     says which, and a missing profile is made."""
 
@@ -31,9 +31,6 @@ class APO:
     entropy: float = 0.001  # coefficient of the entropy bonus, inherited in the authors' configuration
 
     normalizer = "completion"
-    min_group_size = 1
-    splits_groups = True
-    needs_current = False
 
     def __post_init__(self):
         if not 0 < self.beta1 <= 1e6:
@@ -57,27 +54,19 @@ class APO:
         assert problem.profile_rewards is not None, f"{problem.id} has no profile"
         return rewards - optimal_value(problem.profile_rewards, self.beta1, self.value_mode)
 
-    def prepare(self, batch: TrainBatch) -> None:
-        pass
-
-    def silent(self, batch: TrainBatch) -> Tensor:
-        return torch.zeros_like(batch.truncated)
-
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch.response_mask
-        log_ratio = masked(logprobs - batch.ref_logprobs, mask)
-        u = log_ratio.sum(dim=1)
-        residual = masked(self.beta2 * u - batch.credit, mask.any(dim=1))
+        regression = apo_loss(logprobs, batch.ref_logprobs, mask, batch.credit, self.beta2)
         # the trainer divides by completions; entropy is a mean over tokens, metrics are means over tokens
         completions_per_token = batch.counts["completion"] / batch.counts["token"]
         token_entropy = masked(entropy, mask).sum()
-        loss = residual.square().sum() - self.entropy * completions_per_token * token_entropy
+        loss = regression.loss.sum() - self.entropy * completions_per_token * token_entropy
         return loss, {
             "entropy": token_entropy.detach(),
-            "kl": log_ratio.detach().sum(),
-            "apo/residual": residual.detach().sum() / completions_per_token,
-            "apo/residual_abs": residual.detach().abs().sum() / completions_per_token,
-            "apo/log_ratio_abs": u.detach().abs().sum() / completions_per_token,
+            "kl": masked(logprobs.detach() - batch.ref_logprobs, mask).sum(),
+            "apo/residual": regression.residual.sum() / completions_per_token,
+            "apo/residual_abs": regression.residual.abs().sum() / completions_per_token,
+            "apo/log_ratio_abs": regression.u.abs().sum() / completions_per_token,
         }
 
 

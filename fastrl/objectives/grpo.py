@@ -1,6 +1,6 @@
 """GRPO: clipped policy gradient with a group-relative advantage, and its relatives as settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 from fastrl.base import ranks
 from fastrl.base.bounds import check_bounds
 from fastrl.base.types import Problem, TrainBatch
-from fastrl.objectives.base import LARGEST_CAP, clipped_surrogate, clipped_weight, kl_estimate, masked, old_log_ratio
+from fastrl.kernels.policy_loss import TokenLoss, kl_estimate
+from fastrl.objectives.base import LARGEST_CAP, TokenObjective, TokenWeights, masked
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO:
+class GRPO(TokenObjective):
     """Group-relative policy optimization (arXiv:2402.03300).
 
         A_i     = (r_i - mean(r)) / (std(r) + std_eps) within a group, unbiased std; exactly 0 when all are equal
@@ -51,8 +52,6 @@ class GRPO:
     overlong_buffer: int = 0  # tokens before the limit over which the penalty grows to -1; 0 = a fifth of the limit
 
     min_group_size = 2
-    splits_groups = True
-    needs_current = needs_profile = False
 
     def __post_init__(self):
         check_bounds(
@@ -76,28 +75,29 @@ class GRPO:
         centered = rewards - rewards.mean()
         return centered / (rewards.std() + self.std_eps) if self.adv_norm == "group" else centered
 
-    def prepare(self, batch: TrainBatch) -> None:
-        shaped = batch.reward
+    def prepare(self, batch: TrainBatch) -> TrainBatch:
+        shaped, credit, mask = batch.reward, batch.credit, batch.response_mask
         penalty = self.reward_penalty(batch)
         if penalty is not None:
-            shaped = batch.reward - penalty.to(batch.reward.dtype)
+            shaped, credit = batch.reward - penalty.to(batch.reward.dtype), credit.clone()
             for group in batch.group.unique():
                 rows = batch.group == group
-                batch.credit[rows] = self.credit(shaped[rows])
+                credit[rows] = self.credit(shaped[rows])
         if self.adv_norm == "batch":
             n, total, squares = ranks.all_sum_(
                 torch.stack([torch.ones_like(shaped), shaped, shaped.square()]).double().sum(dim=1)
             )
             variance = (squares - total.square() / n).clamp(min=0) / (n - 1).clamp(min=1)
-            batch.credit /= variance.sqrt().to(batch.credit.dtype) + self.std_eps
+            credit = credit / (variance.sqrt().to(credit.dtype) + self.std_eps)
         if self.drop_zero_std:
             alive = torch.zeros_like(batch.truncated)
             for group in batch.group.unique():
                 rows = batch.group == group
-                alive[rows] = (batch.credit[rows] != 0).any()
-            batch.response_mask &= alive[:, None]
+                alive[rows] = (credit[rows] != 0).any()
+            mask = mask & alive[:, None]
         if self.overlong == "mask":
-            batch.response_mask &= ~batch.truncated[:, None]
+            mask = mask & ~batch.truncated[:, None]
+        return replace(batch, credit=credit, response_mask=mask)
 
     def reward_penalty(self, batch: TrainBatch) -> Tensor | None:
         """[B], what is taken off the reward before the advantage, or None."""
@@ -118,49 +118,24 @@ class GRPO:
         always = self.entropy > 0 or (self.kl > 0 and self.kl_in == "loss")
         return torch.zeros_like(batch.truncated) if always else batch.credit == 0
 
-    def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        mask = batch.response_mask
-        log_ratio, advantage = old_log_ratio(logprobs, batch), batch.credit[:, None]
-        beyond = log_ratio.detach().abs() > self.log_ratio_cap
-        if self.ratio_level == "sequence":
-            # capped before the mean: one infinite token would cancel another to NaN
-            capped = log_ratio.clamp(-self.log_ratio_cap, self.log_ratio_cap)
-            mean = capped.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-            log_ratio = masked(mean.expand_as(log_ratio), mask)
-        clips = dict(clip_low=self.clip_low, clip_high=self.clip_high, log_ratio_cap=self.log_ratio_cap)
-        if self.surrogate == "cispo":
-            loss, clipped = clipped_weight(log_ratio, logprobs, advantage, **clips)
-        else:
-            loss, clipped = clipped_surrogate(log_ratio, advantage, dual_clip=self.dual_clip, **clips)
-        if self.is_correction != "none":
-            loss = loss * self.sampler_weight(batch)
-        metrics = {"entropy": entropy.detach(), **clipped, "log_ratio_capped_frac": beyond}
-        if self.entropy:
-            loss = loss - self.entropy * entropy
-        if batch.ref_logprobs is not None:
-            kl = kl_estimate(masked(logprobs - batch.ref_logprobs, mask), self.kl_type)
-            metrics["kl"] = kl.detach()
-            if self.kl_in == "loss":
-                loss = loss + self.kl * kl
-        return (masked(loss, mask) * self.row_weight(batch)).sum(), {
-            k: masked(v, mask).sum() for k, v in metrics.items()
-        }
-
-    def fused(self, batch: TrainBatch) -> dict | None:
-        """The same loss as arguments of `linear_policy_loss`, vectors still [B, S]."""
-        # a token has one weight there: of the surrogate and of what is added to it
-        weighted = self.is_correction != "none"
-        alone = self.entropy == 0 and (self.kl == 0 or self.kl_in == "reward")
-        if self.ratio_level == "sequence" or (weighted and not (self.is_correction == "tis" and alone)):
-            return None
-        mask = batch.response_mask
-        weight = self.row_weight(batch) * (self.sampler_weight(batch) if weighted else 1.0)
-        return dict(
-            advantage=batch.credit[:, None].expand(mask.shape), w=masked(mask * weight, mask),
-            mode=self.surrogate, epsilon=(self.clip_low, self.clip_high), dual_clip=self.dual_clip,
-            log_ratio_cap=self.log_ratio_cap, entropy_coef=self.entropy, kl_estimator=self.kl_type,
-            kl_coef=self.kl if self.kl_in == "loss" else 0.0,
+    @property
+    def token_loss(self) -> TokenLoss:
+        return TokenLoss(
+            surrogate=self.surrogate, clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip,
+            log_ratio_cap=self.log_ratio_cap, ratio_level=self.ratio_level, entropy=self.entropy,
+            kl=self.kl if self.kl_in == "loss" else 0.0, kl_type=self.kl_type,
         )  # fmt: skip
+
+    def weights(self, batch: TrainBatch) -> TokenWeights:
+        correction = None if self.is_correction == "none" else self.sampler_weight(batch)
+        return TokenWeights(batch.credit[:, None], self.row_weight(batch), correction)
+
+    @property
+    def fuses(self) -> bool:
+        # a correction weighs the policy loss alone, and one of zero must not hide the token from the metrics
+        loss = self.token_loss
+        alone = self.is_correction == "tis" and loss.entropy == 0 and loss.kl == 0
+        return super().fuses and (self.is_correction == "none" or alone)
 
     def sampler_weight(self, batch: TrainBatch) -> Tensor:
         """[B, S] or [B, 1], how much likelier the trainer's old policy found what the engine sampled; 0 if refused."""

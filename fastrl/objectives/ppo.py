@@ -1,18 +1,19 @@
 """PPO: clipped policy gradient with an advantage per token from a learned critic."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastrl.base import ranks
 from fastrl.base.bounds import check_bounds
-from fastrl.base.types import Problem, TrainBatch
-from fastrl.objectives.base import LARGEST_CAP, clipped_surrogate, kl_estimate, masked, old_log_ratio
+from fastrl.base.types import TrainBatch
+from fastrl.kernels.policy_loss import TokenLoss, kl_estimate
+from fastrl.objectives.base import LARGEST_CAP, TokenObjective, TokenWeights, masked
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPO:
+class PPO(TokenObjective):
     """Proximal policy optimization (arXiv:1707.06347) with generalized advantage estimation (arXiv:1506.02438).
 
         r_t     = reward on the last token of a completion, 0 elsewhere, - kl (old_logprobs - ref_logprobs)
@@ -36,11 +37,6 @@ class PPO:
     kl: float = 0.0  # coefficient of the KL to the reference, taken off the reward of each token
     entropy: float = 0.0  # coefficient of the entropy bonus
 
-    normalizer = "token"
-    min_group_size = 1
-    splits_groups = True
-    needs_current = needs_profile = False
-
     def __post_init__(self):
         check_bounds(
             self, "objective.", gamma="[0, 1]", lam="[0, 1]", clip_low="(0, 1e6]", clip_high="(0, 1e6]",
@@ -52,11 +48,7 @@ class PPO:
         wanted = {"values": True, "old_logprobs": num_minibatches > 1 or self.kl > 0, "ref_logprobs": self.kl > 0}
         return frozenset(name for name, yes in wanted.items() if yes)
 
-    def credit(self, rewards: Tensor, problem: Problem | None = None) -> Tensor:
-        """rewards [G] as they are: `prepare` knows the values and places them."""
-        return rewards
-
-    def prepare(self, batch: TrainBatch) -> None:
+    def prepare(self, batch: TrainBatch) -> TrainBatch:
         mask = batch.response_mask
         # values of padding and prompt never enter, not even as the next value of the last token
         values = masked(batch.values, mask)
@@ -65,33 +57,19 @@ class PPO:
             rewards -= self.kl * kl_estimate(masked(batch.old_logprobs - batch.ref_logprobs, mask), "k1")
         delta = rewards + self.gamma * following(values) - values
         advantages = masked(discounted_sums(delta, self.gamma * self.lam), mask)
-        batch.returns = advantages + values
-        batch.advantages = whitened(advantages, mask) if self.whiten else advantages
+        return replace(
+            batch, returns=advantages + values, advantages=whitened(advantages, mask) if self.whiten else advantages
+        )
 
-    def silent(self, batch: TrainBatch) -> Tensor:
-        return torch.zeros_like(batch.truncated)  # a critic is never exactly right
-
-    def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        mask = batch.response_mask
-        log_ratio = old_log_ratio(logprobs, batch)
-        loss, clipped = clipped_surrogate(
-            log_ratio, masked(batch.advantages, mask), clip_low=self.clip_low, clip_high=self.clip_high,
-            dual_clip=self.dual_clip, log_ratio_cap=self.log_ratio_cap,
+    @property
+    def token_loss(self) -> TokenLoss:
+        return TokenLoss(
+            clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip,
+            log_ratio_cap=self.log_ratio_cap, entropy=self.entropy, kl_type="k1",
         )  # fmt: skip
-        beyond = log_ratio.detach().abs() > self.log_ratio_cap
-        metrics = {"entropy": entropy.detach(), **clipped, "log_ratio_capped_frac": beyond}
-        if batch.ref_logprobs is not None:
-            metrics["kl"] = kl_estimate(masked(logprobs.detach() - batch.ref_logprobs, mask), "k1")
-        if self.entropy:
-            loss = loss - self.entropy * entropy
-        return masked(loss, mask).sum(), {k: masked(v, mask).sum() for k, v in metrics.items()}
 
-    def fused(self, batch: TrainBatch) -> dict:
-        """The policy's loss as arguments of `linear_policy_loss`, vectors still [B, S]."""
-        return dict(
-            advantage=batch.advantages, w=batch.response_mask.float(), epsilon=(self.clip_low, self.clip_high),
-            dual_clip=self.dual_clip, log_ratio_cap=self.log_ratio_cap, entropy_coef=self.entropy, kl_estimator="k1",
-        )  # fmt: skip
+    def weights(self, batch: TrainBatch) -> TokenWeights:
+        return TokenWeights(masked(batch.advantages, batch.response_mask))
 
     def value_loss_sum(self, values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """values [B, S] of the critic now -> its loss summed over the batch, and metrics over response tokens."""

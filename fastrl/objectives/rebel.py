@@ -7,18 +7,18 @@ On-policy the expected gradient is -4 eta grad E[r]. A pair couples its completi
 be differentiated alone with that as a constant: half the activations of a pair in one graph, and exact.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastrl.base.bounds import check_bounds
-from fastrl.base.types import Problem, TrainBatch
-from fastrl.objectives.base import masked, old_log_ratio
+from fastrl.base.types import TrainBatch
+from fastrl.objectives.base import Objective, masked, old_log_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class REBEL:
+class REBEL(Objective):
     """The authors take groups of 2, 4 epochs per batch (--epochs-per-batch) and eta 1, or 1e6 with large batches."""
 
     eta: float = 1.0  # scale of the rewards
@@ -27,7 +27,6 @@ class REBEL:
 
     normalizer = "group"
     min_group_size = 2
-    needs_profile = False
 
     def __post_init__(self):
         check_bounds(self, "objective.", eta="(0, 1e6]", kl="[0, 1e6]")
@@ -44,19 +43,18 @@ class REBEL:
         old = {"old_logprobs"} if num_minibatches > 1 or self.kl else set()
         return frozenset(old | ({"ref_logprobs"} if self.kl else set()))
 
-    def credit(self, rewards: Tensor, problem: Problem) -> Tensor:
-        return rewards
+    def prepare(self, batch: TrainBatch) -> TrainBatch:
+        if not self.kl:
+            return batch
+        penalty = self.kl * masked(batch.old_logprobs - batch.ref_logprobs, batch.response_mask).sum(dim=1)
+        return replace(batch, credit=batch.credit - penalty)
 
-    def prepare(self, batch: TrainBatch) -> None:
-        if self.kl:
-            batch.credit -= self.kl * masked(batch.old_logprobs - batch.ref_logprobs, batch.response_mask).sum(dim=1)
-
-    def couple(self, minibatch: TrainBatch) -> None:
+    def couple(self, minibatch: TrainBatch, current_logprobs: Tensor | None) -> TrainBatch:
         """residual = d - mean of its group, at the present weights."""
         u = torch.zeros_like(minibatch.credit)
-        if minibatch.old_logprobs is not None:
-            u = old_log_ratio(minibatch.current_logprobs, minibatch).sum(dim=1)
-        minibatch.residual = centered(u - self.eta * minibatch.credit, minibatch)
+        if current_logprobs is not None:
+            u = old_log_ratio(current_logprobs, minibatch).sum(dim=1)
+        return replace(minibatch, residual=centered(u - self.eta * minibatch.credit, minibatch))
 
     def silent(self, batch: TrainBatch) -> Tensor:
         return torch.zeros_like(batch.truncated) if self.paired else batch.residual == 0

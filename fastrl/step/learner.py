@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,6 +18,18 @@ from fastrl.step.metrics import sampling_mismatch
 from fastrl.step.microbatches import Fitting
 from fastrl.updates.base import UpdateRule, check_state
 from fastrl.watch import bad_step
+
+
+class Minibatch:
+    """Some groups of a step's batch through all passes of the update rule."""
+
+    def __init__(self, batch: TrainBatch):
+        self.batch = batch
+
+    def visited(self, logprobs: torch.Tensor) -> None:
+        """What the first pass sees is what is old to the next ones, where nothing is old yet."""
+        if self.batch.old_logprobs is None:
+            self.batch = replace(self.batch, old_logprobs=logprobs)
 
 
 @dataclass(kw_only=True)
@@ -44,25 +56,20 @@ class Learner:
     def trained(self) -> dict[str, Policy | Critic]:
         return {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
 
-    def prepare(self, batch: TrainBatch) -> None:
-        """Fill in what the objective needs and no other part has; old log-probabilities may be the engine's."""
-        needs = self.objective.needs(self.num_minibatches)
+    def prepare(self, batch: TrainBatch) -> TrainBatch:
+        """The batch with the scores that the objective reads and what it makes of them."""
+        needs, old = self.objective.needs(self.num_minibatches), {}
         if self.old_from_engine and "old_logprobs" in self.objective.needs(2):
-            batch.old_logprobs = batch.rollout_logprobs.clone()
-            needs -= {"old_logprobs"}
-        self.fill(batch, needs)
-        self.objective.prepare(batch)
-
-    def fill(self, batch: TrainBatch, needs: frozenset[str]) -> None:
-        """Compute what the objective compares with, token by token, without gradients."""
-        models = {
-            "old_logprobs": self.policy, "current_logprobs": self.policy, "ref_logprobs": self.reference,
-            "values": self.critic,
-        }  # fmt: skip
-        for name in sorted(needs):
-            setattr(batch, name, faults.through(name, self.fitting.run(partial(self.scores, models[name], batch))))
+            needs, old = needs - {"old_logprobs"}, {"old_logprobs": batch.rollout_logprobs}
+        batch = replace(batch, **old, **{name: self.scored(name, batch) for name in sorted(needs)})
         if self.reference:
             self.reference.rest()
+        return self.objective.prepare(batch)
+
+    def scored(self, name: str, batch: TrainBatch) -> torch.Tensor:
+        """[B, S] of old_logprobs, current_logprobs, ref_logprobs or values, without gradients."""
+        model = {"ref_logprobs": self.reference, "values": self.critic}.get(name, self.policy)
+        return faults.through(name, self.fitting.run(partial(self.scores, model, batch)))
 
     def scores(self, model: Policy | Reference | Critic, batch: TrainBatch) -> torch.Tensor:
         values = torch.zeros_like(batch.rollout_logprobs)
@@ -72,34 +79,33 @@ class Learner:
                 values[rows, : scores.shape[1]] = scores.to(values.dtype)
         return values
 
-    def learn(self, batch: TrainBatch) -> dict[str, float]:
-        """One step of the update rule on the batch's minibatches -> metrics."""
+    def learn(self, batch: TrainBatch) -> tuple[dict[str, float], TrainBatch]:
+        """One step of the update rule, minibatch by minibatch -> metrics, and the batch as its first pass left it."""
         self.mismatch = {}
-        parts = [partial(self.accumulate, part) for part in minibatches(batch, self.num_minibatches)]
-        metrics = self.update.update(self.policy, parts)
+        parts = [Minibatch(part) for part in minibatches(batch, self.num_minibatches)]
+        metrics = self.update.update(self.policy, [partial(self.accumulate, part) for part in parts])
         check_state(self.update, self.policy.like)  # a tensor that the first update has made
-        return metrics
+        return metrics, parts[0].batch if len(parts) == 1 else batch
 
-    def accumulate(self, minibatch: TrainBatch) -> dict[str, float]:
+    def accumulate(self, minibatch: Minibatch) -> dict[str, float]:
         """Leave the minibatch's gradient at the current weights in the gradient buffer; return its metrics."""
         # counted once, over all ranks, so the gradient does not depend on how the minibatch is cut further
-        count = denominator(minibatch, self.objective.normalizer)
-        tokens = denominator(minibatch, "token")
-        minibatch.counts = {"token": tokens, "completion": denominator(minibatch, "completion")}
+        count = denominator(minibatch.batch, self.objective.normalizer)
+        tokens = denominator(minibatch.batch, "token")
+        counts = {"token": tokens, "completion": denominator(minibatch.batch, "completion")}
+        batch = replace(minibatch.batch, counts=counts)
         if self.objective.needs_current:
-            self.fill(minibatch, frozenset({"current_logprobs"} if minibatch.old_logprobs is not None else ()))
-            self.objective.couple(minibatch)
-        sums, seen = self.fitting.run(partial(self.backward, minibatch, count))
+            current = None if batch.old_logprobs is None else self.scored("current_logprobs", batch)
+            batch = self.objective.couple(batch, current)
+        sums, seen = self.fitting.run(partial(self.backward, batch, count))
         if not self.mismatch:
-            self.mismatch = sampling_mismatch((seen - minibatch.rollout_logprobs)[minibatch.response_mask])
-        if minibatch.old_logprobs is None:  # then this is the first pass of the step, and the next is not
-            minibatch.old_logprobs = seen
+            self.mismatch = sampling_mismatch((seen - batch.rollout_logprobs)[batch.response_mask])
+        minibatch.visited(seen)
         if sums:
             faults.through("loss", sums["loss"])
         metrics = averages(sums, tokens)
-        self.policy.loss = metrics["loss"]
-        if not math.isfinite(self.policy.loss):
-            bad_step.note(self.broken, sums.get("loss"), seen, minibatch.response_mask)
+        if not math.isfinite(metrics["loss"]):
+            bad_step.note(self.broken, sums.get("loss"), seen, batch.response_mask)
         return metrics
 
     def backward(self, minibatch: TrainBatch, count: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -119,9 +125,9 @@ class Learner:
 
     def forward(self, part: TrainBatch, count: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """A microbatch -> its share of the loss, logprobs [B, S], and metrics summed over response tokens."""
-        fused = self.objective.fused(part) if self.policy.fuses and hasattr(self.objective, "fused") else None
-        if learns and fused is not None:
-            loss, logprobs, metrics = self.policy.fused_loss(part, count, fused)
+        fused = self.objective.fused(part) if learns and self.policy.fuses else None
+        if fused is not None:
+            loss, logprobs, metrics = self.policy.fused_loss(part, fused, count)
             return loss, logprobs, {"loss": loss.detach() * part.counts["token"], **metrics}
         with torch.set_grad_enabled(learns):
             logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
@@ -147,9 +153,7 @@ class Learner:
                 pieces = (piece for _, piece in self.fitting.cut(part, packed=self.critic.packs))
                 return self.critic.backward(pieces, self.objective.value_loss_sum, tokens)
 
-            metrics = averages(self.fitting.run(backward), tokens)
-            self.critic.loss = metrics["loss"]
-            return metrics
+            return averages(self.fitting.run(backward), tokens)
 
         self.critic.wake()
         metrics = self.critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])

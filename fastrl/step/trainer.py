@@ -94,7 +94,7 @@ class Trainer:
             max_new_tokens=self.rollout.sampling.max_new_tokens,
         )  # fmt: skip
         with spans("logprobs"):
-            learner.prepare(batch)
+            batch = learner.prepare(batch)
         self.leave_if_stopped()
         learner.set_lr(self.completed, self.schedule.steps)
         if learner.critic:
@@ -102,8 +102,8 @@ class Trainer:
                 used |= learner.fit_critic(batch)
         with spans("update"):
             learner.policy.wake()
-            metrics = learner.learn(batch) | used
-            metrics |= self.memory("train")
+            metrics, batch = learner.learn(batch)
+            metrics |= used | self.memory("train")
         self.rollout.engine.weights_changed()
         self.allocator.observe(groups)
         self.keep_refused(groups, batch)

@@ -45,8 +45,8 @@ class Shard(Protocol):
     def extrapolate_by_tensor(self, anchor: Tensor, law: Extrapolation, grads: Pair) -> dict[str, float]:
         """The same with one ratio for each tensor of the model."""
 
-    def gradient(self) -> Gradient:
-        """The accumulated gradient, summed over ranks. Once after each accumulate()."""
+    def gradient(self, loss: float) -> Gradient:
+        """The accumulated gradient, summed over ranks. Once after each accumulate(), with the loss that it returned."""
 
     def apply(self, gradient: Gradient) -> dict[str, float]:
         """One optimizer step -> grad_norm (before clipping, which changes `gradient`) and skipped (0 or 1).
@@ -54,8 +54,8 @@ class Shard(Protocol):
         A step that the guard refuses changes nothing.
         """
 
-    def optimizer_step(self) -> dict[str, float]:
-        """apply(gradient())."""
+    def optimizer_step(self, loss: float) -> dict[str, float]:
+        """apply(gradient(loss))."""
 
     def optimizer_snapshot(self) -> dict[str, Tensor]:
         """A copy of the optimizer's state."""
@@ -143,7 +143,8 @@ def one_pass(shard: Shard, minibatches: Sequence[Accumulate]) -> dict[str, float
     """One optimizer step per minibatch; returns the metrics averaged over minibatches and the number of steps."""
     totals: dict[str, float] = {}
     for accumulate in minibatches:
-        for name, value in {**accumulate(), **shard.optimizer_step()}.items():
+        metrics = accumulate()
+        for name, value in {**metrics, **shard.optimizer_step(metrics["loss"])}.items():
             totals[name] = totals.get(name, 0.0) + value
     metrics = {name: total if name == "skipped" else total / len(minibatches) for name, total in totals.items()}
     return {**metrics, "num_backward_passes": float(len(minibatches))}

@@ -115,7 +115,7 @@ class GXPO(UpdateRule):
         anchor = shard.snapshot()
         state = shard.optimizer_snapshot() if self.opt_state == "restore" else None
         metrics = accumulate()
-        first = shard.gradient()
+        first = shard.gradient(metrics["loss"])
         metrics |= shard.apply(first)
         if not taken(metrics):
             return metrics | {"num_backward_passes": 1.0, "update/fallback": 1.0}
@@ -123,7 +123,7 @@ class GXPO(UpdateRule):
         probe = shard.snapshot().sub_(anchor) if self.ratio == "coord_adamw" else first.shard.clone()
         g0 = first.shard.clone() if self.gate == "cosine" else None
         metrics = accumulate()
-        second = shard.gradient()
+        second = shard.gradient(metrics["loss"])
         metrics |= shard.apply(second)
         if not taken(metrics):
             return metrics | {"num_backward_passes": 2.0, "update/fallback": 1.0}
@@ -131,7 +131,7 @@ class GXPO(UpdateRule):
         if state is not None:
             shard.optimizer_restore(state)
         metrics = accumulate()
-        slow = shard.gradient()
+        slow = shard.gradient(metrics["loss"])
         signal = self.signal(shard, metrics, slow, g0)
         metrics |= shard.apply(slow) | report
         if not taken(metrics):
@@ -189,4 +189,5 @@ def taken(metrics: dict[str, float]) -> bool:
 
 
 def plain_step(shard: Shard, accumulate: Accumulate) -> dict[str, float]:
-    return {**accumulate(), **shard.optimizer_step(), "num_backward_passes": 1.0}
+    metrics = accumulate()
+    return {**metrics, **shard.optimizer_step(metrics["loss"]), "num_backward_passes": 1.0}

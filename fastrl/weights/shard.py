@@ -32,7 +32,7 @@ class Gradient:
 
     shard: Tensor  # [P / ranks], a view of the gradient buffer; `apply` clips it in place
     norm: float  # before clipping, the same on all ranks
-    loss: float = 0.0  # the same on all ranks
+    loss: float  # the same on all ranks
 
 
 class ShardedModel:
@@ -60,7 +60,6 @@ class ShardedModel:
         self.device = self.master.device
         self.optim, self.guard, self.host = optim, guard, HostCopies()
         self.policy_version = 0  # weight updates published so far
-        self.loss = 0.0  # over all ranks, of the gradient in the buffer; whoever accumulates one leaves it here
         self.own_broken = 0  # gradients of this rank that were not finite, before they were reduced
 
     def zero_grad(self) -> None:
@@ -176,8 +175,8 @@ class ShardedModel:
         return {name: tensor for name, tensor in along.items() if tensor is not None}
 
     @torch.no_grad()
-    def gradient(self) -> Gradient:
-        """Reduce the gradient buffer over ranks. Once per accumulated gradient."""
+    def gradient(self, loss: float) -> Gradient:
+        """Reduce the gradient buffer over ranks. Once per accumulated gradient; loss: what it is of."""
         faults.through("grad", self.flat.grads)
         own = squared_norm(self.flat.grads) if ranks.size() > 1 else None  # afterwards no one knows whose it was
         shard = ranks.reduce_shard(self.flat.grads)
@@ -185,7 +184,7 @@ class ShardedModel:
         norm = square.sqrt().item()
         if not math.isfinite(norm):
             self.own_broken += own is None or not math.isfinite(own.item())
-        return Gradient(shard, norm, self.loss)
+        return Gradient(shard, norm, loss)
 
     @torch.no_grad()
     def apply(self, gradient: Gradient) -> dict[str, float]:
@@ -204,9 +203,9 @@ class ShardedModel:
         self.publish()
         return {"grad_norm": norm, "skipped": 0.0}
 
-    def optimizer_step(self) -> dict[str, float]:
+    def optimizer_step(self, loss: float) -> dict[str, float]:
         """Reduce the accumulated gradient and apply it."""
-        return self.apply(self.gradient())
+        return self.apply(self.gradient(loss))
 
     @property
     def weights_bf16(self) -> Tensor | None:
