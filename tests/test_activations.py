@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_batching import completion, group
+from batches import completion, group
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastrl.models.loading import load_model, token_logprobs

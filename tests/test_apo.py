@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_objectives import make
+from batches import make
 
 from fastrl.base.types import Problem
 from fastrl.objectives.apo import APO, optimal_value

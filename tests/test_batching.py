@@ -5,22 +5,14 @@ from dataclasses import fields
 
 import pytest
 import torch
+from batches import completion, group, numbered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrl.base.types import Completion, Problem, RolloutGroup, TrainBatch
+from fastrl.base.types import Completion
 from fastrl.step.batching import averages, cut, denominator, make_batch, minibatches, select
 
 PAD = 99
-
-
-def completion(ids, reward=0.0, finish="stop"):
-    return Completion(token_ids=ids, rollout_logprobs=[-i / 8 for i in ids], finish_reason=finish, reward=reward)
-
-
-def group(prompt_ids, *completions):
-    problem = Problem(id=f"p{prompt_ids[0]}", prompt="", answer="", prompt_ids=prompt_ids)
-    return RolloutGroup(problem=problem, completions=list(completions), policy_version=0)
 
 
 def by_hand():
@@ -28,22 +20,6 @@ def by_hand():
         group([1, 2, 3], completion([4, 5], 1.0), completion([6], 0.5)),
         group([7], completion([8, 9, 10, 11], 0.25, "length"), completion([12, 13], -2.0), completion([99, 14], 3.0)),
     ]
-
-
-def numbered(lengths, groups):
-    """A batch whose row b has lengths[b] tokens b+1, the first of them the prompt; padding is 0 and NaN."""
-    B, S = len(lengths), max(lengths, default=1)
-    column, end = torch.arange(S), torch.tensor(lengths, dtype=torch.int64)[:, None]
-    row = torch.arange(B)[:, None]
-    real = column < end
-    return TrainBatch(
-        input_ids=torch.where(real, row + 1, 0), attention_mask=real, response_mask=real & (column > 0),
-        rollout_logprobs=torch.where(real, -(row + 1.0), torch.nan), group=torch.tensor(groups, dtype=torch.int64),
-        reward=torch.arange(B) / 8, credit=torch.arange(B) / 4, truncated=torch.arange(B) % 3 == 1,
-        prompt_lengths=torch.ones(B, dtype=torch.int64),
-        group_size=torch.tensor([groups.count(g) for g in groups], dtype=torch.int64), max_new_tokens=50,
-        ref_logprobs=torch.where(real, -(row + 2.0), torch.nan),
-    )  # fmt: skip
 
 
 def contents(batch):

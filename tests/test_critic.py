@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
+from batches import completion, group, padded, prepared_batch
 from helpers import make_trainer, step_records
 from safetensors.torch import load_file
-from test_batching import completion, group
-from test_step import padded, prepared_batch
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError, NumericsError

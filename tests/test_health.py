@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
+from batches import make
 from helpers import make_trainer, rows
-from test_objectives import make
 
 from fastrl.step.metrics import one_token_rows
 from fastrl.watch.health import Health

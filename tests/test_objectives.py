@@ -4,48 +4,10 @@ import math
 
 import pytest
 import torch
+from batches import loss_and_grad, make
 
-from fastrl.base.types import TrainBatch
 from fastrl.objectives.base import kl_estimate
 from fastrl.objectives.grpo import GRPO
-
-PROMPT = 1  # tokens of prompt in every row
-
-
-def make(lengths, credit=None, *, reward=None, group=None, max_new_tokens=8, truncated=None, **logprobs):
-    """Rows of one prompt token and `lengths` response tokens; padding of every log-probability is NaN."""
-    B, S = len(lengths), PROMPT + max(lengths)
-    column, length = torch.arange(S), torch.tensor(lengths)[:, None]
-    mask = (column >= PROMPT) & (column < PROMPT + length)
-    zeros = [0.0] * B
-
-    def spread(rows):
-        out = torch.full((B, S), math.nan)
-        for b, row in enumerate(rows):
-            out[b, PROMPT : PROMPT + len(row)] = torch.tensor(row)
-        return out
-
-    return TrainBatch(
-        input_ids=torch.zeros(B, S, dtype=torch.int64), attention_mask=column < PROMPT + length, response_mask=mask,
-        rollout_logprobs=torch.zeros(B, S), group=torch.tensor(group or [0] * B), reward=torch.tensor(reward or zeros),
-        credit=torch.tensor(credit or zeros), truncated=torch.tensor(truncated or [False] * B),
-        prompt_lengths=torch.full((B,), PROMPT),
-        group_size=torch.tensor([(group or [0] * B).count(g) for g in group or [0] * B]), max_new_tokens=max_new_tokens,
-        **{name: spread(rows) for name, rows in logprobs.items()},
-    )  # fmt: skip
-
-
-def loss_and_grad(objective, batch, log_ratio=None, entropy=0.0):
-    """Loss, gradient to logprobs and metrics where logprobs = old + log_ratio (old is filled with -1 if absent)."""
-    if log_ratio is not None:
-        batch.old_logprobs = torch.where(batch.response_mask, -1.0, math.nan)
-        logprobs = batch.old_logprobs + torch.nan_to_num(torch.tensor(log_ratio))
-    else:
-        logprobs = torch.where(batch.response_mask, -1.0, math.nan)
-    logprobs = logprobs.clone().requires_grad_()
-    loss, metrics = objective.loss_sum(logprobs, torch.full_like(logprobs, entropy), batch)
-    loss.backward()
-    return loss.item(), logprobs.grad, {name: value.item() for name, value in metrics.items()}
 
 
 def test_advantage_of_two_and_of_eight():

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from test_batching import completion, group, numbered
+from batches import completion, group, numbered
 
 from fastrl.models import packing as packing_module
 from fastrl.models.loading import load_model, token_logprobs

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_objectives import loss_and_grad, make
+from batches import loss_and_grad, make
 
 from fastrl.objectives.ppo import PPO
 

@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
+from batches import make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_objectives import make
 
 from fastrl.kernels.policy_loss import policy_loss, policy_loss_ref
 from fastrl.objectives.base import kl_estimate

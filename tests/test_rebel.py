@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_objectives import make
+from batches import make
 
 from fastrl.objectives.rebel import REBEL
 from fastrl.step.batching import select

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from batches import padded, prepared_batch
 from helpers import make_trainer
 from program import together
 
@@ -17,54 +18,10 @@ OBJECTIVES = {
 }
 
 
-def prepared_batch(trainer, *, noise: float = 0.05):
-    """A sampled batch whose old and reference log-probabilities differ from the policy's, and whose old values from
-    those of the critic, which gets a random head, so that every term counts."""
-    if trainer.learner.critic:
-        with torch.no_grad():
-            trainer.learner.critic.model.value_head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    plan = trainer.allocator.take(trainer.completions_per_step)
-    groups = trainer.rollout.run(plan, step=0)
-    batch = make_batch(
-        groups, trainer.learner.objective.credit, pad_id=trainer.learner.policy.pad_id, max_new_tokens=10
-    )
-    for name in ("reward", "credit", "rollout_logprobs"):
-        setattr(batch, name, getattr(batch, name).double())
-    trainer.learner.fill(batch, frozenset({"old_logprobs"}) | trainer.learner.objective.needs(2))
-    generator = torch.Generator().manual_seed(1)
-    for name in ("old_logprobs", "ref_logprobs", "values"):
-        values = getattr(batch, name)
-        if values is not None:
-            setattr(batch, name, values + noise * torch.randn(values.shape, generator=generator, dtype=values.dtype))
-    trainer.learner.objective.prepare(batch)
-    return batch
-
-
 def gradient(trainer, batch, tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
     trainer.learner.fitting.tokens = tokens
     metrics = trainer.learner.accumulate(batch)
     return trainer.learner.policy.flat.grads.clone(), metrics
-
-
-def padded(batch, extra: int):
-    """The same rows with more padding; what padding holds is poison wherever the type can hold it."""
-    out = select(batch, torch.arange(len(batch)))
-    names = ["input_ids", "attention_mask", "response_mask", "rollout_logprobs", "old_logprobs", "ref_logprobs"]
-    for name in [*names, "values", "advantages", "returns"]:
-        value = getattr(out, name)
-        if value is None:
-            continue
-        fill = {torch.bool: False, torch.int64: 7}.get(value.dtype, float("nan"))
-        wide = torch.cat([value, torch.full((len(value), extra), fill, dtype=value.dtype)], dim=1)
-        if value.dtype.is_floating_point:
-            wide[
-                ~out.attention_mask
-                if name == "input_ids"
-                else ~torch.nn.functional.pad(batch.attention_mask, (0, extra))
-            ] = fill
-        setattr(out, name, wide)
-    out.input_ids[~torch.nn.functional.pad(batch.attention_mask, (0, extra))] = 7
-    return out
 
 
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
