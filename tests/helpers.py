@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-import pytest
+import torch
 
 from fastrl import checkpoint
 from fastrl.base.log import RunLog
@@ -23,15 +23,6 @@ def make_trainer(folder: Path, *args: object, stop_requested=lambda: False) -> T
     log = RunLog(folder, total_steps=config.steps)
     log.open()
     return build(config, log, open_rewards(config), stop_requested)
-
-
-def mostly_later(values, *now):
-    """Parameters of a test, of which those that are not in `now` only run in `make soak`."""
-    return [value if value in now else pytest.param(*listed(value), marks=pytest.mark.soak) for value in values]
-
-
-def listed(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -68,3 +59,8 @@ def digest(path: Path) -> dict[str, str]:
 def leftovers(folder: Path) -> list[str]:
     """What is in a folder of checkpoints and is none."""
     return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+
+
+def weights_and_state(trainer: Trainer) -> list[torch.Tensor]:
+    """Copies of the policy's master and of its optimizer's states."""
+    return [t.clone() for _, t in trainer.learner.policy.state_tensors()]

@@ -7,12 +7,6 @@ import time
 import uuid
 from pathlib import Path
 
-# a few short steps, with an evaluation and checkpoints
-SMALL = [
-    "--problems-per-step", "4", "--group-size", "4", "--eval-limit", "4", "--eval-k", "2", "--sample-every", "0",
-    "--threads", "1", "--reward-workers", "1", "--save-every", "2",
-]  # fmt: skip
-
 
 class Started:
     """`python -m fastrl.train ARGS` in `folder`, under torchrun where there are several ranks.

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from helpers import make_trainer, mostly_later, rows
+from helpers import make_trainer, rows
 
 from fastrl.base.faults import from_environment
 from fastrl.base.types import NumericsError
+from support.cases import mostly_later
 
 # no evaluation and one microbatch: step n is visit n of every point, but for logits
 RECIPE = """

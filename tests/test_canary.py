@@ -3,12 +3,13 @@
 import copy
 
 import pytest
-from helpers import make_trainer, mostly_later
+from helpers import make_trainer
 
 from fastrl import checkpoint
 from fastrl.base.types import EngineError
 from fastrl.engine.hf import HFEngine
 from fastrl.step.canary import Canary
+from support.cases import mostly_later
 
 ARGS = ["--problems-per-step", 4, "--group-size", 4, "--eval-limit", 2, "--reward", "last_character", "--lr", 3e-3]
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from helpers import make_trainer, mostly_later
+from helpers import make_trainer
 from safetensors.torch import load_file
 
 from fastrl import checkpoint
 from fastrl.base import faults
 from fastrl.base.types import CheckpointError
+from support.cases import mostly_later
 
 
 @pytest.fixture(scope="module")

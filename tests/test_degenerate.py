@@ -3,18 +3,17 @@
 The loss and gradient of the program against plain float64 arithmetic, a completion and a token at a time.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import make_trainer
 from hypothesis import strategies as st
 from program import together
-from test_ratio_overflow import examples
 
 from fastrl.base.types import Completion, Problem, RolloutGroup
 from fastrl.objectives.grpo import GRPO
 from fastrl.step.batching import make_batch
+from support.cases import examples
+from support.short_trainings import one_group_steps
 
 EOS, LONGEST = 0, 10
 FORMS = st.sampled_from(["empty", "end", "one", "cut", "longest", "usual"])
@@ -112,38 +111,15 @@ def test_loss_and_gradient_are_those_of_plain_arithmetic(count, tmp_path, float6
 RANKS = """
 import torch
 from pathlib import Path
-from test_degenerate import one_group
+from support.short_trainings import one_group_steps
 from fastrl.base import ranks
 ranks.start("cpu")
-found = one_group(Path({folder!r}) / str(ranks.rank()), *{flags!r})
+found = one_group_steps(Path({folder!r}) / str(ranks.rank()), *{flags!r})
 torch.save(found, Path({folder!r}) / f"{{ranks.rank()}}.pt")
 ranks.barrier()
 ranks.stop()
 ranks.leave(0)
 """
-
-
-def one_group(folder: Path, *flags):
-    """Three steps on a single group of four: with two ranks one of them has nothing."""
-    trainer = make_trainer(
-        folder,
-        "--dtype",
-        "float64",
-        "--problems-per-step",
-        2,
-        "--group-size",
-        4,
-        "--eval-limit",
-        2,
-        "--lr",
-        1e-3,
-        *flags,
-    )
-    trainer.completions_per_step = 4
-    history = [trainer.step() for _ in range(3)]
-    return trainer.learner.policy.flat.weights, [
-        (m["loss"], m["grad_norm"], m["entropy"], m["reward"]) for m in history
-    ]
 
 
 @pytest.mark.soak
@@ -152,7 +128,7 @@ def one_group(folder: Path, *flags):
 @pytest.mark.parametrize("flags", [[], ["--objective", "ppo", "--kl", 0.01]], ids=["grpo", "ppo"])
 def test_a_rank_without_a_sample_takes_the_same_steps(flags, tmp_path):
     together(tmp_path, RANKS.format(folder=str(tmp_path), flags=[*map(str, flags)]))
-    alone, history = one_group(tmp_path / "alone", *flags)
+    alone, history = one_group_steps(tmp_path / "alone", *flags)
     assert any(norm > 0 for _, norm, *_ in history)
     for rank in range(2):
         weights, seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

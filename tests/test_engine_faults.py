@@ -4,52 +4,22 @@ import json
 import math
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_trainer
-from processes import SMALL
 
 from fastrl.base.types import Completion, EngineError
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.checked import fault, sample_checked
-
-
-class Broken:
-    """The real engine, but for what `breaks` does to the completions it has sampled."""
-
-    def __init__(self, engine, breaks):
-        self.engine, self.breaks, self.policy_version = engine, breaks, engine.policy_version
-
-    def generate_phase(self):
-        return nullcontext()
-
-    def weights_changed(self):
-        self.engine.weights_changed()
-
-    def close(self):
-        self.engine.close()
-
-    def sample(self, requests, sampling):
-        sampled = self.engine.sample(requests, sampling)
-        return self.breaks(sampled) or sampled
+from support.arguments import SHORT_RUN
+from support.broken_engines import Broken, nan, spoil
 
 
 def raises(sampled):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
-def spoil(sampled, value, count):
-    """The first log-probability of so many completions becomes `value`."""
-    for completion in [c for completions in sampled for c in completions][:count]:
-        completion.rollout_logprobs[0] = value
-
-
-def nan(sampled):
-    spoil(sampled, math.nan, 16)
 
 
 def none(sampled):
@@ -111,7 +81,7 @@ BREAKS = [
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    one = make_trainer(tmp_path_factory.mktemp("run"), *SMALL)
+    one = make_trainer(tmp_path_factory.mktemp("run"), *SHORT_RUN)
     yield one
     one.rollout.rewards.close()
 
@@ -132,7 +102,7 @@ def test_what_an_engine_returns_is_looked_at(breaks, message, trainer):
 
 
 def test_half_of_the_completions_without_a_number_is_the_guards_matter(tmp_path):
-    trainer = make_trainer(tmp_path, *SMALL)
+    trainer = make_trainer(tmp_path, *SHORT_RUN)
     before = trainer.learner.policy.master.clone()
     trainer.rollout.engine = Broken(trainer.rollout.engine, lambda sampled: spoil(sampled, math.nan, 8))
     assert trainer.step()["skipped"] == 1 and torch.equal(trainer.learner.policy.master, before)
@@ -159,7 +129,7 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_engine_faults import Broken, nan
+from support.broken_engines import Broken, nan
 from fastrl import train
 from fastrl.base import ranks
 calls = []
@@ -186,7 +156,7 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.parametrize("hangs", [pytest.param(True, marks=pytest.mark.soak), False], ids=["hangs", "nan"])
 def test_the_program_ends_with_5(hangs, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent), hangs=hangs))
-    command = [sys.executable, "script.py", *SMALL, "--steps", "6", "--hang-timeout", "8"]
+    command = [sys.executable, "script.py", *SHORT_RUN, "--steps", "6", "--hang-timeout", "8"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 5, done.stderr
     status = json.loads((tmp_path / "runs/default/status.json").read_text())

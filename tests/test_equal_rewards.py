@@ -1,7 +1,9 @@
 """Rewards that are all equal: a gradient of exactly zero, no optimizer step, counted, and the next problems come."""
 
 import pytest
-from helpers import make_trainer, mostly_later
+from helpers import make_trainer
+
+from support.cases import mostly_later
 
 SETTINGS = {
     "zero": (0.0, []),

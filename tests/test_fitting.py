@@ -4,60 +4,18 @@ import json
 
 import pytest
 import torch
-from helpers import TIMES, make_trainer, mostly_later
+from helpers import make_trainer
 from program import together
 
 from fastrl.step.microbatches import Fitting
+from support.cases import mostly_later
+from support.short_trainings import FLOAT64_STEPS, limited_steps
 
-SMALL = ["--problems-per-step", 6, "--group-size", 4, "--dtype", "float64", "--eval-limit", 4, "--sample-every", 0]
 SETTINGS = {
     "grpo": ["--kl", "0.05", "--minibatches", 2, "--update.epochs-per-batch", 2],
     "ppo": ["--objective", "ppo", "--critic.optim.lr", "1e-3", "--minibatches", 2],
     "rebel": ["--objective", "rebel", "--update.epochs-per-batch", 2],
 }
-
-
-def run_out_above(model, tokens: int, where: str = "forward", training_only: bool = False):
-    """Let a model's forward, or the backward through its last hidden states, fail on more tokens than that."""
-
-    def fail(size):
-        if size > tokens:
-            raise torch.OutOfMemoryError(f"injected: {size} tokens")
-
-    def hook(module, args, output):
-        size, hidden = args[0].numel(), output.last_hidden_state
-        if not (hidden.requires_grad or not training_only):
-            return
-        if where == "forward":
-            fail(size)
-        elif hidden.requires_grad:
-            hidden.register_hook(lambda grad: fail(size))
-
-    return model.base_model.register_forward_hook(hook)
-
-
-def steps(folder, *flags, limits=(), count=2):
-    """Two steps with or without memory running out -> the trainer, their metrics without times."""
-    trainer = make_trainer(folder, *SMALL, *flags)
-    models = {
-        "policy": trainer.learner.policy,
-        "critic": trainer.learner.critic,
-        "reference": trainer.learner.reference,
-    }
-    sampling = trainer.rollout.engine.sample
-    hooks = []
-
-    def sample(*args):  # the engine's own forward is not the trainer's business
-        for hook in hooks:
-            hook.remove()
-        hooks.clear()
-        found = sampling(*args)
-        hooks.extend(run_out_above(models[name].model, tokens, where) for name, tokens, where in limits)
-        return found
-
-    trainer.rollout.engine.sample = sample
-    metrics = [trainer.step() for _ in range(count)]
-    return trainer, [{k: v for k, v in m.items() if not k.startswith(TIMES)} for m in metrics]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +27,8 @@ def steps(folder, *flags, limits=(), count=2):
 )  # fmt: skip
 def test_a_run_out_of_memory_equals_one_with_small_microbatches(name, where, tmp_path, float64_norms, capsys):
     flags = [*SETTINGS[name], "--tokens-per-microbatch"]
-    calm, expected = steps(tmp_path / "calm", *flags, 64)
-    failed, actual = steps(tmp_path / "failed", *flags, 512, limits=[("policy", 60, where)])
+    calm, expected = limited_steps(tmp_path / "calm", *flags, 64)
+    failed, actual = limited_steps(tmp_path / "failed", *flags, 512, limits=[("policy", 60, where)])
     limit = failed.learner.fitting.tokens
     assert limit < 512 and calm.learner.fitting.tokens == 64
     assert f"going on with --tokens-per-microbatch {limit}" in capsys.readouterr().out
@@ -79,7 +37,7 @@ def test_a_run_out_of_memory_equals_one_with_small_microbatches(name, where, tmp
         assert one["grad_norm"] > 0
     assert (failed.learner.policy.flat.weights - calm.learner.policy.flat.weights).abs().max() < 1e-12
     # bit for bit what a run does that had the limit from the start
-    same, again = steps(tmp_path / "same", *flags, limit)
+    same, again = limited_steps(tmp_path / "same", *flags, limit)
     if where == "forward":
         assert again[1] == actual[1] or name == "rebel"
     assert again[1] == pytest.approx(actual[1], abs=1e-12, rel=1e-9, nan_ok=True)
@@ -88,9 +46,9 @@ def test_a_run_out_of_memory_equals_one_with_small_microbatches(name, where, tmp
 @pytest.mark.parametrize("model", ["reference", "critic"])
 def test_scores_and_critic_too(model, tmp_path, float64_norms):
     flags = ["--objective", "ppo", "--kl", "0.05", "--critic.optim.lr", "1e-3", "--tokens-per-microbatch"]
-    calm, expected = steps(tmp_path / "calm", *flags, 64)
+    calm, expected = limited_steps(tmp_path / "calm", *flags, 64)
     where = "backward" if model == "critic" else "forward"
-    failed, actual = steps(tmp_path / "failed", *flags, 512, limits=[(model, 100, where)])
+    failed, actual = limited_steps(tmp_path / "failed", *flags, 512, limits=[(model, 100, where)])
     assert failed.learner.fitting.tokens <= 256
     for one, other in zip(actual, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-12, rel=1e-9, nan_ok=True)
@@ -99,7 +57,7 @@ def test_scores_and_critic_too(model, tmp_path, float64_norms):
 
 def test_a_sequence_that_does_not_fit_alone_ends_the_run(tmp_path):
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
-        steps(tmp_path, "--tokens-per-microbatch", 64, limits=[("policy", 3, "forward")])
+        limited_steps(tmp_path, "--tokens-per-microbatch", 64, limits=[("policy", 3, "forward")])
 
 
 def test_without_a_microbatch_there_is_nothing_to_cut():
@@ -114,11 +72,11 @@ def test_without_a_microbatch_there_is_nothing_to_cut():
 
 
 def test_the_limit_is_kept_by_a_checkpoint_unless_it_was_set_anew(tmp_path):
-    trainer = make_trainer(tmp_path / "one", *SMALL, "--tokens-per-microbatch", 512)
+    trainer = make_trainer(tmp_path / "one", *FLOAT64_STEPS, "--tokens-per-microbatch", 512)
     trainer.learner.fitting.tokens = 128
     state, tensors = json.loads(json.dumps(trainer.state_dict())), dict(trainer.learner.state_tensors())
     for configured, kept in ((512, 128), (300, 300)):
-        other = make_trainer(tmp_path / str(configured), *SMALL, "--tokens-per-microbatch", configured)
+        other = make_trainer(tmp_path / str(configured), *FLOAT64_STEPS, "--tokens-per-microbatch", configured)
         other.load_state_dict(state, tensors)
         assert other.learner.fitting.tokens == kept
 
@@ -126,12 +84,12 @@ def test_the_limit_is_kept_by_a_checkpoint_unless_it_was_set_anew(tmp_path):
 RANKS = """
 import torch
 from pathlib import Path
-from test_fitting import steps
+from support.short_trainings import limited_steps
 from fastrl.base import ranks
 ranks.start("cpu")
 limits = [("policy", 60, "backward")] if ranks.rank() == 1 else []
-trainer, metrics = steps(Path({folder!r}) / str(ranks.rank()), "--tokens-per-microbatch", 512, limits=limits)
-calm, expected = steps(Path({folder!r}) / f"calm{{ranks.rank()}}", "--tokens-per-microbatch", 512)
+trainer, metrics = limited_steps(Path({folder!r}) / str(ranks.rank()), "--tokens-per-microbatch", 512, limits=limits)
+calm, expected = limited_steps(Path({folder!r}) / f"calm{{ranks.rank()}}", "--tokens-per-microbatch", 512)
 weights, expected_weights = trainer.learner.policy.flat.weights, calm.learner.policy.flat.weights
 torch.save([trainer.learner.fitting.tokens, (weights - expected_weights).abs().max().item(),
             [m["grad_norm"] for m in metrics], [m["grad_norm"] for m in expected]],

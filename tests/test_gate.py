@@ -4,10 +4,9 @@ import statistics
 
 import numpy
 import pytest
+from toys import FLAT_SIGNAL
 
 from fastrl.updates.gate import Gate
-
-FLAT = [1.0, 3.0] * 15  # mean 2, population std 1
 
 
 def trips(gate, values):
@@ -20,7 +19,7 @@ def trips(gate, values):
 
 def test_z_by_hand():
     gate = Gate(window=30, threshold=3.0)
-    assert trips(gate, FLAT) is None and gate.z == 0.0  # nothing to compare with before the window is full
+    assert trips(gate, FLAT_SIGNAL) is None and gate.z == 0.0  # nothing to compare with before the window is full
     assert not gate.observe(4.5) and gate.z == pytest.approx(2.5)
     # the oldest 1.0 has left for 4.5: mean (60 - 1 + 4.5) / 30, mean of squares (150 - 1 + 20.25) / 30
     mean = 63.5 / 30
@@ -29,9 +28,9 @@ def test_z_by_hand():
 
 
 def test_a_gate_that_looks_up_ignores_a_fall():
-    assert trips(Gate(window=30, threshold=1.0), [*FLAT, -9.0]) is None
-    assert trips(Gate(window=30, threshold=1.0, two_sided=True), [*FLAT, -9.0]) == 30
-    assert trips(Gate(window=30, threshold=1.0), [*FLAT, 9.0]) == 30
+    assert trips(Gate(window=30, threshold=1.0), [*FLAT_SIGNAL, -9.0]) is None
+    assert trips(Gate(window=30, threshold=1.0, two_sided=True), [*FLAT_SIGNAL, -9.0]) == 30
+    assert trips(Gate(window=30, threshold=1.0), [*FLAT_SIGNAL, 9.0]) == 30
 
 
 def test_never_before_the_window_is_full_or_in_the_warmup():
@@ -45,7 +44,7 @@ def test_never_before_the_window_is_full_or_in_the_warmup():
 
 def test_patience_counts_in_a_row_against_a_frozen_window():
     gate = Gate(window=30, threshold=3.0, patience=3)
-    assert trips(gate, [*FLAT, 9.0, 9.0, 2.0, 9.0, 9.0]) is None  # the 2.0 ends the streak
+    assert trips(gate, [*FLAT_SIGNAL, 9.0, 9.0, 2.0, 9.0, 9.0]) is None  # the 2.0 ends the streak
     assert gate.streak == 2 and 9.0 not in gate.values
     assert gate.observe(9.0)
 
@@ -109,5 +108,5 @@ def test_a_resumed_gate_goes_on(stat):
 
 def test_values_that_are_not_finite_are_not_learned_from():
     gate = Gate(window=30, threshold=1.0)
-    assert trips(gate, [*FLAT, float("nan"), float("inf")]) is None
-    assert gate.values == FLAT
+    assert trips(gate, [*FLAT_SIGNAL, float("nan"), float("inf")]) is None
+    assert gate.values == FLAT_SIGNAL

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import make_trainer, mostly_later
-from test_sfpo import SMALL, quadratic, weights_and_state
-from toys import Descent
+from helpers import make_trainer, weights_and_state
+from toys import F64, Descent, quadratic
 
 from fastrl.updates.gxpo import GXPO, segments
 from fastrl.updates.sfpo import SFPO
+from support.arguments import SMALL_STEPS
+from support.cases import mostly_later
 
-F64 = torch.float64
 # no guards: every coordinate is extrapolated by what its gradients say
 BARE = dict(ratio="coord_grad", ratio_min=-1e9, ratio_max=1e9, scale_max=1e9, active_threshold=0.0, gate="off")
 
@@ -81,7 +81,7 @@ def test_adamw_directions_are_the_default_and_see_through_the_moments(tmp_path):
     """A second gradient four times the first says r = 4, clipped to 3; AdamW hardly changes its direction."""
     stretch = {}
     for ratio in ("coord_grad", "coord_adamw"):
-        trainer = make_trainer(tmp_path / ratio, *SMALL, "--update", "gxpo", "--ratio", ratio, "--lookahead", 10)
+        trainer = make_trainer(tmp_path / ratio, *SMALL_STEPS, "--update", "gxpo", "--ratio", ratio, "--lookahead", 10)
         policy = trainer.learner.policy
         gradient = torch.randn(len(policy.master), generator=torch.Generator().manual_seed(0)) * 1e-4
         factors = iter([1.0] * 50 + [1.0, 4.0, 1.0])
@@ -104,7 +104,7 @@ def test_adamw_directions_are_the_default_and_see_through_the_moments(tmp_path):
 
 def test_clipped_probes_are_compared_as_they_were_applied(tmp_path):
     """g0 is clipped from a norm of 10 to 1, g1 = g0 / 20 is not: what was applied fell by half."""
-    trainer = make_trainer(tmp_path, *SMALL, "--update", "gxpo", "--ratio", "coord_grad", "--active-threshold", 0)
+    trainer = make_trainer(tmp_path, *SMALL_STEPS, "--update", "gxpo", "--ratio", "coord_grad", "--active-threshold", 0)
     policy = trainer.learner.policy
     direction = torch.ones(len(policy.master))
     direction /= direction.norm()
@@ -122,7 +122,7 @@ def test_clipped_probes_are_compared_as_they_were_applied(tmp_path):
 @pytest.mark.parametrize("opt_state, steps", [("restore", 1), ("keep", 3)])
 def test_the_optimizer_after_a_step(opt_state, steps, tmp_path):
     """restore: moments and count are those of a run that saw the corrective gradients alone."""
-    trainer = make_trainer(tmp_path, *SMALL, "--update", "gxpo", "--opt-state", opt_state)
+    trainer = make_trainer(tmp_path, *SMALL_STEPS, "--update", "gxpo", "--opt-state", opt_state)
     policy = trainer.learner.policy
     seen = []
     apply = policy.apply
@@ -144,8 +144,8 @@ def test_the_optimizer_after_a_step(opt_state, steps, tmp_path):
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_a_broken_gradient_ends_in_a_plain_step_or_none(broken, value, opt_state, tmp_path):
     """First: nothing moves. Second: the first has been a plain step. Third: a plain one is taken from the anchor."""
-    plain = make_trainer(tmp_path / "a", *SMALL)
-    gxpo = make_trainer(tmp_path / "b", *SMALL, "--update", "gxpo", "--opt-state", opt_state)
+    plain = make_trainer(tmp_path / "a", *SMALL_STEPS)
+    gxpo = make_trainer(tmp_path / "b", *SMALL_STEPS, "--update", "gxpo", "--opt-state", opt_state)
     for trainer in (plain, gxpo):
         trainer.step()  # so that there is state to put back
     # from the same weights and state
@@ -224,7 +224,7 @@ def test_blocks_know_their_tensor():
 
 
 def test_thresholds_are_root_mean_squares_of_whole_tensors(tmp_path):
-    policy = make_trainer(tmp_path, *SMALL).learner.policy
+    policy = make_trainer(tmp_path, *SMALL_STEPS).learner.policy
     values = torch.randn(len(policy.master), generator=torch.Generator().manual_seed(0))
     rms = policy.tensor_rms(lambda part: values[part])
     slots = list(policy.flat.slots.values())

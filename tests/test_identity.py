@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_trainer, mostly_later, sign_again
+from helpers import make_trainer, sign_again
 from safetensors.torch import load_file
 
 from fastrl import checkpoint
@@ -17,6 +17,7 @@ from fastrl.run.identity import check_same
 from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, DIGESTS, EMBEDDED_RECIPE, TrainConfig
+from support.cases import mostly_later
 
 EMBEDDED = Path(__file__).parent.parent / "fastrl" / "assets" / "tiny"
 GOLDEN = Path(__file__).parent / "golden_checkpoint"

@@ -6,7 +6,9 @@ import statistics
 
 import pytest
 from helpers import rows
-from processes import SMALL, Started, until
+from processes import Started, until
+
+from support.arguments import SHORT_RUN
 
 WORKERS = ["--reward", "graded.py:graded", "--grade-truncated", "--steps", "40", "--hang-timeout", "60"]
 # rewards that need a worker, which the embedded model's digits do not, so that there is a process to leave behind
@@ -52,7 +54,7 @@ def ends(run: Started, folder, *signals: int) -> int:
     ],
 )
 def test_no_process_is_left(fault, signals, codes, tmp_path):
-    run = Started(tmp_path, *SMALL, *WORKERS, **({"FASTRL_FAULT": fault} if fault else {}))
+    run = Started(tmp_path, *SHORT_RUN, *WORKERS, **({"FASTRL_FAULT": fault} if fault else {}))
     assert ends(run, tmp_path, *signals) in codes, run.err.read_text()
     assert run.left() == []
 
@@ -69,7 +71,7 @@ def state(pid: int) -> tuple[int, float, int]:
 def test_nothing_grows_in_five_hundred_steps(tmp_path):
     """Files and threads stay as they were, memory within 50 MiB from step 100 on, with saves and evaluations."""
     steps = ["--steps", 500, "--eval-every", 25, "--save-every", 50, "--rollouts-every", 10]
-    run = Started(tmp_path, *SMALL, *WORKERS, *steps)
+    run = Started(tmp_path, *SHORT_RUN, *WORKERS, *steps)
     seen: list[tuple[int, tuple[int, float, int]]] = []
     folder = tmp_path / "runs/default"
 

@@ -7,9 +7,9 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from helpers import mostly_later
 
 from fastrl.rewards.math import Math
+from support.cases import mostly_later
 
 pytestmark = pytest.mark.realdata
 

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 from helpers import make_trainer, rows, step_records
-from test_profiling import SMALL
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError
@@ -14,8 +13,9 @@ from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.step.metrics import spearman
+from support.arguments import SMALL_PROFILE
 
-RENEWED = [*SMALL, "--reprofile-every", 2, "--steps", 6, "--save-every", 1, "--keep", 9, "--lr", 3e-3]
+RENEWED = [*SMALL_PROFILE, "--reprofile-every", 2, "--steps", 6, "--save-every", 1, "--keep", 9, "--lr", 3e-3]
 
 
 @pytest.fixture(scope="module")

@@ -21,17 +21,13 @@ from fastrl.passrates.file import Profile, ProfileKey, model_digest, read_profil
 from fastrl.passrates.sampling import right, sample_profile
 from fastrl.step.metrics import spearman
 from fastrl.step.trainer import Stopped
-
-SMALL = """
-    --allocation sgpo --limit 24 --problems-per-step 2 --eval-limit 4 --eval-k 2 --num-profile-completions 4
-    --sample-every 0 --rollouts-every 0
-""".split()
+from support.arguments import SMALL_PROFILE
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of 24 problems that has made its profile."""
-    return make_trainer(tmp_path_factory.mktemp("profile") / "run", *SMALL)
+    return make_trainer(tmp_path_factory.mktemp("profile") / "run", *SMALL_PROFILE)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +297,7 @@ def noise(completions, **columns):
 
 def test_making_a_profile_leaves_the_run_as_finding_one_does(tmp_path):
     (tmp_path / "noise.py").write_text(NOISE)
-    args = [*SMALL, "--steps", 2, "--reward", f"{tmp_path / 'noise.py'}:noise", "--unsolved-keep-frac", 1]
+    args = [*SMALL_PROFILE, "--steps", 2, "--reward", f"{tmp_path / 'noise.py'}:noise", "--unsolved-keep-frac", 1]
     for name in ("made", "found"):
         with checkpoint.generators_kept():
             random.seed(5)
@@ -314,11 +310,11 @@ def test_making_a_profile_leaves_the_run_as_finding_one_does(tmp_path):
 
 def test_a_signal_while_the_first_profile_is_made(tmp_path):
     with pytest.raises(Stopped, match="stopped while the profile was being sampled; the same command goes on"):
-        make_trainer(tmp_path / "run", *SMALL, stop_requested=lambda: True)
+        make_trainer(tmp_path / "run", *SMALL_PROFILE, stop_requested=lambda: True)
     assert Stopped.exit_code == 75
     path = next((tmp_path / "profiles").iterdir())
     assert read_profile(path).rows == []  # the header is there; the next command fills it
-    make_trainer(tmp_path / "run", *SMALL)
+    make_trainer(tmp_path / "run", *SMALL_PROFILE)
     assert read_profile(path).complete
 
 

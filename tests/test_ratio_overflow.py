@@ -9,13 +9,13 @@ import math
 import pytest
 import torch
 from batches import make
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastrl.kernels.policy_loss import policy_loss, policy_loss_ref
 from fastrl.objectives.base import kl_estimate
 from fastrl.objectives.grpo import GRPO
 from fastrl.objectives.ppo import PPO
+from support.cases import examples
 
 CAP = 20.0
 EXTREME = st.sampled_from([1e4, -1e4, math.inf, 1e30, 700.0, -700.0, 88.8, 20.001, -20.001])
@@ -32,11 +32,6 @@ def cases(count: int, later: int):
     """Fewer of hypothesis' examples in `make test` than in `make soak`: two sets of marks for one test."""
     return [pytest.param(count, marks=pytest.mark.promise("B4", trials=count)),
             pytest.param(later, marks=[pytest.mark.soak, pytest.mark.promise("B4", trials=later)])]  # fmt: skip
-
-
-def examples(check, count: int, **strategies) -> None:
-    quiet = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-    settings(max_examples=count, **quiet)(given(**strategies)(check))()
 
 
 def batch_of(log_ratios: list[float], advantages: list[float]):

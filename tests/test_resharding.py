@@ -6,12 +6,13 @@ import shutil
 import program
 import pytest
 import torch
-from helpers import mostly_later, rows, sign_again
+from helpers import rows, sign_again
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError
 from fastrl.checkpoint.resharding import reslice
+from support.cases import mostly_later
 
 SMALL = """
     --problems-per-step 8 --group-size 4 --limit 30 --eval-limit 2 --eval-k 1 --rollouts-every 1

@@ -6,7 +6,7 @@ import shutil
 
 import program
 import pytest
-from helpers import digest, make_trainer, mostly_later, rows, sign_again, step_records
+from helpers import digest, make_trainer, rows, sign_again, step_records
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
@@ -14,6 +14,7 @@ from fastrl.base.types import CheckpointError
 from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
+from support.cases import mostly_later
 
 SMALL = """
     --problems-per-step 2 --group-size 4 --eval-limit 2 --eval-k 2 --rollouts-every 1 --sample-every 0

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import leftovers, mostly_later, rows, step_records
+from helpers import leftovers, rows, step_records
 from legs import Legs, SmallDisk
 from safetensors.torch import save_file
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError, NumericsError
+from support.cases import mostly_later
 
 MIB = 2**20
 

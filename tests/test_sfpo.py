@@ -4,21 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import make_trainer, mostly_later
-from test_gate import FLAT
-from toys import Descent
+from helpers import make_trainer, weights_and_state
+from toys import F64, FLAT_SIGNAL, Descent, quadratic
 
 from fastrl.updates.sfpo import SFPO
-
-F64 = torch.float64
-
-
-def quadratic(n=20, seed=0):
-    """H, b and a start; gradient H x - b, minimum H^-1 b."""
-    generator = torch.Generator().manual_seed(seed)
-    m = torch.randn(n, n, generator=generator, dtype=F64)
-    b, theta = torch.randn(2, n, generator=generator, dtype=F64)
-    return m @ m.T / n + 0.05 * torch.eye(n, dtype=F64), b, theta
+from support.arguments import SMALL_STEPS
+from support.cases import mostly_later
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 1.0])
@@ -68,7 +59,7 @@ def test_gate_trips_upward_for_good_and_saves_the_passes():
             assert passes[-1] == expected
         return passes
 
-    up, down = [*FLAT, 9.0, 2.0, 2.0], [*FLAT, -9.0, 2.0, 2.0]
+    up, down = [*FLAT_SIGNAL, 9.0, 2.0, 2.0], [*FLAT_SIGNAL, -9.0, 2.0, 2.0]
     assert run("paper", up) == run("paper", down) == [4] * 31 + [1] * 2
     assert run("code", up) == [4] * 31 + [1] * 2
     assert run("code", down) == [4] * 33
@@ -101,15 +92,9 @@ def test_bad_settings(options, text):
         SFPO(**options)
 
 
-SMALL = ["--problems-per-step", 6, "--group-size", 4, "--eval-limit", 4]
-
-
-def weights_and_state(trainer):
-    return [t.clone() for _, t in trainer.learner.policy.state_tensors()]
-
-
 def test_alpha_zero_is_the_single_rule_bit_for_bit(tmp_path):
-    single, sfpo = make_trainer(tmp_path, *SMALL), make_trainer(tmp_path, *SMALL, "--update", "sfpo", "--alpha", 0)
+    single = make_trainer(tmp_path, *SMALL_STEPS)
+    sfpo = make_trainer(tmp_path, *SMALL_STEPS, "--update", "sfpo", "--alpha", 0)
     for _ in range(3):
         one, other = single.step(), sfpo.step()
         assert other["num_backward_passes"] == one["num_backward_passes"]
@@ -119,8 +104,8 @@ def test_alpha_zero_is_the_single_rule_bit_for_bit(tmp_path):
 
 
 def test_alpha_one_is_more_passes_over_the_batch(tmp_path):
-    single = make_trainer(tmp_path, *SMALL, "--minibatches", 2, "--epochs-per-batch", 4)
-    sfpo = make_trainer(tmp_path, *SMALL, "--minibatches", 2, "--update", "sfpo", "--alpha", 1, "--lookahead", 3)
+    single = make_trainer(tmp_path, *SMALL_STEPS, "--minibatches", 2, "--epochs-per-batch", 4)
+    sfpo = make_trainer(tmp_path, *SMALL_STEPS, "--minibatches", 2, "--update", "sfpo", "--alpha", 1, "--lookahead", 3)
     for _ in range(2):
         assert single.step()["num_backward_passes"] == sfpo.step()["num_backward_passes"]
     for a, b in zip(weights_and_state(single), weights_and_state(sfpo), strict=True):
@@ -130,7 +115,7 @@ def test_alpha_one_is_more_passes_over_the_batch(tmp_path):
 
 @pytest.mark.parametrize("opt_state, steps", [("keep", 4), ("restore", 1)])
 def test_adam_counts_its_steps(opt_state, steps, tmp_path):
-    trainer = make_trainer(tmp_path, *SMALL, "--update", "sfpo", "--opt-state", opt_state)
+    trainer = make_trainer(tmp_path, *SMALL_STEPS, "--update", "sfpo", "--opt-state", opt_state)
     for step in (1, 2):
         trainer.step()
         assert trainer.learner.policy.optimizer.state[trainer.learner.policy.master]["step"] == step * steps
@@ -139,7 +124,8 @@ def test_adam_counts_its_steps(opt_state, steps, tmp_path):
 
 def test_the_slow_pass_takes_its_gradient_where_the_pull_back_ends(tmp_path):
     """In bfloat16 the weights are a copy of the master, so a move that is not published would not be seen."""
-    trainer = make_trainer(tmp_path, *SMALL, "--update", "sfpo", "--dtype", "bfloat16", "--lr", 1e-3, "--warmup", 0)
+    flags = ["--dtype", "bfloat16", "--lr", 1e-3, "--warmup", 0]
+    trainer = make_trainer(tmp_path, *SMALL_STEPS, "--update", "sfpo", *flags)
     seen, accumulate = [], trainer.learner.accumulate
     trainer.learner.accumulate = lambda part: (
         seen.append(trainer.learner.policy.flat.weights.clone()) or accumulate(part)
@@ -160,7 +146,7 @@ def test_the_slow_pass_takes_its_gradient_where_the_pull_back_ends(tmp_path):
 @pytest.mark.parametrize("broken, skipped", [((3,), 1), ((0, 1, 2, 3), 4), ((1,), 1)])
 def test_a_refused_pass_leaves_the_update_whole(broken, skipped, opt_state, tmp_path):
     """The slow one: back to the anchor. All: nothing has happened. A fast one: as if there had been one fewer."""
-    trainer = make_trainer(tmp_path, *SMALL, "--update", "sfpo", "--lookahead", 3, "--opt-state", opt_state)
+    trainer = make_trainer(tmp_path, *SMALL_STEPS, "--update", "sfpo", "--lookahead", 3, "--opt-state", opt_state)
     policy = trainer.learner.policy
     trainer.step()  # so that there is state
     before = [tensor.clone() for tensor in weights_and_state(trainer)]

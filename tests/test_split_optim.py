@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import make_trainer, mostly_later
+from helpers import make_trainer
 from program import together
 from safetensors.torch import load_file
 
@@ -15,8 +15,9 @@ from fastrl.settings.run import configure
 from fastrl.weights import shard
 from fastrl.weights.halves import split
 from fastrl.weights.halves_optim import SplitOptimizer
+from support.cases import mostly_later
+from support.short_trainings import BFLOAT16_STEPS, randomly_updated
 
-SMALL = ["--dtype", "bfloat16", "--problems-per-step", 2, "--group-size", 2, "--eval-limit", 4, "--lr", 1e-3]
 RULES = {
     "single": [],
     "sfpo": ["--update", "sfpo", "--lookahead", 2],
@@ -36,30 +37,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(shard, "SplitOptimizer", partial(SplitOptimizer, chunk=300_000))
 
 
-def updated(folder, flags, master, steps=5, bad=()):
-    """Steps of an update rule on random gradients, which do not depend on the weights -> trainer, metrics."""
-    trainer = make_trainer(folder, *SMALL, *flags, "--master", master)
-    policy, generator = trainer.learner.policy, torch.Generator().manual_seed(0)
-    mask = torch.zeros(len(policy.flat.grads))
-    for slot in policy.flat.slots.values():
-        mask[slot.offset : slot.offset + slot.numel] = 1.0
-    direction, calls = torch.randn(len(mask), generator=generator) * 1e-3 * mask, []
-
-    def accumulate():
-        calls.append(1)
-        noise = torch.randn(len(mask), generator=generator) * 5e-4 * mask
-        policy.flat.grads.copy_(direction + noise)
-        if len(calls) in bad:
-            policy.flat.grads[0] = torch.inf
-        return {"loss": 0.0, "entropy": 1.0}
-
-    metrics = []
-    for step in range(steps):
-        policy.set_lr(1e-3 / (step + 1))
-        metrics.append(trainer.learner.update.update(policy, [accumulate]))
-    return trainer, metrics
-
-
 @pytest.mark.parametrize(
     "rule, bad",
     mostly_later(
@@ -72,8 +49,8 @@ def updated(folder, flags, master, steps=5, bad=()):
 )
 def test_the_same_bits_as_a_float32_master(rule, bad, tmp_path):
     """bad: which gradients are not finite."""
-    whole, expected = updated(tmp_path / "whole", RULES[rule], "float32", bad=bad)
-    halves, actual = updated(tmp_path / "halves", RULES[rule], "split", bad=bad)
+    whole, expected = randomly_updated(tmp_path / "whole", RULES[rule], "float32", bad=bad)
+    halves, actual = randomly_updated(tmp_path / "halves", RULES[rule], "split", bad=bad)
     assert len(halves.learner.policy.optimizer.parts) == 3
     assert actual == expected and sum(m["num_backward_passes"] for m in actual) >= 5
     before, after = dict(whole.learner.policy.state_tensors()), dict(halves.learner.policy.state_tensors())
@@ -91,12 +68,13 @@ def test_the_same_bits_as_a_float32_master(rule, bad, tmp_path):
 RANKS = """
 import torch
 from pathlib import Path
-from test_split_optim import updated
+from support.short_trainings import randomly_updated
 from fastrl.base import ranks
 ranks.start("cpu")
 found = {{}}
 for master in ("float32", "split"):
-    policy = updated(Path({folder!r}) / f"{{master}}{{ranks.rank()}}", ["--update", "gxpo"], master)[0].learner.policy
+    folder = Path({folder!r}) / f"{{master}}{{ranks.rank()}}"
+    policy = randomly_updated(folder, ["--update", "gxpo"], master)[0].learner.policy
     found[master] = dict(policy.state_tensors()) | {{"weights": policy.flat.weights}}
 torch.save(found | {{"low": policy.low}}, Path({folder!r}) / f"{{ranks.rank()}}.pt")
 ranks.barrier()
@@ -121,7 +99,7 @@ def test_each_rank_has_the_lower_half_of_its_shard(tmp_path):
 
 
 def test_bytes_per_parameter(tmp_path):
-    policy = updated(tmp_path, [], "split", steps=1)[0].learner.policy
+    policy = randomly_updated(tmp_path, [], "split", steps=1)[0].learner.policy
     P = policy.flat.weights.numel()
     assert policy.master.untyped_storage().data_ptr() == policy.flat.weights.untyped_storage().data_ptr()
     assert policy.low.dtype == torch.int16 and policy.low.untyped_storage().nbytes() == 2 * P
@@ -139,11 +117,11 @@ def test_bytes_per_parameter(tmp_path):
     ),
 )  # fmt: skip
 def test_a_run_goes_on_with_either_master(rule, then, now, tmp_path):
-    first, _ = updated(tmp_path / "first", RULES[rule], then, steps=2)
+    first, _ = randomly_updated(tmp_path / "first", RULES[rule], then, steps=2)
     first.save()
     stored = load_file(first.last_checkpoint / "optim-rank0.safetensors")
     assert stored["master"].dtype == torch.float32 and len(stored["master"]) == len(first.learner.policy.master)
-    second = make_trainer(tmp_path / "second", *SMALL, *RULES[rule], "--master", now)
+    second = make_trainer(tmp_path / "second", *BFLOAT16_STEPS, *RULES[rule], "--master", now)
     with checkpoint.generators_kept():
         state, tensors = checkpoint.load(first.last_checkpoint)
     if then != now:
@@ -166,7 +144,7 @@ def test_a_run_goes_on_with_either_master(rule, then, now, tmp_path):
 
 
 def test_a_training_step_with_it(tmp_path):
-    trainer = make_trainer(tmp_path, *SMALL, "--master", "split", "--objective", "ppo", "--update", "sfpo")
+    trainer = make_trainer(tmp_path, *BFLOAT16_STEPS, "--master", "split", "--objective", "ppo", "--update", "sfpo")
     before = trainer.learner.policy.flat.weights.clone()
     assert trainer.step()["grad_norm"] > 0
     assert trainer.learner.critic.low is not None and not torch.equal(before, trainer.learner.policy.flat.weights)

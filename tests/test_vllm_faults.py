@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
 from helpers import make_trainer
-from processes import SMALL
 
 from fastrl.base.types import EngineError
+from support.arguments import SHORT_RUN
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-VLLM = [*SMALL, "--engine", "vllm"]
+VLLM = [*SHORT_RUN, "--engine", "vllm"]
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ import sys
 import time
 
 import pytest
-from processes import SMALL, Started
+from processes import Started
 
 from fastrl.base.log import write_json
 from fastrl.base.spans import Progress, Spans
 from fastrl.settings.run import configure
 from fastrl.watch.watchdog import Patience, longest_wait
+from support.arguments import SHORT_RUN
 
 
 def patience(timeout_s: float = 10.0) -> Patience:
@@ -162,7 +163,7 @@ STUCK = [
 )
 def test_a_rank_that_stands_still_ends_all_with_their_stacks(fault, phase, here, there, tmp_path):
     timeout_s = 20 if phase == "rollout" else 10
-    run = Started(tmp_path, *SMALL, "--steps", 8, "--hang-timeout", timeout_s, ranks=2, FASTRL_FAULT=fault)
+    run = Started(tmp_path, *SHORT_RUN, "--steps", 8, "--hang-timeout", timeout_s, ranks=2, FASTRL_FAULT=fault)
     code = run.wait()
     ended = time.time()
     assert code == 1  # torchrun says 1 for whatever the ranks say

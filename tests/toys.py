@@ -1,4 +1,4 @@
-"""Toys with the interfaces of the program's parts."""
+"""Toys: an optimizer's interface on functions of a vector, and a signal for gates."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from fastrl.weights.shard import Gradient
+
+F64 = torch.float64
+FLAT_SIGNAL = [1.0, 3.0] * 15  # mean 2, population std 1
 
 
 class Descent:
@@ -64,3 +67,11 @@ class Descent:
 
     def tensor_rms(self, values) -> Tensor:
         return torch.stack([values(part).square().mean().sqrt() for part in self.tensor_slices()])
+
+
+def quadratic(n=20, seed=0):
+    """H, b and a start; gradient H x - b, minimum H^-1 b."""
+    generator = torch.Generator().manual_seed(seed)
+    m = torch.randn(n, n, generator=generator, dtype=F64)
+    b, theta = torch.randn(2, n, generator=generator, dtype=F64)
+    return m @ m.T / n + 0.05 * torch.eye(n, dtype=F64), b, theta
