@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from helpers import make_trainer, rows
+from helpers import make_trainer
 
 from fastrl.base.faults import from_environment
 from fastrl.base.types import NumericsError
 from support.cases import mostly_later
+from support.run_folders import rows
 
 # no evaluation and one microbatch: step n is visit n of every point, but for logits
 RECIPE = """

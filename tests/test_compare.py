@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
-from helpers import rows as logged
 
 from fastrl.comparison.methods import Method, check_protocol
 from fastrl.comparison.plan import read_plan
 from fastrl.comparison.runs import Run
+from support.run_folders import rows as logged
 
 LIST = """
 args = "--eval arithmetic --eval-every 1 --steps 4"

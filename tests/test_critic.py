@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from batches import completion, group, padded, prepared_batch
-from helpers import make_trainer, step_records
+from helpers import make_trainer
 from safetensors.torch import load_file
 
 from fastrl import checkpoint
@@ -19,6 +19,7 @@ from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.step.batching import averages, cut, make_batch, select
 from fastrl.weights.optim import OptimConfig
+from support.run_folders import step_records
 
 PPO_ARGS = ["--objective", "ppo", "--problems-per-step", 6, "--group-size", 4, "--eval-limit", 4]
 GROUPS = [

@@ -5,10 +5,11 @@ import math
 import random
 
 import pytest
-from helpers import make_trainer, step_records
+from helpers import make_trainer
 
 from fastrl.base.types import NumericsError
 from fastrl.weights.guard import Guard
+from support.run_folders import step_records
 
 
 def calm(guard: Guard, count: int = 64) -> Guard:

@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 from batches import make
-from helpers import make_trainer, rows
+from helpers import make_trainer
 
 from fastrl.step.metrics import one_token_rows
 from fastrl.watch.health import Health
+from support.run_folders import rows
 
 STEPS = 160
 NAMES = {

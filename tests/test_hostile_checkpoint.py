@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import torch
-from helpers import make_trainer, sign_again
+from helpers import make_trainer
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
@@ -17,6 +17,7 @@ from fastrl.base.types import CheckpointError
 from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
+from support.run_folders import sign_again
 
 ARGS = ["--problems-per-step", "2", "--group-size", "2", "--eval-limit", "2", "--reward", "last_character"]
 

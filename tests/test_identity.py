@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_trainer, sign_again
+from helpers import make_trainer
 from safetensors.torch import load_file
 
 from fastrl import checkpoint
@@ -18,6 +18,7 @@ from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, DIGESTS, EMBEDDED_RECIPE, TrainConfig
 from support.cases import mostly_later
+from support.run_folders import sign_again
 
 EMBEDDED = Path(__file__).parent.parent / "fastrl" / "assets" / "tiny"
 GOLDEN = Path(__file__).parent / "golden_checkpoint"

@@ -5,10 +5,10 @@ import signal
 import statistics
 
 import pytest
-from helpers import rows
 from processes import Started, until
 
 from support.arguments import SHORT_RUN
+from support.run_folders import rows
 
 WORKERS = ["--reward", "graded.py:graded", "--grade-truncated", "--steps", "40", "--hang-timeout", "60"]
 # rewards that need a worker, which the embedded model's digits do not, so that there is a process to leave behind

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
-from helpers import rows, step_records
 from processes import Started, until
 
 from fastrl.base import ranks
 from fastrl.base.types import EngineError
 from support.arguments import SHORT_RUN
+from support.run_folders import rows, step_records
 
 STEPS = 8
 

@@ -5,12 +5,13 @@ import json
 import numpy
 import pytest
 import torch
-from helpers import TIMES, make_trainer
+from helpers import make_trainer
 from safetensors.torch import load_file
 
 from fastrl import checkpoint
 from fastrl.weights.offload import HostCopies
 from support.cases import mostly_later
+from support.run_folders import TIMES
 
 SMALL = ["--problems-per-step", 4, "--group-size", 4, "--eval-limit", 4, "--sample-every", 0, "--rollouts-every", 0]
 RULES = {

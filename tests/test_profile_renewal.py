@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import make_trainer, rows, step_records
+from helpers import make_trainer
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError
@@ -14,6 +14,7 @@ from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.step.metrics import spearman
 from support.arguments import SMALL_PROFILE
+from support.run_folders import rows, step_records
 
 RENEWED = [*SMALL_PROFILE, "--reprofile-every", 2, "--steps", 6, "--save-every", 1, "--keep", 9, "--lr", 3e-3]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_trainer, rows, step_records
+from helpers import make_trainer
 
 from fastrl import checkpoint
 from fastrl.base.types import Completion, DataError
@@ -22,6 +22,7 @@ from fastrl.passrates.sampling import right, sample_profile
 from fastrl.step.metrics import spearman
 from fastrl.step.trainer import Stopped
 from support.arguments import SMALL_PROFILE
+from support.run_folders import rows, step_records
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from helpers import rows
+
+from support.run_folders import rows
 
 pytestmark = [pytest.mark.realdata, pytest.mark.slow]
 

@@ -6,13 +6,13 @@ import shutil
 import program
 import pytest
 import torch
-from helpers import rows, sign_again
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError
 from fastrl.checkpoint.resharding import reslice
 from support.cases import mostly_later
+from support.run_folders import rows, sign_again
 
 SMALL = """
     --problems-per-step 8 --group-size 4 --limit 30 --eval-limit 2 --eval-k 1 --rollouts-every 1

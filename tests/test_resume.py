@@ -6,7 +6,7 @@ import shutil
 
 import program
 import pytest
-from helpers import digest, make_trainer, rows, sign_again, step_records
+from helpers import make_trainer
 from safetensors.torch import load_file, save_file
 
 from fastrl import checkpoint
@@ -15,6 +15,7 @@ from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 from support.cases import mostly_later
+from support.run_folders import digest, rows, sign_again, step_records
 
 SMALL = """
     --problems-per-step 2 --group-size 4 --eval-limit 2 --eval-k 2 --rollouts-every 1 --sample-every 0

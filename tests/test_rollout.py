@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from helpers import make_trainer, rows, step_records
+from helpers import make_trainer
 
 from fastrl.base.log import RunLog, printable
 from fastrl.step.metrics import sampling_mismatch
 from fastrl.step.rollout import first_samples
+from support.run_folders import rows, step_records
 
 
 def test_cut_off_completions_earn_nothing_unless_asked_for(tmp_path):

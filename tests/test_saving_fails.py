@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from helpers import leftovers, rows, step_records
-from legs import Legs, SmallDisk
+from legs import Legs
 from safetensors.torch import save_file
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError, NumericsError
 from support.cases import mostly_later
+from support.run_folders import leftovers, rows, step_records
+from support.small_disk import SmallDisk
 
 MIB = 2**20
 

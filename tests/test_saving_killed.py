@@ -3,11 +3,11 @@
 import random
 
 import pytest
-from helpers import leftovers, step_records
 from legs import Legs
 
 from fastrl import checkpoint
 from support.cases import mostly_later
+from support.run_folders import leftovers, step_records
 
 BEFORE = ["optim", "rng", "model", "state", "manifest", "sync", "synced", "rename"]  # it has its name
 AFTER = ["renamed", "pruned"]

@@ -9,11 +9,11 @@ import time
 
 import program
 import pytest
-from helpers import digest, leftovers, rows, step_records
 
 from fastrl import checkpoint
 from fastrl.checkpoint.reading import verify
 from support.cases import mostly_later
+from support.run_folders import digest, leftovers, rows, step_records
 
 SMALL = """
     --problems-per-step 2 --group-size 4 --limit 30 --eval-limit 2 --eval-k 1 --eval-every 4 --save-every 3

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from helpers import rows
+
+from support.run_folders import rows
 
 STEP_METRICS = """
 reward reward_std frac_reward_zero_std completions/mean_length completions/clipped_ratio loss entropy grad_norm

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import leftovers, rows
 from legs import Legs, ended
+
+from support.run_folders import leftovers, rows
 
 KILLS, STEPS = 50, 2000
 

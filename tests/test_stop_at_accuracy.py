@@ -1,7 +1,9 @@
 """A run ends at the first evaluation that reaches the wanted accuracy, or falls below another, and only then."""
 
 import pytest
-from helpers import make_trainer, rows
+from helpers import make_trainer
+
+from support.run_folders import rows
 
 # a high learning rate, so that accuracy changes within a few steps
 ARGS = ["--lr", "4e-4", "--warmup", 0, "--problems-per-step", 8, "--eval-limit", 32, "--eval-k", 2, "--eval-every", 1]

@@ -5,12 +5,13 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
-from helpers import make_trainer, rows
+from helpers import make_trainer
 
 from fastrl import checkpoint
 from fastrl.base.types import EngineError
 from fastrl.engine.base import Sampling
 from fastrl.evaluate import EvaluateConfig, evaluate
+from support.run_folders import rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SMALL = ("--engine", "vllm", "--problems-per-step", 4, "--group-size", 4, "--eval-limit", 4, "--reward-workers", 1)
