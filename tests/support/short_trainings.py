@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from helpers import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrl.base import ranks
 from support.arguments import SMALL_STEPS
 from support.run_folders import TIMES
+from support.trainers import make_trainer
 
 FLOAT64_STEPS = [*SMALL_STEPS, "--dtype", "float64", "--sample-every", 0]
 BFLOAT16_STEPS = ["--dtype", "bfloat16", "--problems-per-step", 2, "--group-size", 2, "--eval-limit", 4, "--lr", 1e-3]
