@@ -8,15 +8,15 @@ from fastrl import checkpoint
 from fastrl.base.types import CheckpointError, NumericsError
 from support.cases import mostly_later
 from support.run_folders import leftovers, rows, step_records
-from support.run_in_pieces import Legs
+from support.run_in_pieces import RunInPieces
 from support.small_disk import SmallDisk
 
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def legs(tmp_path_factory):
-    return Legs(tmp_path_factory.mktemp("built"))
+def pieces(tmp_path_factory):
+    return RunInPieces(tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture
@@ -94,12 +94,12 @@ def test_a_tokenizer_that_finds_no_room_is_an_error_of_the_disk(disk, tmp_path):
         "x=0@save.free:2", "full@save.model:2",
     ),
 )  # fmt: skip
-def test_the_run_goes_on_and_the_next_interval_saves(fault, legs, tmp_path):
-    code, said = legs.run(tmp_path, 4, fault)
+def test_the_run_goes_on_and_the_next_interval_saves(fault, pieces, tmp_path):
+    code, said = pieces.run(tmp_path, 4, fault)
     assert code == 0 and said.count("warning:") == 1
     assert "could not be written" in said and "The run goes on and tries again in 1 steps" in said
     assert [p.name for p in checkpoint.newest(tmp_path / "checkpoints")] == ["step-4", "step-3"]
-    assert leftovers(tmp_path / "checkpoints") == [] and legs.check(tmp_path) == 4
+    assert leftovers(tmp_path / "checkpoints") == [] and pieces.check(tmp_path) == 4
     assert {"step": 2, "ckpt/failed_saves": 1.0} in rows(tmp_path)
 
 
@@ -109,19 +109,19 @@ def test_the_run_goes_on_and_the_next_interval_saves(fault, legs, tmp_path):
     [("full@save.model:2-4", 1, 4), ("full@save.model:2-3,full@save.model:5-7", 4, 7), ("full@save.state:3", 2, 3)],
     ids=["three in a row", "two and then three", "the last save of the run"],
 )
-def test_what_ends_the_run(fault, last, end, legs, tmp_path):
-    code, said = legs.run(tmp_path, 3 if end == 3 else 9, fault)
+def test_what_ends_the_run(fault, last, end, pieces, tmp_path):
+    code, said = pieces.run(tmp_path, 3 if end == 3 else 9, fault)
     assert code == 6 and "CheckpointError" in said and "No space left" in said
-    assert legs.check(tmp_path) == last and leftovers(tmp_path / "checkpoints") == []
+    assert pieces.check(tmp_path) == last and leftovers(tmp_path / "checkpoints") == []
     assert len(step_records(tmp_path)) == end
 
 
 @pytest.mark.promise("A6", trials=2)
-def test_a_run_on_a_disk_that_is_too_small(disk, legs):
+def test_a_run_on_a_disk_that_is_too_small(disk, pieces):
     folder = disk(38).folder  # a checkpoint has 13 MB, with 15.7 wanted before it is begun
-    code, said = legs.run(folder, 9)
+    code, said = pieces.run(folder, 9)
     assert code == 6 and said.count("warning:") == 2 and "GB free" in said
-    assert legs.check(folder) == 2
+    assert pieces.check(folder) == 2
 
 
 @pytest.mark.promise("A7")
@@ -131,10 +131,10 @@ def test_a_run_on_a_disk_that_is_too_small(disk, legs):
         ["denied@save.begin:2", "eio@save.sync:2", "eio@save.rename:2", "eio@save.renamed:2"], "eio@save.sync:2"
     ),
 )
-def test_an_error_of_the_disk_is_survived(fault, legs, tmp_path):
-    code, said = legs.run(tmp_path, 3, fault)
+def test_an_error_of_the_disk_is_survived(fault, pieces, tmp_path):
+    code, said = pieces.run(tmp_path, 3, fault)
     assert code == 0 and said.count("warning:") == 1 and "FASTRL_FAULT" in said
-    assert legs.check(tmp_path) == 3 and leftovers(tmp_path / "checkpoints") == []
+    assert pieces.check(tmp_path) == 3 and leftovers(tmp_path / "checkpoints") == []
 
 
 @pytest.mark.promise("A7")
@@ -150,10 +150,10 @@ def test_a_folder_that_becomes_read_only(disk):
 
 @pytest.mark.promise("A7")
 @pytest.mark.parametrize("fault", mostly_later(["denied@save.prune:1", "eio@save.tidy:3"], "denied@save.prune:1"))
-def test_an_old_one_that_cannot_be_removed_is_a_warning(fault, legs, tmp_path):
-    code, said = legs.run(tmp_path, 4, fault)
+def test_an_old_one_that_cannot_be_removed_is_a_warning(fault, pieces, tmp_path):
+    code, said = pieces.run(tmp_path, 4, fault)
     assert code == 0 and said.count("warning:") == 1 and "could not be removed" in said
-    assert legs.check(tmp_path) == 4 and leftovers(tmp_path / "checkpoints") == []
+    assert pieces.check(tmp_path) == 4 and leftovers(tmp_path / "checkpoints") == []
     assert len(checkpoint.newest(tmp_path / "checkpoints")) == 2  # the next save removes it
 
 

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from support.arguments import SHORT_RUN
-from support.process_trees import Started, until
+from support.process_trees import ProcessTree, until
 from support.run_folders import rows
 
 WORKERS = ["--reward", "graded.py:graded", "--grade-truncated", "--steps", "40", "--hang-timeout", "60"]
@@ -26,14 +26,14 @@ def reward(tmp_path):
     (tmp_path / "graded.py").write_text(GRADED)
 
 
-def in_step(run: Started, folder) -> None:
+def in_step(run: ProcessTree, folder) -> None:
     """Wait until its first steps are logged and its workers run."""
     metrics = folder / "runs/default/metrics.jsonl"
     assert until(lambda: metrics.exists() and metrics.read_text().count('"step_time"') >= 2, 100), run.err.read_text()
     assert len(run.living()) > 1
 
 
-def ends(run: Started, folder, *signals: int) -> int:
+def ends(run: ProcessTree, folder, *signals: int) -> int:
     if signals:
         in_step(run, folder)
     for number in signals:
@@ -54,7 +54,7 @@ def ends(run: Started, folder, *signals: int) -> int:
     ],
 )
 def test_no_process_is_left(fault, signals, codes, tmp_path):
-    run = Started(tmp_path, *SHORT_RUN, *WORKERS, **({"FASTRL_FAULT": fault} if fault else {}))
+    run = ProcessTree(tmp_path, *SHORT_RUN, *WORKERS, **({"FASTRL_FAULT": fault} if fault else {}))
     assert ends(run, tmp_path, *signals) in codes, run.err.read_text()
     assert run.left() == []
 
@@ -71,7 +71,7 @@ def state(pid: int) -> tuple[int, float, int]:
 def test_nothing_grows_in_five_hundred_steps(tmp_path):
     """Files and threads stay as they were, memory within 50 MiB from step 100 on, with saves and evaluations."""
     steps = ["--steps", 500, "--eval-every", 25, "--save-every", 50, "--rollouts-every", 10]
-    run = Started(tmp_path, *SHORT_RUN, *WORKERS, *steps)
+    run = ProcessTree(tmp_path, *SHORT_RUN, *WORKERS, *steps)
     seen: list[tuple[int, tuple[int, float, int]]] = []
     folder = tmp_path / "runs/default"
 

@@ -13,7 +13,7 @@ import torch
 from fastrl.base import ranks
 from fastrl.base.types import EngineError
 from support.arguments import SHORT_RUN
-from support.process_trees import Started, until
+from support.process_trees import ProcessTree, until
 from support.run_folders import rows, step_records
 
 STEPS = 8
@@ -33,7 +33,7 @@ def step_count(folder) -> int:
 @pytest.mark.slow
 @pytest.mark.promise("E2")
 def test_the_others_end_and_name_the_phase(tmp_path):
-    run = Started(tmp_path, *SHORT_RUN, "--steps", STEPS, ranks=2, FASTRL_FAULT="kill@forward:rank1:10")
+    run = ProcessTree(tmp_path, *SHORT_RUN, "--steps", STEPS, ranks=2, FASTRL_FAULT="kill@forward:rank1:10")
     folder = tmp_path / "runs/default"
     assert run.wait() != 0
     assert time.time() - (folder / "metrics.jsonl").stat().st_mtime < 60
@@ -52,7 +52,7 @@ def test_the_others_end_and_name_the_phase(tmp_path):
 def straight(tmp_path_factory):
     """The undisturbed run of two ranks."""
     folder = tmp_path_factory.mktemp("straight")
-    assert Started(folder, *SHORT_RUN, "--steps", STEPS, ranks=2).wait() == 0
+    assert ProcessTree(folder, *SHORT_RUN, "--steps", STEPS, ranks=2).wait() == 0
     return folder / "runs/default"
 
 
@@ -62,7 +62,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("trial", range(10))
 def test_torchrun_starts_them_again_and_nothing_has_changed(trial, straight, tmp_path):
     draw = random.Random(trial)
-    run = Started(tmp_path, *SHORT_RUN, "--steps", STEPS, "--resume", "auto", ranks=2, restarts=3)
+    run = ProcessTree(tmp_path, *SHORT_RUN, "--steps", STEPS, "--resume", "auto", ranks=2, restarts=3)
     folder = tmp_path / "runs/default"
     after = draw.randrange(-1, STEPS - 1)  # steps; -1: as soon as the run has a folder, before anything is saved
     began = folder / "config.json"

@@ -8,28 +8,28 @@ from pathlib import Path
 import pytest
 
 from support.run_folders import leftovers, rows
-from support.run_in_pieces import Legs, ended
+from support.run_in_pieces import RunInPieces, ended
 
 KILLS, STEPS = 50, 2000
 
 
 @pytest.fixture(scope="module")
-def legs(tmp_path_factory):
-    return Legs(tmp_path_factory.mktemp("built"), "--save-every", 2)
+def pieces(tmp_path_factory):
+    return RunInPieces(tmp_path_factory.mktemp("built"), "--save-every", 2)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.promise("A15", trials=KILLS)
-def test_fifty_kills_in_one_run(legs, tmp_path):
+def test_fifty_kills_in_one_run(pieces, tmp_path):
     """A kill every forty steps or so: these take a tenth of a second each."""
     rng = random.Random(0)
     for _ in range(KILLS):
-        legs.kill(tmp_path, rng.uniform(0.5, 8.0))
-    steps = max(STEPS, legs.check(tmp_path) + 2) // 2 * 2
-    code, said = legs.run(tmp_path, steps, timeout=3000)
+        pieces.kill(tmp_path, rng.uniform(0.5, 8.0))
+    steps = max(STEPS, pieces.check(tmp_path) + 2) // 2 * 2
+    code, said = pieces.run(tmp_path, steps, timeout=3000)
     assert code == 0 and leftovers(tmp_path / "checkpoints") == []
-    assert legs.check(tmp_path) == steps  # weights and moments, by sha256
+    assert pieces.check(tmp_path) == steps  # weights and moments, by sha256
     assert [row["step"] for row in rows(tmp_path) if "reward" in row] == list(range(1, steps + 1))
 
 
@@ -43,9 +43,9 @@ def used(child: int) -> tuple[float, int]:
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.promise("A15")
-def test_a_long_run_does_not_grow(legs, tmp_path):
+def test_a_long_run_does_not_grow(pieces, tmp_path):
     """Resident memory within 50 MiB, open files within 2, no zombies, between steps 60 and 1950 with 945 saves."""
-    child, seen = legs.start(tmp_path, STEPS), []
+    child, seen = pieces.start(tmp_path, STEPS), []
     for step in (60, 1950):
         while (
             not (tmp_path / "metrics.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Programs as a user starts them, and what is left of them when they have ended."""
+"""The program as a user starts it, under torchrun where there are several ranks, and every process that it starts."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 
-class Started:
+class ProcessTree:
     """`python -m fastrl.train ARGS` in `folder`, under torchrun where there are several ranks.
 
     Every process it starts, however deep and wherever it is reparented to, has a word of its own in its PATH, which is

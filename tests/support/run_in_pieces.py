@@ -26,7 +26,7 @@ ARGS = """
 """.split()
 
 
-class Legs:
+class RunInPieces:
     """Pieces of the run that `args` describe."""
 
     def __init__(self, built: Path, *args: object):

@@ -14,7 +14,7 @@ from fastrl.base.spans import Progress, Spans
 from fastrl.settings.run import configure
 from fastrl.watch.watchdog import Patience, longest_wait
 from support.arguments import SHORT_RUN
-from support.process_trees import Started
+from support.process_trees import ProcessTree
 
 
 def patience(timeout_s: float = 10.0) -> Patience:
@@ -163,7 +163,7 @@ STUCK = [
 )
 def test_a_rank_that_stands_still_ends_all_with_their_stacks(fault, phase, here, there, tmp_path):
     timeout_s = 20 if phase == "rollout" else 10
-    run = Started(tmp_path, *SHORT_RUN, "--steps", 8, "--hang-timeout", timeout_s, ranks=2, FASTRL_FAULT=fault)
+    run = ProcessTree(tmp_path, *SHORT_RUN, "--steps", 8, "--hang-timeout", timeout_s, ranks=2, FASTRL_FAULT=fault)
     code = run.wait()
     ended = time.time()
     assert code == 1  # torchrun says 1 for whatever the ranks say
