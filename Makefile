@@ -34,13 +34,13 @@ reliability: $(VENV)/.test $(VENV_VLLM)/.vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "promise and not vllm" \
 		--reliability=bench/results/reliability.json $(ARGS)
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -m "promise and vllm" \
-		--reliability=bench/results/reliability.json --reliability-add $(ARGS) tests/test_vllm*.py
+		--reliability=bench/results/reliability.json --reliability-add $(ARGS) tests/engine/test_vllm*.py
 	$(BIN)/python bench/bench_grading.py --reliability bench/results/reliability.json
-	$(BIN)/python tests/promises.py
+	$(BIN)/python tests/support/promises.py
 
 # each engine takes a core and 1 GiB for its cache
 test-vllm: $(VENV_VLLM)/.vllm
-	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile tests/test_vllm*.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile tests/engine/test_vllm*.py $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -62,15 +62,15 @@ bench: $(VENV)/.test
 
 # PYTHON_GPU: an environment that has torch for CUDA, Triton, pytest and this package
 PYTHON_GPU ?= $(BIN)/python
-KERNEL_TESTS = linear_logprob linear_policy_loss policy_loss apo_loss selective_logprob flat_update flat_nvrtc \
-	flat_source split_master kernels_parity kernels_gpu ops trained
+KERNEL_TESTS = $(addprefix kernels/test_,linear_logprob linear_policy_loss policy_loss apo_loss selective_logprob \
+	flat_update cuda_source parity kernels_gpu) $(addprefix weights/test_,nvrtc halves moves shard)
 RESULT = bench/results/$${name}_$$(date +%F)_gpu_$$(git rev-parse --short HEAD 2>/dev/null || echo unknown).json
 
 # all of it runs, whatever fails on the way, and what did is named at the end
 gpu:
 	mkdir -p bench/results
 	failed=; \
-	$(PYTHON_GPU) -m pytest -q $(KERNEL_TESTS:%=tests/test_%.py) || failed=tests; \
+	$(PYTHON_GPU) -m pytest -q $(KERNEL_TESTS:%=tests/%.py) || failed=tests; \
 	for name in $(OPERATIONS); do \
 		$(PYTHON_GPU) bench/bench_$$name.py --out $(RESULT) || failed="$$failed $$name"; \
 	done; \

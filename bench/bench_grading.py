@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from promises import record
-
 from fastrl.base.log import versions
 from fastrl.rewards import Exact, Math
+from support.promises import record
 
 PROMISED = {"math, mixed": 250, "math, sympy": 50}  # answers/s
 TAIL = "The steps above lead to the answer. " * 50  # about 2 KB, as a completion has

@@ -21,8 +21,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from helpers import make_trainer
-
 from fastrl.base.log import versions
 from fastrl.memory.watch import MemoryWatch
 from fastrl.models.loading import load_model
@@ -30,6 +28,7 @@ from fastrl.run.build import memory_plan
 from fastrl.settings.run import configure
 from fastrl.step.batching import make_batch
 from fastrl.step.trainer import Trainer
+from support.trainers import make_trainer
 
 
 class PlainLoop:

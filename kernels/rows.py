@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# compiled for sm_90, 32 to 50 registers and no spills: two programs or more per multiprocessor (tests/aot.py)
+# compiled for sm_90, 32 to 50 registers and no spills: two programs or more per multiprocessor (tests/support/aot.py)
 BLOCK_V = 8192
 NUM_WARPS = 16
 ROW_ALIGN = 16  # floats; every row of logits starts at 64 bytes

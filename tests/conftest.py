@@ -11,7 +11,7 @@ import torch
 from fastrl.base import faults
 
 ROOT = Path(__file__).parent.parent
-pytest_plugins = ["promises"]
+pytest_plugins = ["support.promises"]
 
 
 def pytest_addoption(parser):
@@ -65,7 +65,7 @@ def run_fastrl(tmp_path):
     """Run `python -m fastrl.X ...`, in a folder of the test's own -> the finished process."""
     import subprocess
 
-    from program import Run
+    from support.programs import Run
 
     def run(module: str, *args: object, cwd: Path = tmp_path, timeout: float = 200, **environment: str):
         started = Run(cwd, *args, module=f"fastrl.{module}", err=True, **environment)

@@ -1,0 +1,254 @@
+"""The benchmarks of single operations, as far as they go without a GPU: their gates, and that a model is called one."""
+
+import dataclasses
+import json
+import os
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import bench_apo_loss
+import bench_flat_update
+import bench_linear_logprob
+import bench_linear_policy_loss
+import bench_policy_loss
+import bench_selective_logprob
+import peak_memory
+import pytest
+import timing
+import torch
+
+from fastrl.kernels import rows
+
+ROOT = Path(__file__).parents[2]
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="prints measured figures on a GPU")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEAD = (16, 32, 500)  # rows, hidden, words: two blocks of words
+
+# benchmark and mode -> providers over fresh inputs
+FRESH = {
+    "linear_policy_loss": partial(bench_linear_policy_loss.fresh, *HEAD, DEVICE),
+    **{f"linear_logprob, {mode}": partial(bench_linear_logprob.fresh, mode, *HEAD, DEVICE)
+       for mode in bench_linear_logprob.MODES},
+    **{f"policy_loss, {mode}": partial(bench_policy_loss.fresh, 1030, mode, DEVICE)
+       for mode in bench_policy_loss.BYTES},
+    "apo_loss": partial(bench_apo_loss.fresh, 1500, 6, DEVICE),
+    **{f"selective_logprob, {mode}, {name}": partial(bench_selective_logprob.fresh, 6, 500, dtype, mode, DEVICE)
+       for mode in bench_selective_logprob.PASSES for name, dtype in bench_selective_logprob.DTYPES.items()},
+    **{f"flat_update, {mode}": partial(bench_flat_update.fresh, mode, 4096, DEVICE)
+       for mode in bench_flat_update.BYTES},
+}  # fmt: skip
+RIVALS = {"trl": "TRL", "liger_kernel": "Liger"}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK_V", 256)
+
+
+def worse(result):
+    """The result with its first part off by a fifth, or with weights moved as far."""
+    if isinstance(result, dict):
+        return result | {"theta": result["theta"] * 1.2}
+    return (result[0] * 1.2, *result[1:]) if isinstance(result, tuple) else result * 1.2
+
+
+def refused(case: str, name: str, change=worse) -> None:
+    """Whether a changed result of a provider gets no number: nothing of ours does, and a rival says how wrong it is."""
+    provider = FRESH[case]()[name]
+    wrong = dataclasses.replace(provider, call=lambda: change(provider.call()))
+    ours = name.startswith("fastrl")
+    with pytest.raises(SystemExit if ours else timing.Wrong, match="off by .*allowed" + (".*no times" if ours else "")):
+        timing.gate(case, name, wrong)
+
+
+@pytest.mark.parametrize("case", FRESH)
+def test_the_gates_let_right_results_pass_and_refuse_wrong_ones(case):
+    others = (*RIVALS.values(), "torch.compile")
+    names = [name for name, made in FRESH[case]().items() if made.error and not name.startswith(others)]
+    assert len(names) >= 2
+    for name in names:
+        assert timing.gate(case, name, FRESH[case]()[name]) < 0.05
+        refused(case, name)
+
+
+@pytest.mark.parametrize("package", RIVALS)
+def test_rivals_are_right_and_would_be_refused(package):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    tried = 0
+    for case, fresh in FRESH.items():
+        for name in fresh():
+            if name.startswith(RIVALS[package]):
+                timing.gate(case, name, fresh()[name])
+                refused(case, name)
+                tried += 1
+    assert tried >= 5
+
+
+def test_a_wrong_weight_gradient_entropy_or_rounding_is_refused():
+    refused("linear_policy_loss", "fastrl", lambda found: (found[0], found[1] * 1.2))
+    refused("linear_logprob, gradient", "fastrl", lambda found: (found[0], found[1] * 1.2))
+    refused("selective_logprob, forward, float32", "fastrl", lambda found: (*found[:2], found[2] + 1e-3))
+    refused("flat_update, interpolate", "foreach", lambda found: found | {"half": found["half"] * 1.01})
+
+
+def test_rows_without_gradient_are_less_work_and_others_are_set_against_their_own_loss():
+    made = FRESH["linear_policy_loss"]()
+    N, H, V = HEAD
+    partly = made["fastrl, 40% of rows without gradient"]
+    assert partly.flop == 6 * H * V * 10 + 2 * H * V * 6 and made["fastrl"].flop == 6 * N * H * V
+    clipped = made["fastrl"].error(made["F.linear_cross_entropy (no RL loss)"].call())
+    assert clipped > 0.5 > 0.02 > partly.error(partly.call())
+
+
+def test_the_model_by_hand():
+    bench = [bench_linear_policy_loss, bench_linear_logprob, bench_selective_logprob, bench_policy_loss]
+    loss, logprob, selective, tokens = (
+        b.modelled(*shape)
+        for b, shape in zip(bench, [(16384, 1536, 151936)] * 2 + [(16384, 151936), (10**6,)], strict=True)
+    )
+    # 2 N H V = 7.648e12 at 0.72 * 989e12 per second is 10.74 ms; N V = 2.489e9 bytes over 0.9 * 3.35e12 are 0.8256 ms
+    assert loss[0]["products_ms"] == pytest.approx(3 * 10.74, abs=0.01)
+    assert loss[0]["memory_ms"] == pytest.approx(8.256, abs=1e-3)
+    assert loss[0]["of_bare"] == pytest.approx(1 + 8.256 / 32.22, abs=1e-3)
+    assert loss[0]["workspace_mib"] == 4096 * 151936 * 4 / 2**20
+    assert logprob[0]["ms"] == pytest.approx(10.74 + 4 * 0.8256, abs=0.01)
+    assert logprob[1]["ms"] == pytest.approx(4 * 10.74 + 14 * 0.8256, abs=0.02)
+    assert logprob[1]["of_bare"] == pytest.approx((4 * 10.74 + 14 * 0.8256) / (3 * 10.74), abs=1e-3)
+    assert [row["ms"] for row in selective] == pytest.approx([0.8256 * moved for moved in (2, 6, 4, 12)], abs=1e-3)
+    assert [row["ms"] for row in tokens] == pytest.approx([20e6 / 3.015e9, 24e6 / 3.015e9])
+    assert bench_apo_loss.modelled(10**6, 1024)[0]["ms"] == pytest.approx((12e6 + 24 * 1024) / 3.015e9)
+    # 14, 12, 18 and 22 bytes times 1.5e9
+    flat = [row["ms"] for row in bench_flat_update.modelled(1_500_000_000)]
+    assert flat == pytest.approx([6.965, 5.970, 8.955, 10.945], abs=1e-3)
+    assert loss[0]["ms_at_peak"] == pytest.approx(3 * 10.74 * 0.72 + 8.256 * 0.9, abs=0.02)
+
+
+def test_rates_by_hand():
+    bare = timing.Provider(lambda: None, flop=6e12, moved=3e9)
+    head = timing.rates(timing.Provider(lambda: None, flop=6e12), 20.0, bare, 10.0)
+    assert head == {"useful_tflops": pytest.approx(300.0), "of_bare": 2.0}
+    # 2e9 bytes in 2 ms are 1000 GB/s, and the copy makes 3e9 in 1 ms
+    assert timing.rates(timing.Provider(lambda: None, moved=2e9), 2.0, bare, 1.0) == {
+        "gb_per_s": pytest.approx(1000.0), "of_copy": pytest.approx(1 / 3)
+    }  # fmt: skip
+
+
+def test_every_provider_has_a_row_and_only_what_is_right_a_time(monkeypatch):
+    sampled = []
+
+    def stand_in(calls, warmup, seconds):  # for what needs a GPU
+        sampled.extend(calls)
+        return {name: {"ms": 2.0, "ms_20": 1.0, "ms_80": 3.0, "issue_ms": 0.1} for name in calls}
+
+    monkeypatch.setattr(timing, "sample", stand_in)
+    monkeypatch.setattr(timing, "peak_mib", lambda call: call() and 5.0)
+
+    def fails():
+        raise RuntimeError("another GPU\nis needed")
+
+    def runs_out():
+        raise torch.OutOfMemoryError("of memory")
+
+    def made(off: float = 0.0) -> dict[str, timing.Provider]:
+        say = {"call": lambda: 1.0, "allowed": 0.1, "flop": 4e9}
+        return {
+            "fastrl": timing.Provider(error=lambda found: off, **say),
+            "fastrl, large": timing.Provider(error=lambda found: 0.0, **{**say, "call": runs_out}),
+            "rival": timing.Provider(error=lambda found: 0.05, **say),
+            "wrong rival": timing.Provider(error=lambda found: 0.25, **say),
+            "NaN rival": timing.Provider(error=lambda found: float("nan"), **say),
+            "failing rival": timing.Provider(error=lambda found: 0.0, **{**say, "call": fails}),
+            "bare": timing.Provider(lambda: 1.0, flop=4e9),
+        }
+
+    rows = {row["provider"]: row for row in timing.measure("b", made, made, yardstick="bare", case={"N": 3})}
+    assert list(rows) == list(made()) and all(row["N"] == 3 for row in rows.values())
+    assert sampled == ["fastrl", "rival", "bare"]
+    assert {name: row["note"] for name, row in rows.items() if "note" in row} == {
+        "fastrl, large": "out of memory", "wrong rival": "Wrong: off by 2.50e-01, allowed 1e-01",
+        "NaN rival": "Wrong: off by nan, allowed 1e-01", "failing rival": "RuntimeError: another GPU",
+    }  # fmt: skip
+    assert all(("ms" in row) != ("note" in row) for row in rows.values())
+    assert rows["rival"] | {"useful_tflops": 0} == {
+        "N": 3, "provider": "rival", "error": 0.05, "peak_mib": 5.0, "ms": 2.0, "ms_20": 1.0, "ms_80": 3.0,
+        "issue_ms": 0.1, "useful_tflops": 0, "of_bare": 1.0,
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="b: fastrl is off by 2.00e-01, allowed 1e-01: no times"):
+        timing.measure("b", partial(made, off=0.2), made, yardstick="bare", case={})
+    broken = {"fastrl": timing.Provider(fails, error=lambda found: 0.0)}
+    with pytest.raises(RuntimeError, match="another GPU"):
+        timing.measure("b", lambda: broken, lambda: broken, yardstick="fastrl", case={})
+
+
+def operations() -> list[str]:
+    """As the Makefile names them."""
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("OPERATIONS ="))
+    return line.partition("=")[2].split()
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("name", operations())
+def test_without_a_gpu_there_are_only_figures_of_a_model(name, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(out)])
+    runpy.run_path(str(ROOT / "bench" / f"bench_{name}.py"), run_name="__main__")
+    table, _, line = capsys.readouterr().out.strip().rpartition("\n")
+    document = json.loads(line)
+    assert document == json.loads(out.read_text())
+    assert document["bench"] == name and document["measured"] is False and document["gpu"] is None
+    assert {"torch", "triton", "cuda"} <= document["versions"].keys()
+    assert document["rows"] and all(row["provider"] == timing.MODEL for row in document["rows"])
+    assert table.count("not measured") == len(document["rows"])
+
+
+def test_one_script_that_fails_stops_no_other_and_ends_red(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> ran\ncase "$*" in *policy_loss.py*) exit 3;; esac\n')
+    (tmp_path / "python").chmod(0o755)
+    makefile = ROOT / "Makefile"
+
+    def run(python: object) -> subprocess.CompletedProcess:
+        command = ["make", "-f", makefile, "gpu", f"PYTHON_GPU={python}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+
+    ran = run(tmp_path / "python")
+    assert ran.returncode != 0 and "failed: tests linear_policy_loss policy_loss\n" in ran.stdout
+    tests, *benchmarks = (tmp_path / "ran").read_text().splitlines()
+    assert [line.split()[0] for line in benchmarks] == [f"bench/bench_{name}.py" for name in operations()]
+    assert all(f"--out bench/results/{name}_2" in line for name, line in zip(operations(), benchmarks, strict=True))
+    files = [word for word in tests.split() if word.endswith(".py")]
+    assert len(files) >= 8 and all((ROOT / file).exists() for file in files)
+    assert run("true").returncode == 0
+    scripts = {path.stem for path in (ROOT / "bench").glob("bench_*.py")}
+    assert scripts - {f"bench_{name}" for name in operations()} == {"bench_step", "bench_grading", "bench_engine"}
+
+
+def test_peak_memory_without_a_gpu_is_planned(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peak_memory.py", "--case", "GRPO", "--case", "A*-PO", "--case", "GRPO, all"])
+    peak_memory.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["measured"] is False and document["note"] == "planned, not measured"
+    grpo, apo, small = document["rows"]
+    assert grpo["planned_backward_mib"] == pytest.approx(38266, rel=0.01)
+    assert grpo["published_over_apo"] == pytest.approx(42.2 / 41.6) and apo["over_apo"] == 1
+    assert small["over_apo"] < 0.6 and grpo["fits"]
+    assert not any("measured" in key for row in document["rows"] for key in row)
+
+
+@pytest.mark.slow
+def test_peak_memory_runs_the_program_on_random_weights(tmp_path):
+    """As on a GPU, which alone has measurements: a model in a known shape, its tokenizer, two steps."""
+    config = dict(model_type="qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                  num_key_value_heads=1, vocab_size=1000, tie_word_embeddings=True)  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    peak_memory.make_model(str(tmp_path / "config.json"), tmp_path / "model", "cpu")
+    peak_memory.make_problems(tmp_path / "problems.jsonl", 16, 8)
+    cpu = ["--engine", "hf", "--dtype", "float32", "--max-prompt-tokens", "8", "--max-new-tokens", "4",
+           "--reward-workers", "1"]  # fmt: skip
+    arguments = (tmp_path / "model", tmp_path / "problems.jsonl", "math")
+    row = peak_memory.measured_row("GRPO", *arguments, tmp_path / "run", cpu)
+    assert row.get("note") is None and row["step_s"] > 0
+    broken = peak_memory.measured_row("GRPO", *arguments, tmp_path / "other", [*cpu, "--no-such-flag"])
+    assert "there is no option --no-such-flag" in broken["note"]

@@ -1,0 +1,102 @@
+"""Grades on real problems and on real completions with a label."""
+
+import gzip
+import json
+import re
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from fastrl.rewards.math import Math
+from support.cases import mostly_later
+
+pytestmark = pytest.mark.realdata
+
+SETS = ["gsm8k", "math500", "aime24", "minerva"]
+UNREAD = {
+    "minerva": [
+        r"np.arcsin(10/13)",
+        r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}",
+        r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}",
+        r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}",
+        r"E_{1},E_{2}",
+    ]
+}
+NUMBER = re.compile(r"\d*\.?\d+")
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Math(workers=2) as verifier:
+        yield verifier
+
+
+def rows(path: Path) -> list[dict]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_right_answer_is_accepted(verifier, data_dir, name):
+    golds = [row["answer"] for row in rows(data_dir / name / "test.jsonl")]
+    grades = verifier.grade([verifier.as_completion(gold) for gold in golds], golds)
+    assert sum(grade.reward for grade in grades) >= 0.995 * len(golds)
+    # by more than equal text: all golds but these can be read, so that another way of writing them is accepted too
+    unread = [gold for gold, grade in zip(golds, verifier.check_golds(golds), strict=True) if not grade.reward]
+    assert unread == UNREAD.get(name, [])
+
+
+def perturbed(gold: str, other: str) -> list[str]:
+    """Answers that look like the gold and are wrong: last number + 1 and x 10, sign flipped, another row's answer."""
+    wrong = [other, gold[1:] if gold.startswith("-") else f"-{gold}"]
+    numbers = list(NUMBER.finditer(gold))
+    if numbers and (last := Decimal(numbers[-1][0])):  # ten times zero is right
+        head, tail = gold[: numbers[-1].start()], gold[numbers[-1].end() :]
+        wrong += [f"{head}{last + 1:f}{tail}", f"{head}{last * 10:f}{tail}"]
+    return [text for text in wrong if text != gold]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mostly_later(SETS, "gsm8k", "aime24"))
+def test_perturbed_answers_are_rejected(verifier, data_dir, name):
+    golds = [row["answer"] for row in rows(data_dir / name / "test.jsonl") if row["answer"].strip("0.")]
+    pairs = [(gold, wrong) for i, gold in enumerate(golds) for wrong in perturbed(gold, golds[7 * i % len(golds)])]
+    grades = verifier.grade([f"\\boxed{{{wrong}}}" for _, wrong in pairs], [gold for gold, _ in pairs])
+    accepted = [pair for pair, grade in zip(pairs, grades, strict=True) if grade.reward]
+    assert len(accepted) <= 0.005 * len(pairs), accepted
+
+
+def disagreements(verifier, texts, golds, labels) -> list[tuple[str, str]]:
+    grades = verifier.grade(texts, golds)
+    return [
+        (gold, grade.status) for gold, grade, label in zip(golds, grades, labels, strict=True) if grade.reward != label
+    ]
+
+
+def test_agreement_with_the_labels_of_unboxed_gsm8k_completions(verifier, data_dir):
+    gold_of = {row["id"]: row["answer"] for row in rows(data_dir / "gsm8k/test.jsonl")}
+    completions = rows(data_dir / "completions/gsm8k_openai_gpt3.jsonl.gz")
+    assert len(completions) == 5276
+    # these models end with "A: 18" and were not asked for a box
+    texts = [f"{row['completion']}\n\\boxed{{{row['completion'].rpartition('A:')[2].strip()}}}" for row in completions]
+    golds = [gold_of[row["prompt_id"]] for row in completions]
+    assert disagreements(verifier, texts, golds, [row["label"] for row in completions]) == []
+
+
+def test_agreement_with_the_labels_of_boxed_math_completions(verifier, data_dir):
+    completions = rows(data_dir / "completions/math100x8_qwen.jsonl.gz")
+    differ = disagreements(verifier, *([row[key] for row in completions] for key in ("completion", "answer", "label")))
+    # the label calls 10000 wrong
+    assert differ == [("10{,}000", "right")]
+
+
+def test_agreement_with_the_labels_of_long_chains_of_thought(verifier, data_dir):
+    completions = [
+        row for row in rows(data_dir / "completions/areal_aime24_olympiad.jsonl.gz") if row["answer"] is not None
+    ]
+    assert len(completions) == 252
+    differ = disagreements(verifier, *([row[key] for row in completions] for key in ("completion", "answer", "label")))
+    # cut off before its box; the source read the whole text
+    assert differ == [("236", "no_box")]

@@ -1,0 +1,178 @@
+"""Compile every kernel, as it is launched, for sm_90, without a GPU; print what came out as one JSON object.
+
+TRITON_INTERPRET=0 python tests/support/aot.py [--golden]    {name: {registers, ...}}; --golden writes kernels_sm90.json
+
+Triton's kernels are compiled by Triton, those of csrc/ by nvcc where there is one.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastrl.kernels import flat_update, rows, vectors
+
+TARGET = GPUTarget("cuda", 90, 32)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+GOLDEN = Path(__file__).parents[1] / "golden" / "kernels_sm90.json"
+SOURCE = Path(__file__).parents[2] / "csrc" / "flat_update.cu"
+VECTOR = "*fp32"
+REGISTERS = 65536  # of a multiprocessor
+
+
+def policy_loss():
+    types = dict.fromkeys(("logprobs_ptr", "advantage_ptr", "w_ptr", "coef_ptr", "partials_ptr"), VECTOR)
+    types |= dict.fromkeys(("kl_coef", "low_edge", "high_edge", "dual_clip", "cap", "kl_cap"), "fp32") | {"N": "i32"}
+    estimators = {"k1": (True, False, False), "k2": (False, False, False), "k3": (False, True, True),
+                  "k3+": (False, True, False)}  # fmt: skip
+    for mode in ("clip", "cispo", "pg"):
+        for old, ref in ((False, ""), (True, ""), *((True, k) for k in (estimators if mode == "clip" else ("k3",)))):
+            given = ({"old_ptr": VECTOR} if old else {}) | ({"ref_ptr": VECTOR} if ref else {})
+            k1, k3, k3_gradient = estimators[ref or "k3"]
+            constants = dict(
+                CLIP=mode == "clip", CISPO=mode == "cispo", HAS_OLD=old, HAS_REF=bool(ref), K1=k1, K3=k3,
+                K3_GRADIENT=k3_gradient, NUM_STATS=vectors.NUM_STATS, BLOCK_N=vectors.BLOCK_N,
+            )  # fmt: skip
+            name = "-".join(["policy_loss", mode, *(["old"] if old else []), *([ref] if ref else [])])
+            yield name, (vectors.policy_loss_kernel, types | given, constants, 4)
+
+
+def apo_loss():
+    pointers = ("logprobs_ptr", "ref_ptr", "value_ptr", "reward_ptr", "w_ptr", "loss_ptr", "coef_ptr", "u_ptr")
+    types = dict.fromkeys(pointers, VECTOR) | {"cu_seqlens_ptr": "*i32", "beta2": "fp32"}
+    yield "apo_loss", (vectors.apo_loss_kernel, types, dict(BLOCK_N=vectors.BLOCK_N), 4)
+
+
+def row_forward():
+    types = dict.fromkeys(("logprob_ptr", "lse_ptr", "state_ptr"), VECTOR) | dict.fromkeys(("z_stride_n", "V"), "i32")
+    types |= {"target_ptr": "*i64", "first_word": "i32", "inv_temperature": "fp32"}
+    for entropy in (False, True):
+        for dtype, slab, per_token in (("fp32", False, False), ("bf16", False, False), ("fp32", True, False),
+                                       ("fp32", False, True)):  # fmt: skip
+            given = {"z_ptr": f"*{dtype}"} | ({"entropy_ptr": VECTOR} if entropy else {})
+            given |= {"inv_temperature_ptr": VECTOR} if per_token else {}
+            block = rows.SLAB_WORDS if slab else rows.BLOCK_V
+            constants = dict(ENTROPY=entropy, PER_TOKEN=per_token, RESUME=slab, FINISH=not slab, BLOCK_V=block)
+            name = f"row_forward-{dtype}" + "-slab" * slab + "-per_token" * per_token + "-entropy" * entropy
+            warps = block * rows.NUM_WARPS // rows.BLOCK_V
+            yield name, (rows.row_forward_kernel, types | given, constants, warps)
+
+
+def row_gradient():
+    types = dict.fromkeys(("lse_ptr", "dlogprob_ptr"), VECTOR) | dict.fromkeys(
+        ("z_stride_n", "dz_stride_n", "V"), "i32"
+    )
+    types |= {"target_ptr": "*i64", "inv_temperature": "fp32"}
+    for entropy in (False, True):
+        for z, dz, per_token in (("fp32", "fp32", False), ("fp32", "bf16", False), ("bf16", "bf16", False),
+                                 ("fp32", "bf16", True)):  # fmt: skip
+            given = {"z_ptr": f"*{z}", "dz_ptr": f"*{dz}"} | ({"inv_temperature_ptr": VECTOR} if per_token else {})
+            given |= dict.fromkeys(("entropy_ptr", "dentropy_ptr", "dlse_ptr"), VECTOR) if entropy else {}
+            constants = dict(HAS_DLSE=entropy, HAS_DENTROPY=entropy, PER_TOKEN=per_token, BLOCK_V=rows.BLOCK_V)
+            name = f"row_gradient-{z}-{dz}" + "-per_token" * per_token + "-entropy" * entropy
+            yield name, (rows.row_gradient_kernel, types | given, constants, rows.NUM_WARPS)
+
+
+def flat():
+    types = dict.fromkeys(("theta_ptr", "anchor_ptr", "partials_ptr"), VECTOR) | {"n": "i64", "lookahead": "i32"}
+    numbers = ("alpha", "lr", "weight_decay", "ratio_min", "ratio_max", "scale_max")
+    types |= dict.fromkeys(numbers, "fp32")
+    for name, pointers in (("interpolate", ()), ("gradients", ("x0_ptr", "x1_ptr")), ("displacements", ("x0_ptr",))):
+        limits = {"threshold_ptr": VECTOR, "segment_ptr": "*i32"} if pointers else {}
+        for halves in (False, True):
+            given = types | dict.fromkeys(pointers, VECTOR) | limits
+            given |= dict.fromkeys(("theta_ptr", "low_ptr"), "*i16") if halves else {"out_bf16_ptr": "*bf16"}
+            constants = dict(
+                EXTRAPOLATE=bool(pointers), GRADIENTS=len(pointers) == 2, HAS_LOW=halves, HAS_BF16=not halves,
+                HAS_THRESHOLD=bool(limits), NUM_STATS=flat_update.NUM_STATS, BLOCK=flat_update.BLOCK,
+            )  # fmt: skip
+            yield f"flat_update-{name}" + "-split" * halves, (flat_update.flat_update_kernel, given, constants, 4)
+
+
+def compiled_by_triton(kernel, types, constants, warps) -> dict[str, int]:
+    """A pointer that is not among the types is None, and a constant."""
+    constants = constants | {name: None for name in kernel.arg_names if name not in types and name not in constants}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    # what a launch finds out by itself: pointers, strides and the vocabulary of real models are multiples of 16
+    attrs = {
+        (at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or signature[name] in ("i32", "i64") and name != "lookahead"
+    }  # fmt: skip
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    made = triton.compile(source, target=TARGET, options=dict(num_warps=warps, enable_fp_fusion=True))
+    (used,) = usage(made.asm["cubin"]).values()
+    return used | accesses(made.asm["ptx"]) | occupancy(used["registers"], 32 * warps)
+
+
+def compiled_by_nvcc() -> dict[str, dict[str, int]]:
+    """The kernels of csrc/, by name, and the version of nvcc; nothing without an nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        made = {}
+        for kind in ("cubin", "ptx"):
+            path = Path(folder) / f"flat_update.{kind}"
+            subprocess.run([nvcc, "-O3", "-std=c++17", f"-{kind}", "-arch=sm_90", "-o", path, SOURCE], check=True)
+            made[kind] = path.read_bytes()
+    entries = re.split(r"\.visible \.entry ", made["ptx"].decode())[1:]
+    ptx = {entry.partition("(")[0]: entry for entry in entries}
+    found = {}
+    for name, used in usage(made["cubin"]).items():
+        found[name] = used | accesses(ptx[name]) | occupancy(used["registers"], 512)
+        found[name].pop("f64")  # statistics are summed in it; tests/kernels/test_flat_update.py looks at where
+    return found
+
+
+def usage(cubin: bytes) -> dict[str, dict[str, int]]:
+    """Registers, spills and shared memory by kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {}
+    for name, line in re.findall(r"Function (\w+):\s*\n\s*(.*)", said):
+        numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line))
+        spilled = int(numbers["STACK"]) + int(numbers["LOCAL"])
+        found[name] = {
+            "registers": int(numbers["REG"]),
+            "spilled_bytes": spilled,
+            "shared_bytes": int(numbers["SHARED"]),
+        }
+    return found
+
+
+def accesses(ptx: str) -> dict[str, int]:
+    wide = r"\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)"
+    return {
+        "loads_128": len(re.findall(r"\bld" + wide, ptx)), "stores_128": len(re.findall(r"\bst" + wide, ptx)),
+        "f64": len(re.findall(r"\.f64", ptx)), "barrier": int("bar.sync" in ptx),
+    }  # fmt: skip
+
+
+def occupancy(registers: int, threads: int) -> dict[str, int]:
+    """Programs of a multiprocessor at a time, as far as registers and threads go; registers come in eights."""
+    return {"programs": min(2048 // threads, REGISTERS // (-(-registers // 8) * 8 * threads))}
+
+
+def everything() -> dict[str, dict[str, int]]:
+    made = [pair for family in (policy_loss, apo_loss, row_forward, row_gradient, flat) for pair in family()]
+    assert len(dict(made)) == len(made), "two configurations of one name"
+    return {name: compiled_by_triton(*given) for name, given in made} | compiled_by_nvcc()
+
+
+if __name__ == "__main__":
+    text = json.dumps({"triton": triton.__version__, "kernels": everything()}, indent=1)
+    if "--golden" in sys.argv:
+        rows_of = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text)
+        GOLDEN.write_text(rows_of + "\n")
+    print(text)
