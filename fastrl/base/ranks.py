@@ -13,6 +13,10 @@ from torch import Tensor
 
 from fastrl.base.types import EngineError
 
+# torch 2.13 has new names for these and warns at the old ones, which torch 2.10 to 2.12 alone have
+gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def start(device: str, timeout_s: float = 0.0) -> None:
     """Join the process group that torchrun describes in the environment; nothing to do without it.
@@ -143,7 +147,7 @@ def reduce_shard(full: Tensor) -> Tensor:
         return all_sum_(full).chunk(size())[rank()]
     shard = torch.empty(full.numel() // size(), dtype=full.dtype, device=full.device)
     with reaching_others():
-        dist.reduce_scatter_tensor(shard, full)  # the form with a list of slices copies them all
+        reduce_scatter_flat(shard, full)  # the form with a list of slices copies them all
     return shard
 
 
@@ -152,7 +156,7 @@ def gather_shards(full: Tensor) -> None:
     if size() > 1:
         own = full.chunk(size())[rank()]
         with reaching_others():
-            dist.all_gather_into_tensor(full, own if full.is_cuda else own.clone())  # NCCL gathers in place
+            gather_flat(full, own if full.is_cuda else own.clone())  # NCCL gathers in place
 
 
 def gather_rows(table: Tensor) -> Tensor:

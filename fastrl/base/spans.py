@@ -1,5 +1,6 @@
 """Where the time and the memory of a step go."""
 
+import atexit
 import gc
 import resource
 import time
@@ -61,8 +62,10 @@ def collector_paused() -> Iterator[None]:
     """No garbage collection inside, and none ever of what is alive at the end.
 
     Loading modules makes hundreds of thousands of objects that stay; looking them through again and again takes a fifth
-    of the start-up, and a pause of every full collection afterwards.
+    of the start-up, and a pause of every full collection afterwards. At exit they may be collected again: what is
+    frozen outlives the interpreter, and nanobind lists it on stderr.
     """
+    atexit.register(gc.unfreeze)
     gc.disable()
     try:
         yield

@@ -180,7 +180,7 @@ def cli(default: T, args: list[str], source: str) -> T:
             warnings.filterwarnings("ignore", message="The field .* is annotated with type")
             config, unknown = tyro.cli(
                 type(default), args=args, default=default, return_unknown_args=True,
-                config=(tyro.conf.AvoidSubcommands,),
+                config=(tyro.conf.AvoidSubcommands,), registry=settings_only(),
             )  # fmt: skip
     except SystemExit as exit:
         if not exit.code:
@@ -196,6 +196,25 @@ def cli(default: T, args: list[str], source: str) -> T:
         raise ValueError(f"{source}: there is no option {flag}{hint}")
     check_texts(config)
     return config
+
+
+def settings_only():
+    """A tyro registry under which a field with init=False, state and no setting, is no option."""
+    from tyro.constructors import ConstructorRegistry
+
+    registry, asked = ConstructorRegistry(), []
+
+    @registry.struct_rule
+    def rule(info):
+        if asked or not dataclasses.is_dataclass(info.type):
+            return None
+        asked.append(info)  # so that tyro's own rule answers
+        spec = registry.get_struct_spec(info)
+        asked.clear()
+        settings = {f.name for f in dataclasses.fields(info.type) if f.init}
+        return dataclasses.replace(spec, fields=tuple(f for f in spec.fields if f.name in settings))
+
+    return registry
 
 
 def message(said: str) -> str:

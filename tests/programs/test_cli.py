@@ -36,6 +36,8 @@ def no_tokenizer(tmp_path):
 BAD = [
     (["--lrr", "1e-4"], 2, "there is no option --lrr; did you mean --optim.lr?"),
     (["--num_generations", "4"], 2, "there is no option --num_generations; here it is called --group-size"),
+    (["--update", "gxpo", "--update.stopped"], 2, "there is no option --update.stopped"),
+    (["--allocation.position", "5"], 2, "there is no option --allocation.position"),
     (["--lr", "-1e-4"], 2, "--optim.lr must be between 0 and 1, got -0.0001; 1e-6 is usual"),
     (["--steps", "many"], 2, "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
     (["--objective", "grop"], 2, "--objective grop: no such member; did you mean grpo?; there are: grpo"),

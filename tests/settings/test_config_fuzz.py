@@ -222,6 +222,37 @@ def test_every_number_of_every_program_has_bounds(cls, name, kind, value):
     assert name.replace("_", "-") in str(caught.value).replace("_", "-")
 
 
+STATE = [
+    (axis, member, field.name)
+    for axis, members in AXES.items()
+    for member, cls in members.items()
+    for field in dataclasses.fields(cls)
+    if not field.init
+]
+
+
+@pytest.mark.parametrize("axis, member, name", [*STATE, ("update", "gxpo", "watch.seen")])
+def test_state_is_no_setting(axis, member, name, tmp_path):
+    flag = f"--{axis}.{name}".replace("_", "-")
+    with pytest.raises(ValueError, match=f"^the command line: there is no option {flag}(;|$)"):
+        configure([f"--{axis}", member, flag, "1"])
+    recipe, (section, _, key) = tmp_path / "r.toml", f"{axis}.{name}".rpartition(".")
+    recipe.write_text(f'[{axis}]\ntype = "{member}"\n{f"[{section}]" * (section != axis)}\n{key} = 1\n')
+    with pytest.raises(ValueError, match=f"there is no key '{axis}.{name.partition('.')[0]}'"):
+        configure([str(recipe)])
+
+
+@pytest.mark.parametrize("axis, member", [("update", "gxpo"), ("allocation", "sgpo")])
+def test_help_lists_settings_and_no_state(axis, member, capsys):
+    with pytest.raises(SystemExit):
+        configure([f"--{axis}", member, "--help"])
+    listed = set(re.findall(rf"--{axis}\.([a-z.-]+)", capsys.readouterr().out))
+    assert listed >= {f.name.replace("_", "-") for f in dataclasses.fields(AXES[axis][member]) if f.init}
+    assert not {word.partition(".")[0] for word in listed} & {
+        name.replace("_", "-") for at, _, name in STATE if at == axis
+    }
+
+
 @pytest.mark.promise("D8", trials=12)
 def test_bad_configurations_are_refused_with_the_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from support.trainers import make_trainer
 from fastrl.base import faults, ranks
 torch.set_num_threads(1)
 ranks.start("cpu", 60)
-CALLED = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "barrier")
+CALLED = ("all_reduce", "all_gather", "all_gather_object", "barrier")
 gather, calls = dist.all_gather_object, []
 
 def recorded(name, function):
@@ -30,6 +30,7 @@ def recorded(name, function):
 
 for name in CALLED:
     setattr(dist, name, recorded(name, getattr(dist, name)))
+ranks.gather_flat = recorded("gather_flat", ranks.gather_flat)
 found = []
 for number, args in enumerate(json.loads(Path({trials!r}).read_text())):
     trainer = make_trainer(Path({folder!r}) / str(number) / "run", *args)
