@@ -29,7 +29,7 @@ class Objective(ABC):
         """
         return frozenset()
 
-    def credit(self, rewards: Tensor, problem: Problem) -> Tensor:
+    def credit(self, rewards: Tensor, problem: Problem | None = None) -> Tensor:
         """rewards [G] of one group -> credit [G]."""
         return rewards
 

@@ -66,7 +66,7 @@ class Allocated:
             return {"loss": 0.0, "entropy": 1.0}
 
         self.policy.flat.grads.copy_(gradient)
-        self.policy.optimizer_step()  # whose state is then there, as in any step but the first
+        self.policy.optimizer_step(0.0)  # whose state is then there, as in any step but the first
         gc.collect()
         gc.freeze()  # only what the rule makes is seen by the collector from here on
         try:

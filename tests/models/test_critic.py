@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.step.batching import averages, cut, make_batch, select
+from fastrl.step.learner import Minibatch
 from fastrl.weights.optim import OptimConfig
 from support.batches import completion, group, padded, prepared_batch
 from support.run_folders import step_records
@@ -91,10 +93,10 @@ def test_it_learns_the_mean_return_of_each_prompt():
     critic = make_critic(torch.float32, random_head=False, lr=3e-3)
     groups = [group([1, 2], *(completion([t]) for t in (3, 4, 5, 6))), group([7], completion([3]), completion([4]))]
     batch = batch_of(groups)
-    batch.credit = torch.tensor([1.0, 0, 0, 0, 1, 1])
+    batch = replace(batch, credit=torch.tensor([1.0, 0, 0, 0, 1, 1]))
     objective = PPO(value_clip=None)
-    batch.values = critic.score(batch).detach()
-    objective.prepare(batch)
+    batch = replace(batch, values=critic.score(batch).detach())
+    batch = objective.prepare(batch)
 
     def accumulate():
         return averages(critic.backward([batch], objective.value_loss_sum, 6.0), 6.0)
@@ -178,8 +180,8 @@ def test_policy_and_critic_share_nothing(tmp_path):
         trainer.learner.critic.flat.weights, critic
     )
     critic = trainer.learner.critic.flat.weights.clone()
-    trainer.learner.accumulate(batch)
-    trainer.learner.policy.optimizer_step()
+    trainer.learner.accumulate(Minibatch(batch))
+    trainer.learner.policy.optimizer_step(0.0)
     assert torch.equal(trainer.learner.critic.flat.weights, critic) and not torch.equal(
         trainer.learner.policy.flat.weights, weights
     )
@@ -204,12 +206,12 @@ def test_a_broken_target_reaches_neither_weights_nor_moments(tmp_path):
 
 def test_explained_variance_by_hand():
     batch = batch_of([group([1], completion([2, 3]), completion([4]))])
-    batch.returns = torch.tensor([[math.nan, 1.0, 1.0], [math.nan, 0.0, math.nan]])
+    batch = replace(batch, returns=torch.tensor([[math.nan, 1.0, 1.0], [math.nan, 0.0, math.nan]]))
     # returns 1 1 0: mean square 2/3 - 4/9 = 2/9; errors 0 1/2 0: 1/12 - 1/36 = 1/18, a quarter of it
-    batch.values = torch.tensor([[math.nan, 1.0, 0.5], [math.nan, 0.0, math.nan]])
+    batch = replace(batch, values=torch.tensor([[math.nan, 1.0, 0.5], [math.nan, 0.0, math.nan]]))
     assert explained_variance(batch) == pytest.approx(0.75)
     for value in (0.1, 0.3, 0.7, 1.0):  # 0.3: the mean square less the squared mean is 2e-16, not 0
-        batch.returns = torch.full_like(batch.returns, value, dtype=torch.float64)
+        batch = replace(batch, returns=torch.full_like(batch.returns, value, dtype=torch.float64))
         assert math.isnan(explained_variance(batch))
 
 

@@ -1,6 +1,7 @@
 """A*-PO: the optimal value by table and limits, the regression's gradient, and where it leads."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_loss_and_gradient_by_hand():
     # u: (-1 + 1.5) + (-1 + 2) = 1.5 and (-1 + 0.5) = -0.5; residuals 2 * 1.5 - 0.5 = 2.5 and 2 * -0.5 + 0.25 = -0.75
     batch = make([2, 1, 1], [0.5, -0.25, 9.0], ref_logprobs=[[-1.5, -2.0], [-0.5], [-7.0]])
     batch.response_mask[2] = False  # a completion that is masked takes no part
-    batch.counts = {"token": 3.0, "completion": 2.0}
+    batch = replace(batch, counts={"token": 3.0, "completion": 2.0})
     logprobs = torch.where(batch.response_mask, -1.0, math.nan).requires_grad_()
     entropy = torch.where(batch.response_mask, 0.5, math.nan).requires_grad_()
     loss, metrics = APO(beta2=2.0, entropy=0.1).loss_sum(logprobs, entropy, batch)
@@ -85,8 +86,12 @@ def enumerable(seed=0, n=7):
 def regression(objective, logp, ref, credit):
     """Losses of one-token completions, one per action: loss_sum of each row alone."""
     batch = make([1] * len(logp), credit.tolist())
-    batch.credit, batch.counts = credit, {"token": 1.0, "completion": 1.0}
-    batch.ref_logprobs = torch.stack([torch.full_like(ref, math.nan), ref], dim=1)
+    batch = replace(
+        batch,
+        credit=credit,
+        counts={"token": 1.0, "completion": 1.0},
+        ref_logprobs=torch.stack([torch.full_like(ref, math.nan), ref], dim=1),
+    )
     padded = torch.stack([torch.zeros_like(logp), logp], dim=1)
     return objective.loss_sum(padded, torch.zeros_like(padded), batch)[0]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastrl.objectives.base import kl_estimate
+from fastrl.kernels.policy_loss import kl_estimate
 from fastrl.objectives.grpo import GRPO
 from support.batches import loss_and_grad, make
 
@@ -32,11 +32,11 @@ def test_equal_rewards_give_exactly_zero(adv_norm):
 
 def test_batch_norm_divides_by_the_std_of_all_rewards():
     batch = make([2, 1, 3, 1], [0.5, -0.5, 0.0, 0.0], reward=[1.0, 0.0, 1.0, 1.0], group=[0, 0, 1, 1])
-    GRPO(adv_norm="batch", std_eps=1e-12).prepare(batch)
+    batch = GRPO(adv_norm="batch", std_eps=1e-12).prepare(batch)
     # mean 3/4, unbiased variance (3/16 * 4) / 3 = 1/4
     assert batch.credit.tolist() == pytest.approx([1.0, -1.0, 0.0, 0.0])
     equal = make([2, 1], [0.0, 0.0], reward=[0.1, 0.1])
-    GRPO(adv_norm="batch").prepare(equal)
+    equal = GRPO(adv_norm="batch").prepare(equal)
     assert equal.credit.tolist() == [0.0, 0.0]
 
 

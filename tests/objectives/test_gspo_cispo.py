@@ -1,6 +1,7 @@
 """GSPO, CISPO and the correction for what the engine sampled from, as settings of GRPO, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,9 +62,9 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
 def test_correction_for_the_engines_distribution(kind, weights):
     objective = GRPO(is_correction=kind, is_cap=3.0)
     batch = make([2, 1], [1.0, 1.0])
-    batch.rollout_logprobs = torch.tensor(
-        [[0.0, -1 - math.log(2), -1 - math.log(8)], [0.0, -1 - math.log(0.5), math.nan]]
-    )
+    rollout = torch.tensor([[0.0, -1 - math.log(2), -1 - math.log(8)], [0.0, -1 - math.log(0.5), math.nan]])
+    old = torch.where(batch.response_mask, -1.0, math.nan)
+    batch = replace(batch, rollout_logprobs=rollout, old_logprobs=old)
     _, grad, _ = loss_and_grad(objective, batch, [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert grad[0, 1:].tolist() == pytest.approx([-w for w in weights[0]])
     assert grad[1, 1].item() == pytest.approx(-weights[1][0])

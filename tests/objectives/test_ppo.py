@@ -1,6 +1,7 @@
 """PPO by hand: advantages from values, whitening, KL in the reward, the surrogate per token, the critic's loss."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from support.batches import loss_and_grad, make
 def prepared(objective, lengths, reward, **rows):
     """Response tokens of advantages and returns, one list per row, after `prepare`."""
     batch = make(lengths, reward, reward=reward, **rows)
-    objective.prepare(batch)
+    batch = objective.prepare(batch)
     for tensor in (batch.advantages, batch.returns):
         assert not tensor[~batch.response_mask].any()  # 0, not NaN
     return tuple(
@@ -53,11 +54,11 @@ def test_padding_and_prompt_may_hold_anything(poison):
     batch = make([3, 1], [1.0, 0.0], **rows)
     for tensor in (batch.values, batch.old_logprobs, batch.ref_logprobs):
         tensor[~batch.response_mask] = poison
-    objective.prepare(batch)
+    batch = objective.prepare(batch)
     clean = make([3, 1], [1.0, 0.0], **rows)
     for tensor in (clean.values, clean.old_logprobs, clean.ref_logprobs):
         tensor[~clean.response_mask] = 0.0
-    objective.prepare(clean)
+    clean = objective.prepare(clean)
     assert torch.equal(batch.advantages, clean.advantages) and torch.equal(batch.returns, clean.returns)
     assert batch.advantages[batch.response_mask].all()
 
@@ -92,7 +93,7 @@ def test_kl_is_taken_off_the_reward_of_its_token():
     assert advantages[0] == returns[0] == pytest.approx([1.05, 1.1])
     # the loss itself has no KL term: its gradient is that of the surrogate alone
     batch = make([2], [1.0], **rows)
-    PPO(kl=0.1, whiten=False).prepare(batch)
+    batch = PPO(kl=0.1, whiten=False).prepare(batch)
     loss, grad, metrics = loss_and_grad(PPO(kl=0.1), batch, [[0.0, 0.0, 0.0]])
     assert grad[0].tolist() == pytest.approx([0.0, -1.05, -1.1])
     assert metrics["kl"] == pytest.approx(0.5 + 0.0)  # the policy at -1, -1 now: x = 0.5 and 0
@@ -101,7 +102,7 @@ def test_kl_is_taken_off_the_reward_of_its_token():
 def test_each_token_has_its_own_advantage_and_clip():
     # A ratio: 2 * 1.1 = 2.2; 1 * 1.5 clipped to 1.2; -1 * 0.7 clipped to 0.8; -2 * 4 dual-clipped to 3
     batch = make([4])
-    batch.advantages = torch.tensor([[math.nan, 2.0, 1.0, -1.0, -2.0]])
+    batch = replace(batch, advantages=torch.tensor([[math.nan, 2.0, 1.0, -1.0, -2.0]]))
     loss, grad, metrics = loss_and_grad(PPO(), batch, [[0.0, *map(math.log, (1.1, 1.5, 0.7, 4.0))]])
     assert loss == pytest.approx(-2.2 - 1.2 + 0.8 + 6.0, rel=1e-5)
     assert grad[0].tolist() == pytest.approx([0.0, -2.2, 0.0, 0.0, 0.0], rel=1e-5)
@@ -112,7 +113,7 @@ def test_gradient_raises_good_tokens_and_lowers_bad_ones_of_one_completion():
     logits = torch.linspace(-1, 1, 5).repeat(1, 3, 1).requires_grad_()
     ids = torch.tensor([[0, 2, 4]])
     batch = make([2], [0.0], values=[[0.4, 0.8]])  # r - V = -0.4, -0.8: the second token was worse
-    PPO().prepare(batch)
+    batch = PPO().prepare(batch)
     logprobs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
     PPO().loss_sum(logprobs, torch.zeros_like(logprobs), batch)[0].backward()
     with torch.no_grad():
@@ -122,7 +123,7 @@ def test_gradient_raises_good_tokens_and_lowers_bad_ones_of_one_completion():
 
 def test_entropy_is_rewarded():
     batch = make([2])
-    batch.advantages = torch.zeros(1, 3)
+    batch = replace(batch, advantages=torch.zeros(1, 3))
     logprobs = torch.full((1, 3), -1.0)
     entropy = torch.full((1, 3), 0.5, requires_grad=True)
     loss, metrics = PPO(entropy=0.1).loss_sum(logprobs, entropy, batch)
@@ -142,7 +143,7 @@ def test_entropy_is_rewarded():
 )
 def test_a_value_gains_nothing_far_from_its_old_one(value, loss, grad, clipped):
     batch = make([1], values=[[0.2]])
-    batch.returns = torch.tensor([[math.nan, 1.0]])
+    batch = replace(batch, returns=torch.tensor([[math.nan, 1.0]]))
     values = torch.tensor([[math.nan, value]], requires_grad=True)
     got, metrics = PPO().value_loss_sum(values, batch)
     got.backward()

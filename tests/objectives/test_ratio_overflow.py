@@ -5,13 +5,13 @@ no ratios: they reach the loss, or the kernels' count, so that the guard sees th
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
-from fastrl.kernels.policy_loss import policy_loss, policy_loss_ref
-from fastrl.objectives.base import kl_estimate
+from fastrl.kernels.policy_loss import TokenLoss, kl_estimate, policy_loss, policy_loss_ref
 from fastrl.objectives.grpo import GRPO
 from fastrl.objectives.ppo import PPO
 from support.batches import make
@@ -39,9 +39,10 @@ def batch_of(log_ratios: list[float], advantages: list[float]):
     rows = torch.tensor(log_ratios).view(2, 3)
     old = (-1.0 - rows).tolist()
     batch = make([3, 3], advantages, old_logprobs=old, ref_logprobs=(-1 - rows.clamp(-1e4, 1e4)).tolist())
-    batch.rollout_logprobs = torch.nan_to_num(batch.old_logprobs, nan=0.0) + torch.tensor([[0, 1e4, -1e4, 30.0]])
-    batch.rollout_logprobs.nan_to_num_(neginf=-1e4)
-    batch.advantages = batch.credit[:, None].expand(batch.response_mask.shape)
+    rollout = torch.nan_to_num(batch.old_logprobs, nan=0.0) + torch.tensor([[0, 1e4, -1e4, 30.0]])
+    rollout = rollout.nan_to_num(neginf=-1e4)
+    advantages = batch.credit[:, None].expand(batch.response_mask.shape)
+    batch = replace(batch, rollout_logprobs=rollout, advantages=advantages)
     logprobs = torch.where(batch.response_mask, -1.0, math.nan).requires_grad_()
     return batch, logprobs, torch.where(batch.response_mask, 0.5, math.nan)
 
@@ -65,18 +66,18 @@ def test_every_objective_stays_finite_and_counts_what_it_caps(count):
 @pytest.mark.parametrize("count", cases(60, 140))
 @pytest.mark.parametrize("function", [policy_loss_ref, policy_loss])
 def test_so_does_the_fused_loss_in_its_definition_and_as_it_is_called(count, function):
-    def check(mode, log_ratios, advantages, dual_clip):
+    def check(surrogate, log_ratios, advantages, dual_clip):
         logp = torch.full((6,), -1.0)
         old = -1.0 - torch.tensor(log_ratios)
         advantage, w = torch.tensor(advantages).repeat_interleave(3), torch.full((6,), 0.25)
-        out = function(logp, old, advantage, w, mode=mode, dual_clip=dual_clip, ref_logprobs=old.clamp(-1e4, 1e4),
-                       kl_coef=0.1)  # fmt: skip
+        loss = TokenLoss(surrogate=surrogate, dual_clip=dual_clip, kl=0.1)
+        out = function(loss, logp, old, advantage, w, old.clamp(-1e4, 1e4))
         stats = out.named()
         assert out.loss.isfinite() and out.coef.isfinite().all() and stats["nonfinite"] == 0
         assert stats["capped"] == ((-1 - old).abs() > CAP).sum()
 
     examples(
-        check, count, mode=st.sampled_from(["clip", "cispo"]), log_ratios=RATIOS, advantages=ADVANTAGES,
+        check, count, surrogate=st.sampled_from(["clip", "cispo"]), log_ratios=RATIOS, advantages=ADVANTAGES,
         dual_clip=st.sampled_from([None, 3.0]),
     )  # fmt: skip
 
@@ -92,8 +93,8 @@ def test_so_does_the_kernel(count):
         logp, w = torch.full_like(old, -1.0), torch.full_like(old, 0.25)
         advantage = torch.tensor(advantages, device=device).repeat_interleave(3)
         ref = old.clamp(-1e4, 1e4)
-        ours = policy_loss(logp, old, advantage, w, ref_logprobs=ref, kl_coef=0.1, triton=True)
-        truth = policy_loss_ref(logp, old, advantage, w, ref_logprobs=ref, kl_coef=0.1)
+        vectors = (TokenLoss(kl=0.1), logp, old, advantage, w, ref)
+        ours, truth = policy_loss(*vectors, triton=True), policy_loss_ref(*vectors)
         assert ours.coef.isfinite().all() and ours.named()["capped"] == truth.named()["capped"]
         torch.testing.assert_close(ours.coef, truth.coef, rtol=1e-5, atol=1e-6)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +20,11 @@ def batch_and_logprobs(old=True):
     """Two groups, of three and of two; log-ratios that differ from token to token."""
     generator = torch.Generator().manual_seed(0)
     batch = make(LENGTHS, REWARDS, group=GROUPS)
-    batch.credit = batch.credit.double()
+    batch = replace(batch, credit=batch.credit.double())
     noise = torch.randn(2, *batch.response_mask.shape, generator=generator, dtype=F64)
     logprobs = torch.where(batch.response_mask, noise[0] - 2, math.nan)
     if old:
-        batch.old_logprobs = torch.where(batch.response_mask, noise[1] - 2, math.nan)
-        batch.current_logprobs = logprobs.clone()
+        batch = replace(batch, old_logprobs=torch.where(batch.response_mask, noise[1] - 2, math.nan))
     return batch, logprobs.requires_grad_()
 
 
@@ -49,7 +49,7 @@ def test_loss_and_gradient_are_those_of_the_loop(paired, old):
     (wanted,) = torch.autograd.grad(expected, logprobs)
     objective = REBEL(eta=0.7, paired=paired)
     if not paired:
-        objective.couple(batch)
+        batch = objective.couple(batch, logprobs.detach() if old else None)
     loss, _ = objective.loss_sum(logprobs, torch.zeros_like(logprobs), batch)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
@@ -61,7 +61,7 @@ def test_loss_and_gradient_are_those_of_the_loop(paired, old):
 def test_completions_alone_add_up_to_the_group():
     batch, logprobs = batch_and_logprobs()
     objective = REBEL(eta=0.7)
-    objective.couple(batch)
+    batch = objective.couple(batch, logprobs.detach())
     whole, _ = objective.loss_sum(logprobs, torch.zeros_like(logprobs), batch)
     (wanted,) = torch.autograd.grad(whole, logprobs)
     total, gradient = 0.0, torch.zeros_like(wanted)
@@ -79,9 +79,8 @@ def test_two_completions_by_hand():
     # u = 0.5 and -0.25, r = 1 and 0, eta 2: (0.75 - 2)^2 = 1.5625; d/du = +-2 (0.75 - 2) = -+2.5
     batch = make([1, 1], [1.0, 0.0], old_logprobs=[[-1.5], [-0.75]])
     logprobs = torch.where(batch.response_mask, -1.0, math.nan).requires_grad_()
-    batch.current_logprobs = logprobs.detach()
     objective = REBEL(eta=2.0)
-    objective.couple(batch)
+    batch = objective.couple(batch, logprobs.detach())
     loss, metrics = objective.loss_sum(logprobs, torch.ones_like(logprobs), batch)
     loss.backward()
     assert loss.item() == pytest.approx(1.5625)
@@ -99,11 +98,11 @@ def test_expected_gradient_on_policy_is_four_eta_times_that_of_the_reward():
     probs = z.detach().softmax(0)
     for i, j in itertools.product(range(7), repeat=2):
         batch = make([1, 1], [0.0, 0.0])
-        batch.credit = reward[[i, j]]
+        batch = replace(batch, credit=reward[[i, j]])
         logp = z.log_softmax(0)
         rows = torch.stack([torch.zeros(2, dtype=F64), logp[[i, j]]], dim=1)
         objective = REBEL(eta=0.7)
-        objective.couple(batch)
+        batch = objective.couple(batch, None)
         loss, _ = objective.loss_sum(rows, torch.zeros_like(rows), batch)
         total += probs[i] * probs[j] * torch.autograd.grad(loss, z, allow_unused=True)[0]
     assert (total + 4 * 0.7 * wanted).abs().max() < 1e-14
@@ -112,17 +111,16 @@ def test_expected_gradient_on_policy_is_four_eta_times_that_of_the_reward():
 def test_equal_rewards_are_silent_until_the_policy_moves():
     batch = make([2, 2], [0.1, 0.1])
     objective = REBEL()
-    objective.couple(batch)
+    batch = objective.couple(batch, None)
     assert batch.residual.tolist() == [0.0, 0.0] and objective.silent(batch).all()
-    batch.old_logprobs = torch.where(batch.response_mask, -1.0, math.nan)
-    batch.current_logprobs = batch.old_logprobs + torch.tensor([[0.1], [-0.1]])
-    objective.couple(batch)
+    batch = replace(batch, old_logprobs=torch.where(batch.response_mask, -1.0, math.nan))
+    batch = objective.couple(batch, batch.old_logprobs + torch.tensor([[0.1], [-0.1]]))
     assert batch.residual.tolist() == pytest.approx([0.2, -0.2]) and not objective.silent(batch).any()
 
 
 def test_kl_is_taken_off_the_reward():
     batch = make([2, 1], [1.0, 0.0], old_logprobs=[[-1.0, -1.0], [-2.0]], ref_logprobs=[[-1.5, -2.0], [-1.0]])
-    REBEL(kl=0.1).prepare(batch)
+    batch = REBEL(kl=0.1).prepare(batch)
     assert batch.credit.tolist() == pytest.approx([1.0 - 0.1 * 1.5, 0.0 + 0.1])
     assert REBEL(kl=0.1).needs(1) == {"old_logprobs", "ref_logprobs"}
     assert REBEL().needs(1) == frozenset() and REBEL().needs(4) == {"old_logprobs"}

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_kl_in_the_reward():
     for kind, sums in (("k1", (0.4, 1.0)), ("k2", (0.13, 0.5))):
         batch = make([2, 1], [1.0, 0.0], [0, 0], **rows)
         objective = GRPO(kl=0.5, kl_type=kind, kl_in="reward", adv_norm="none")
-        objective.prepare(batch)
+        batch = objective.prepare(batch)
         shaped = 1.0 - 0.5 * sums[0], 0.0 - 0.5 * sums[1]
         half = (shaped[0] - shaped[1]) / 2
         assert batch.credit.tolist() == pytest.approx([half, -half], rel=1e-5)
@@ -53,7 +54,7 @@ def test_kl_in_the_reward():
 
 def test_kl_in_the_reward_of_equal_rewards_is_a_signal():
     batch = make([1, 1], [1.0, 1.0], [0, 0], old_logprobs=[[-1.0], [-1.0]], ref_logprobs=[[-1.0], [-3.0]])
-    GRPO(kl=0.1, kl_type="k1", kl_in="reward").prepare(batch)
+    batch = GRPO(kl=0.1, kl_type="k1", kl_in="reward").prepare(batch)
     assert batch.credit.tolist() == pytest.approx([0.70711, -0.70711], rel=1e-4)
 
 
@@ -64,7 +65,7 @@ def test_soft_overlong_penalty():
     batch = make(lengths, [1.0, 0, 1, 1, 1, 0], [0] * 6, truncated=cut_off, max_new_tokens=10)
     objective = GRPO(overlong="penalty", overlong_buffer=4, adv_norm="none")
     torch.testing.assert_close(objective.reward_penalty(batch), penalties)
-    objective.prepare(batch)
+    batch = objective.prepare(batch)
     shaped = [1.0, 0.0, 0.75, 0.25, 0.0, -1.0]  # mean 1/6
     assert batch.credit.tolist() == pytest.approx([s - 1 / 6 for s in shaped], abs=1e-6)
     assert batch.response_mask.sum(dim=1).tolist() == lengths
@@ -85,14 +86,14 @@ def test_both_penalties_add_up():
 
 def test_shaped_rewards_are_compared_within_their_group():
     batch = make([8, 2, 8, 2], [1.0, 0.0, 1.0, 1.0], [0, 0, 1, 1], truncated=[True, False, True, False])
-    GRPO(overlong="penalty", adv_norm="none").prepare(batch)
+    batch = GRPO(overlong="penalty", adv_norm="none").prepare(batch)
     assert batch.credit.tolist() == [0.0, 0.0, -0.5, 0.5]
 
 
 def test_shaped_rewards_are_divided_by_their_own_std():
     # every reward is 1, so the std of the unshaped rewards is 0 and the advantages were 5e5
     batch = make([8, 2, 2, 2], [1.0] * 4, [0, 0, 1, 1], truncated=[True, False, False, False])
-    GRPO(overlong="penalty", adv_norm="batch").prepare(batch)
+    batch = GRPO(overlong="penalty", adv_norm="batch").prepare(batch)
     # shaped 0, 1, 1, 1: unbiased std 1/2; centred in the group -1/2, 1/2
     assert batch.credit.tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0], rel=1e-4)
 
@@ -102,7 +103,7 @@ def test_groups_without_a_signal_leave_the_denominator():
     rewards, group = [1.0, 0.5, 0.0, 1.0, 1.0, 0.0, 0.0], [0, 0, 0, 1, 1, 2, 2]
     for drop, tokens, completions in ((False, 16, 7), (True, 9, 3)):
         batch = make([2, 3, 4, 1, 1, 4, 1], rewards, group)
-        GRPO(drop_zero_std=drop).prepare(batch)
+        batch = GRPO(drop_zero_std=drop).prepare(batch)
         assert denominator(batch, "token") == tokens
         assert denominator(batch, "completion") == completions
         assert batch.response_mask[:3].sum().item() == 9 and batch.credit[1] == 0
@@ -113,14 +114,14 @@ def test_cut_off_completions():
     for overlong, tokens in (("keep", [2, 3, 4]), ("mask", [2, 0, 4])):
         batch = make([2, 3, 4], [1.0, 0.0, 0.0], [0, 0, 0], truncated=[False, True, False])
         credit = batch.credit.clone()
-        GRPO(overlong=overlong).prepare(batch)
+        batch = GRPO(overlong=overlong).prepare(batch)
         assert batch.response_mask.sum(dim=1).tolist() == tokens
         assert torch.equal(batch.credit, credit) and batch.credit[0] > 0.5  # masked ones still count in the mean
 
 
 def test_entropy_bonus_is_rewarded():
     batch = make([2], [1.0], [0])
-    batch.credit = torch.tensor([0.5])
+    batch = replace(batch, credit=torch.tensor([0.5]))
     logprobs = torch.full((1, 3), -1.0, requires_grad=True)
     entropy = torch.tensor([[9.0, 0.7, 0.3]], requires_grad=True)
     loss, metrics = GRPO(entropy=0.2, loss_agg="seq").loss_sum(logprobs, entropy, batch)

@@ -3,6 +3,8 @@
 The loss and gradient of the program against plain float64 arithmetic, a completion and a token at a time.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from fastrl.base.types import Completion, Problem, RolloutGroup
 from fastrl.objectives.grpo import GRPO
 from fastrl.step.batching import make_batch
+from fastrl.step.learner import Minibatch
 from support.cases import examples
 from support.programs import together
 from support.short_trainings import one_group_steps
@@ -92,9 +95,9 @@ def test_loss_and_gradient_are_those_of_plain_arithmetic(count, tmp_path, float6
         trainer.learner.objective = GRPO(**setting)
         groups = groups_of(rows)
         batch = make_batch(groups, trainer.learner.objective.credit, pad_id=EOS, max_new_tokens=LONGEST)
-        batch.credit = torch.cat([trainer.learner.objective.credit(g.rewards.double()) for g in groups])
-        trainer.learner.objective.prepare(batch)
-        metrics = trainer.learner.accumulate(batch)
+        batch = replace(batch, credit=torch.cat([trainer.learner.objective.credit(g.rewards.double()) for g in groups]))
+        batch = trainer.learner.objective.prepare(batch)
+        metrics = trainer.learner.accumulate(Minibatch(batch))
         expected = plainly(trainer, trainer.learner.objective, groups)
         assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-6)
         if not expected.requires_grad:

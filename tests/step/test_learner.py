@@ -1,9 +1,12 @@
 """The training step: gradients do not depend on how a batch is cut, padded or spread over ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastrl.step.batching import make_batch, minibatches, select
+from fastrl.step.learner import Minibatch
 from support.batches import padded, prepared_batch
 from support.programs import together
 from support.trainers import make_trainer
@@ -20,7 +23,7 @@ OBJECTIVES = {
 
 def gradient(trainer, batch, tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
     trainer.learner.fitting.tokens = tokens
-    metrics = trainer.learner.accumulate(batch)
+    metrics = trainer.learner.accumulate(Minibatch(batch))
     return trainer.learner.policy.flat.grads.clone(), metrics
 
 
@@ -65,11 +68,11 @@ def test_first_pass_leaves_old_logprobs_and_later_ones_keep_them(packs, tmp_path
     with torch.no_grad():
         whole = trainer.learner.policy.score(batch)
     expected = torch.where(batch.response_mask, whole, 0.0).float()
-    trainer.learner.accumulate(batch)
+    trainer.learner.accumulate(Minibatch(batch))
     torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
     trainer.learner.policy.master.mul_(1.01)
     trainer.learner.policy.publish()
-    metrics = trainer.learner.accumulate(batch)
+    metrics = trainer.learner.accumulate(Minibatch(batch))
     torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
     assert abs(metrics["policy_kl"]) > 1e-6, "the second pass sees the ratio to the weights of the first"
 
@@ -111,8 +114,8 @@ def test_kernels_learn_what_the_objective_says(settings, tmp_path, monkeypatch):
     assert got == pytest.approx(metrics, rel=1e-4, abs=1e-6) and metrics["clip_ratio/region_mean"] > 0
     if "old_logprobs" in trainer.learner.objective.needs(1):
         return
-    batch.old_logprobs = None
-    trainer.learner.accumulate(batch)  # on-policy: it leaves what it saw
+    batch = replace(batch, old_logprobs=None)
+    trainer.learner.accumulate(Minibatch(batch))  # on-policy: it leaves what it saw
     torch.testing.assert_close(
         batch.old_logprobs.float(), trainer.learner.policy.score(batch).detach(), rtol=0, atol=1e-5
     )
@@ -123,8 +126,8 @@ def test_a_token_that_is_no_word_stops_the_fused_update_as_it_stops_the_other(tm
     trainer = make_trainer(tmp_path, "--problems-per-step", 4, "--group-size", 4)
     trainer.learner.policy.triton = True
     batch = prepared_batch(trainer)
-    batch.credit = batch.credit.float()
-    trainer.learner.accumulate(batch)
+    batch = replace(batch, credit=batch.credit.float())
+    trainer.learner.accumulate(Minibatch(batch))
     assert trainer.learner.policy.flat.grads.isfinite().all()
     row = (~trainer.learner.objective.silent(batch)).nonzero()[0, 0]
     last = batch.response_mask[row].nonzero()[-1, 0]
@@ -135,9 +138,9 @@ def test_a_token_that_is_no_word_stops_the_fused_update_as_it_stops_the_other(tm
         max(trainer.learner.policy.tokenizer, key=trainer.learner.policy.tokenizer.get)
     )
     batch.input_ids[row, last] = len(trainer.learner.policy.tokenizer)
-    trainer.learner.accumulate(batch)
-    assert not trainer.learner.policy.gradient().norm < float("inf")
-    assert trainer.learner.policy.optimizer_step()["skipped"] == 1
+    trainer.learner.accumulate(Minibatch(batch))
+    assert not trainer.learner.policy.gradient(0.0).norm < float("inf")
+    assert trainer.learner.policy.optimizer_step(0.0)["skipped"] == 1
 
 
 def test_what_is_not_of_single_tokens_is_not_fused(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Batches for tests: rows by hand, groups of completions, and what a trainer has sampled and prepared."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -36,7 +37,7 @@ def make(lengths, credit=None, *, reward=None, group=None, max_new_tokens=8, tru
 def loss_and_grad(objective, batch, log_ratio=None, entropy=0.0):
     """Loss, gradient to logprobs and metrics where logprobs = old + log_ratio (old is filled with -1 if absent)."""
     if log_ratio is not None:
-        batch.old_logprobs = torch.where(batch.response_mask, -1.0, math.nan)
+        batch = replace(batch, old_logprobs=torch.where(batch.response_mask, -1.0, math.nan))
         logprobs = batch.old_logprobs + torch.nan_to_num(torch.tensor(log_ratio))
     else:
         logprobs = torch.where(batch.response_mask, -1.0, math.nan)
@@ -82,21 +83,18 @@ def prepared_batch(trainer, *, noise: float = 0.05):
     batch = make_batch(
         groups, trainer.learner.objective.credit, pad_id=trainer.learner.policy.pad_id, max_new_tokens=10
     )
-    for name in ("reward", "credit", "rollout_logprobs"):
-        setattr(batch, name, getattr(batch, name).double())
-    trainer.learner.fill(batch, frozenset({"old_logprobs"}) | trainer.learner.objective.needs(2))
-    generator = torch.Generator().manual_seed(1)
-    for name in ("old_logprobs", "ref_logprobs", "values"):
-        values = getattr(batch, name)
-        if values is not None:
-            setattr(batch, name, values + noise * torch.randn(values.shape, generator=generator, dtype=values.dtype))
-    trainer.learner.objective.prepare(batch)
-    return batch
+    batch = replace(batch, **{name: getattr(batch, name).double() for name in ("reward", "credit", "rollout_logprobs")})
+    needs, generator = {"old_logprobs"} | trainer.learner.objective.needs(2), torch.Generator().manual_seed(1)
+    scores = {}
+    for name in sorted(needs, key=["old_logprobs", "ref_logprobs", "values"].index):
+        values = trainer.learner.scored(name, batch)
+        scores[name] = values + noise * torch.randn(values.shape, generator=generator, dtype=values.dtype)
+    return trainer.learner.objective.prepare(replace(batch, **scores))
 
 
 def padded(batch, extra: int):
     """The same rows with more padding; what padding holds is poison wherever the type can hold it."""
-    out = select(batch, torch.arange(len(batch)))
+    out, wider = select(batch, torch.arange(len(batch))), {}
     names = ["input_ids", "attention_mask", "response_mask", "rollout_logprobs", "old_logprobs", "ref_logprobs"]
     for name in [*names, "values", "advantages", "returns"]:
         value = getattr(out, name)
@@ -105,11 +103,7 @@ def padded(batch, extra: int):
         fill = {torch.bool: False, torch.int64: 7}.get(value.dtype, float("nan"))
         wide = torch.cat([value, torch.full((len(value), extra), fill, dtype=value.dtype)], dim=1)
         if value.dtype.is_floating_point:
-            wide[
-                ~out.attention_mask
-                if name == "input_ids"
-                else ~torch.nn.functional.pad(batch.attention_mask, (0, extra))
-            ] = fill
-        setattr(out, name, wide)
-    out.input_ids[~torch.nn.functional.pad(batch.attention_mask, (0, extra))] = 7
-    return out
+            wide[~torch.nn.functional.pad(batch.attention_mask, (0, extra))] = fill
+        wider[name] = wide
+    wider["input_ids"][~torch.nn.functional.pad(batch.attention_mask, (0, extra))] = 7
+    return replace(out, **wider)

@@ -25,8 +25,8 @@ class Descent:
         self.seen.append(self.grad.clone())
         return {"loss": 0.0, "entropy": 1.0}
 
-    def gradient(self) -> Gradient:
-        return Gradient(self.grad, self.grad.norm().item())
+    def gradient(self, loss: float) -> Gradient:
+        return Gradient(self.grad, self.grad.norm().item(), loss)
 
     def apply(self, gradient: Gradient) -> dict[str, float]:
         if not gradient.shard.isfinite().all():
@@ -35,8 +35,8 @@ class Descent:
         self.state["step"] += 1
         return {"grad_norm": gradient.norm, "skipped": 0.0}
 
-    def optimizer_step(self) -> dict[str, float]:
-        return self.apply(self.gradient())
+    def optimizer_step(self, loss: float) -> dict[str, float]:
+        return self.apply(self.gradient(loss))
 
     def snapshot(self) -> Tensor:
         return self.master.clone()

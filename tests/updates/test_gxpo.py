@@ -94,7 +94,7 @@ def test_adamw_directions_are_the_default_and_see_through_the_moments(tmp_path):
         policy.set_lr(1e-5)
         for _ in range(50):  # settled moments
             accumulate()
-            policy.optimizer_step()
+            policy.optimizer_step(0.0)
         stretch[ratio] = trainer.learner.update.update(policy, [accumulate])
     assert stretch["coord_grad"]["update/ratio"] == pytest.approx(3.0)
     assert stretch["coord_grad"]["update/multiplier"] == pytest.approx(0.5 * 6.0, rel=0.01)

@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_either_master(rule, then, now, tmp_path):
         for factor in (1.0, 0.5):
             trainer.learner.policy.set_lr(1e-3)
             trainer.learner.policy.flat.grads.copy_(direction * factor)
-            trainer.learner.policy.optimizer_step()
+            trainer.learner.policy.optimizer_step(0.0)
     one, other = dict(first.learner.policy.state_tensors()), dict(second.learner.policy.state_tensors())
     for name in one:
         assert torch.equal(one[name].cpu(), other[name].cpu()), name

@@ -63,7 +63,7 @@ def test_five_steps_equal_adamw_in_float64(embedded):
     for i, lr in enumerate(rates):
         gradients.append(gradient(policy, seed=i))
         policy.set_lr(lr)
-        assert policy.optimizer_step() == {
+        assert policy.optimizer_step(0.0) == {
             "grad_norm": pytest.approx(gradients[-1].norm().item(), rel=1e-6),
             "skipped": 0.0,
         }
@@ -78,7 +78,7 @@ def test_clipping_by_hand(embedded):
     for limit, scale in ((1.0, 0.2), (4.0, 0.8), (5.0, 1.0), (6.0, 1.0), (0.0, 1.0)):
         policy = make_policy(embedded, max_grad_norm=limit)
         policy.flat.grads[0], policy.flat.grads[7] = 3.0, -4.0  # norm 5
-        assert policy.optimizer_step()["grad_norm"] == 5.0  # before clipping
+        assert policy.optimizer_step(0.0)["grad_norm"] == 5.0  # before clipping
         state = dict(policy.state_tensors())
         first, second = state["optimizer.exp_avg"], state["optimizer.exp_avg_sq"]
         # moments after one step: (1 - 0.9) g and (1 - 0.999) g^2
@@ -108,11 +108,11 @@ def test_a_broken_gradient_changes_nothing(embedded, bad, started):
     policy = make_policy(embedded, lr=1e-3, weight_decay=0.1)
     if started:
         gradient(policy)
-        policy.optimizer_step()
+        policy.optimizer_step(0.0)
     before, version = snapshot(policy), policy.policy_version
     gradient(policy, seed=1)
     policy.flat.grads[12345] = bad
-    metrics = policy.optimizer_step()
+    metrics = policy.optimizer_step(0.0)
     assert metrics["skipped"] == 1.0 and not math.isfinite(metrics["grad_norm"])
     assert_same(policy, before)
     assert (policy.guard.skipped, policy.policy_version) == (1, version)
@@ -123,13 +123,13 @@ def test_three_broken_gradients_in_a_row_end_the_run(embedded):
     good, bad = 1.0, math.nan
     for step, value in enumerate((bad, bad, good, bad, bad)):
         policy.flat.grads[5] = value
-        policy.optimizer_step()
+        policy.optimizer_step(0.0)
         policy.guard.end_step(step)
         policy.guard.give_up()
     assert (policy.guard.skipped, policy.guard.in_a_row) == (4, 2)
     before = snapshot(policy)
     policy.flat.grads[5] = bad
-    policy.optimizer_step()
+    policy.optimizer_step(0.0)
     policy.guard.end_step(5)
     with pytest.raises(NumericsError, match="3 steps in a row were refused.*grad_norm is nan.*lower --optim.lr"):
         policy.guard.give_up()
@@ -139,7 +139,7 @@ def test_three_broken_gradients_in_a_row_end_the_run(embedded):
 def test_a_gradient_that_overflows_float32_when_squared_is_finite(embedded):
     policy = make_policy(embedded)
     policy.flat.grads[:2] = torch.tensor([3e25, 4e25])
-    assert policy.optimizer_step() == {"grad_norm": pytest.approx(5e25, rel=1e-6), "skipped": 0.0}
+    assert policy.optimizer_step(0.0) == {"grad_norm": pytest.approx(5e25, rel=1e-6), "skipped": 0.0}
     assert policy.master.isfinite().all()
 
 
@@ -149,10 +149,10 @@ def test_a_gradient_of_zero_is_no_step(embedded, started):
     policy = make_policy(embedded, lr=1e-3, weight_decay=0.1)
     if started:
         gradient(policy)
-        policy.optimizer_step()
+        policy.optimizer_step(0.0)
     before, version = snapshot(policy), policy.policy_version
     policy.zero_grad()
-    assert policy.optimizer_step() == {"grad_norm": 0.0, "skipped": 0.0}  # nothing was wrong with it
+    assert policy.optimizer_step(0.0) == {"grad_norm": 0.0, "skipped": 0.0}  # nothing was wrong with it
     assert_same(policy, before)
     assert (policy.guard.empty, policy.guard.skipped, policy.policy_version) == (1, 0, version)
 
@@ -166,7 +166,7 @@ def test_float32_master_moves_where_bfloat16_rounds_away(embedded):
     sign = gradient(policy).sign()
     for step in range(100):
         policy.flat.grads.copy_(sign)
-        policy.optimizer_step()
+        policy.optimizer_step(0.0)
         if step == 0:
             assert torch.equal(policy.flat.weights[band], weights[band]) and band.sum() > 1000
     # a constant gradient moves every element by lr a step
@@ -233,12 +233,12 @@ def test_policy_state_round_trips(embedded):
     policy, other = make_policy(embedded, torch.bfloat16, lr=1e-3), make_policy(embedded, torch.bfloat16, lr=1e-3)
     for seed in range(3):
         gradient(policy, seed)
-        policy.optimizer_step()
+        policy.optimizer_step(0.0)
     other.load_state_tensors({name: t.clone() for name, t in policy.state_tensors()})
     assert other.policy_version == 0 and torch.equal(other.flat.weights, policy.flat.weights)
     for p in (policy, other):
         gradient(p, 9)
-        p.optimizer_step()
+        p.optimizer_step(0.0)
     assert_same(other, snapshot(policy))
 
 
