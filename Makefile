@@ -52,7 +52,9 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.cu csrc/*.h
 
-OPERATIONS = linear_policy_loss linear_logprob policy_loss apo_loss selective_logprob flat_update
+# the benchmarks of single operations, which print a model's figures without a GPU
+BENCHMARKS = $(sort $(wildcard $(dir $(firstword $(MAKEFILE_LIST)))bench/bench_*.py))
+OPERATIONS = $(filter-out step engine grading,$(patsubst bench_%.py,%,$(notdir $(BENCHMARKS))))
 
 bench: $(VENV)/.test
 	$(BIN)/python bench/bench_step.py
@@ -62,15 +64,14 @@ bench: $(VENV)/.test
 
 # PYTHON_GPU: an environment that has torch for CUDA, Triton, pytest and this package
 PYTHON_GPU ?= $(BIN)/python
-KERNEL_TESTS = $(addprefix kernels/test_,linear_logprob linear_policy_loss policy_loss apo_loss selective_logprob \
-	flat_update cuda_source parity kernels_gpu) $(addprefix weights/test_,nvrtc halves moves shard)
+KERNEL_TESTS = tests/kernels $(addprefix tests/weights/test_,nvrtc.py halves.py moves.py shard.py)
 RESULT = bench/results/$${name}_$$(date +%F)_gpu_$$(git rev-parse --short HEAD 2>/dev/null || echo unknown).json
 
 # all of it runs, whatever fails on the way, and what did is named at the end
 gpu:
 	mkdir -p bench/results
 	failed=; \
-	$(PYTHON_GPU) -m pytest -q $(KERNEL_TESTS:%=tests/%.py) || failed=tests; \
+	$(PYTHON_GPU) -m pytest -q $(KERNEL_TESTS) || failed=tests; \
 	for name in $(OPERATIONS); do \
 		$(PYTHON_GPU) bench/bench_$$name.py --out $(RESULT) || failed="$$failed $$name"; \
 	done; \

@@ -46,7 +46,7 @@ def streamed(x: dict[str, Tensor], hidden, weight, target, entropy):
 
 def in_row_chunks(hidden, weight, target, entropy):
     logprobs, lse = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
-    chunks = TritonChunks(hidden, weight, None)
+    chunks = TritonChunks(hidden, weight)
     for rows in chunks:
         chunks.forward(chunks.logits(rows), target[rows], 1.0, logprobs[rows], lse[rows], None)
     return logprobs, None

@@ -2,7 +2,7 @@
 
     python bench/bench_linear_policy_loss.py [--shape 16384x1536x151936 ...] [--out FILE.json]      N x H x V
 
-Useful work is 6 N H V, three products, whatever a provider spends; 2 N H V of a row that is known to have no gradient.
+Useful work is 6 N H V, three products, whatever a provider spends.
 The headline, of_bare, is the time over that of the bare products of the vendor library in the same run. A provider that
 computes another loss is marked so, and set against that one. The error is the larger of those of the gradients in
 hidden and in weight against float64, relative to their norms. Without a GPU it prints what a model of an H100 gives,
@@ -14,19 +14,18 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_policy_loss import DUAL_CLIP, EPSILON, torch_loss
+from bench_policy_loss import DUAL_CLIP, EPSILON, token_loss, torch_loss
 from heads import EXACT, GATE_ROWS, ROUNDED, SEQUENCES, LogprobFunction, bare_products, head_inputs, logprob_functions
 from timing import OURS, Provider, distance, measure, model, run
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastrl.kernels.linear_logprob import CHUNK_ROWS, linear_logprob
-from fastrl.kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_ref
+from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss, linear_policy_loss_ref
 
 BENCH = "linear_policy_loss"
 BARE = "bare products"
 ROW_BYTES = 10  # of each float32 logit: read twice, written once as bfloat16
-WITHOUT_GRADIENT = 0.4  # of rows: groups whose rewards are all equal
 
 Gradients = tuple[Tensor, Tensor]  # in hidden and in weight
 
@@ -41,13 +40,11 @@ def inputs(N: int, H: int, V: int, device: str) -> dict[str, Tensor]:
                     old_logprobs=logprobs + 0.1 * torch.randn(N, **random))  # fmt: skip
 
 
-def fused(x: dict[str, Tensor], triton: bool, **options) -> Gradients:
+def fused(x: dict[str, Tensor], triton: bool) -> Gradients:
     """Both gradients are there after the forward; that in weight is added to a float32 buffer."""
-    vectors = {name: x[name] for name in ("advantage", "w", "old_logprobs")}
-    made = linear_policy_loss(
-        x["hidden"], x["weight"], x["target"], **vectors, epsilon=EPSILON, dual_clip=DUAL_CLIP, need_entropy=False,
-        weight_grad=x["gradient"], triton=triton, **options,
-    )  # fmt: skip
+    vectors = TokenVectors(x["advantage"], x["w"], x["old_logprobs"])
+    head = (x["hidden"], x["weight"], x["target"])
+    made = linear_policy_loss(token_loss(x), *head, vectors, weight_grad=x["gradient"], triton=triton)
     return made.hidden_grad, x["gradient"]
 
 
@@ -111,36 +108,29 @@ def liger_full_logits(x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> T
     )[0]  # fmt: skip
 
 
-def off(x: dict[str, Tensor], loss: dict, found: Gradients) -> float:
-    """The larger of the distances in hidden and in weight; `loss` is what differs from the clipped surrogate."""
+def off(x: dict[str, Tensor], no_rl: bool, found: Gradients) -> float:
+    """The larger of the distances in hidden and in weight; no_rl: of the cross-entropy, advantage and ratio 1."""
     exact = {key: value.double() if value.is_floating_point() else value for key, value in x.items()}
-    terms = {name: exact[name] for name in ("advantage", "w", "old_logprobs")}
-    truth = linear_policy_loss_ref(
-        exact["hidden"], exact["weight"], exact["target"], **(terms | dict(epsilon=EPSILON, dual_clip=DUAL_CLIP) | loss)
-    )
+    vectors = TokenVectors(exact["advantage"], exact["w"], exact["old_logprobs"])
+    if no_rl:
+        vectors = vectors._replace(advantage=torch.ones_like(vectors.w), old_logprobs=None)
+    truth = linear_policy_loss_ref(token_loss(x), exact["hidden"], exact["weight"], exact["target"], vectors)
     return max(distance(ours, right) for ours, right in zip(found, (truth.hidden_grad, truth.weight_grad), strict=True))
 
 
 def providers(x: dict[str, Tensor]) -> dict[str, Provider]:
-    N, flop = len(x["target"]), 6 * x["hidden"].numel() * len(x["weight"])
+    flop = 6 * x["hidden"].numel() * len(x["weight"])
     on_cuda = x["hidden"].is_cuda
-    clip = partial(off, x, {})
+    clip = partial(off, x, False)
 
-    def ours(call: Callable[[], Gradients], allowed: float = EXACT) -> Provider:
-        return Provider(call, clip, allowed, flop)
+    def ours(call: Callable[[], Gradients]) -> Provider:
+        return Provider(call, clip, EXACT, flop)
 
     made = {
         OURS: ours(partial(fused, x, True)),
         "fastrl, recomputing": ours(partial(recomputed, x)),
         "fastrl, torch": ours(partial(fused, x, False)),
-        "fastrl, bfloat16 logits": ours(partial(fused, x, True, logits_dtype=torch.bfloat16), ROUNDED),
     }
-    first = N - int(WITHOUT_GRADIENT * N)
-    partly = x | {"advantage": torch.where(torch.arange(N, device=x["w"].device) < first, x["advantage"], 0.0)}
-    made[f"fastrl, {WITHOUT_GRADIENT:.0%} of rows without gradient"] = Provider(
-        partial(fused, partly, True, rows_with_gradient=first), partial(off, partly, {}), EXACT,
-        flop * (2 * N + 4 * first) / (6 * N),
-    )  # fmt: skip
     losses: dict[str, Callable[[dict, Tensor, Tensor], Tensor]] = {}
     for name, function in logprob_functions(x["hidden"].device.type, gradient=True, entropy=False).items():
         losses[name] = partial(loss_after, function)
@@ -150,9 +140,8 @@ def providers(x: dict[str, Tensor]) -> dict[str, Provider]:
         losses["Liger cross-entropy (no RL loss)"] = liger_cross_entropy
     if hasattr(F, "linear_cross_entropy"):
         losses["F.linear_cross_entropy (no RL loss)"] = cross_entropy
-    of_mean = dict(mode="pg", advantage=torch.ones_like(x["w"]).double(), old_logprobs=None)
     for name, loss in losses.items():
-        error = partial(off, x, of_mean) if "no RL loss" in name else clip
+        error = partial(off, x, "no RL loss" in name)
         made[name] = Provider(partial(differentiated, x, partial(loss, x)), error, ROUNDED, flop)
     return made | ({BARE: bare_products(x, gradient=True)} if on_cuda else {})
 

@@ -16,7 +16,7 @@ import torch
 from timing import OURS, Captured, Provider, compiled, device_copy, distance, measure, model, run
 from torch import Tensor
 
-from fastrl.kernels.policy_loss import policy_loss, policy_loss_ref
+from fastrl.kernels.policy_loss import TokenLoss, policy_loss, policy_loss_ref
 
 BENCH = "policy_loss"
 COPY = "device copy"
@@ -36,8 +36,13 @@ def inputs(N: int, mode: str, device: str) -> dict[str, Tensor]:
     return x | ({"ref_logprobs": logprobs + 0.2 * noise[3]} if "kl" in mode else {})
 
 
+def token_loss(x: dict[str, Tensor]) -> TokenLoss:
+    (low, high), kl = EPSILON, KL_COEF if "ref_logprobs" in x else 0.0
+    return TokenLoss(clip_low=low, clip_high=high, dual_clip=DUAL_CLIP, kl=kl)
+
+
 def coefficients(x: dict[str, Tensor], function: Callable) -> Tensor:
-    return function(**x, kl_coef=KL_COEF if "ref_logprobs" in x else 0.0, epsilon=EPSILON, dual_clip=DUAL_CLIP).coef
+    return function(token_loss(x), **x).coef
 
 
 def torch_loss(logprobs: Tensor, x: dict[str, Tensor]) -> Tensor:

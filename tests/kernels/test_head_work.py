@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrl.kernels import rows, vectors
 from fastrl.kernels.linear_logprob import CHUNK_ROWS, linear_logprob
-from fastrl.kernels.linear_policy_loss import linear_policy_loss
+from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss
+from fastrl.kernels.policy_loss import TokenLoss
 
 N, H, V = 16384, 1536, 151936  # tokens of a microbatch, Qwen2.5-1.5B
 NHV = 2 * N * H * V  # floating point operations of one product
@@ -74,10 +75,10 @@ def head():
 
 def test_the_loss_of_tokens_takes_six_products_of_bfloat16_and_one_chunk_of_memory(launches):
     hidden, weight, target = head()
-    vectors = {name: torch.empty(N, device="meta") for name in ("advantage", "w", "old_logprobs")}
+    vectors = TokenVectors(*(torch.empty(N, device="meta") for _ in range(3)))
     buffer = torch.empty(V, H, device="meta")
-    with Work(hidden, weight, target, buffer, *vectors.values()) as work:
-        linear_policy_loss(hidden, weight, target, **vectors, weight_grad=buffer, triton=True, need_entropy=False)
+    with Work(hidden, weight, target, buffer, *vectors[:3]) as work:
+        linear_policy_loss(TokenLoss(), hidden, weight, target, vectors, weight_grad=buffer, triton=True)
     chunks = N // CHUNK_ROWS
     assert sum(product[0] for product in work.products) == 3 * NHV
     assert {product[1:3] for product in work.products} == {(BF16, BF16)}
@@ -87,17 +88,6 @@ def test_the_loss_of_tokens_takes_six_products_of_bfloat16_and_one_chunk_of_memo
     assert logits <= 2.5 * GB
     # nothing of tokens times vocabulary, and nothing of vocabulary times hidden size
     assert logits + hidden_grad <= work.peak <= logits + hidden_grad + 100 * N
-
-
-def test_rows_without_a_gradient_are_read_once(launches):
-    hidden, weight, target = head()
-    vectors = {name: torch.empty(N, device="meta") for name in ("advantage", "w", "old_logprobs")}
-    active = N * 3 // 5
-    with Work() as work:
-        linear_policy_loss(hidden, weight, target, **vectors, weight_grad=torch.empty(V, H, device="meta"), triton=True,
-                           rows_with_gradient=active)  # fmt: skip
-    spent = sum(product[0] for product in work.products) / (3 * NHV)
-    assert spent == pytest.approx((3 * active + (N - active)) / (3 * N), rel=1e-3)  # 0.73 at 40 %
 
 
 def test_log_probabilities_alone_take_two_products_and_64_mib(launches):

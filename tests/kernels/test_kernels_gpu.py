@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from fastrl.kernels.linear_logprob import linear_logprob
-from fastrl.kernels.linear_policy_loss import linear_policy_loss
-from fastrl.kernels.policy_loss import policy_loss, policy_loss_ref
+from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss
+from fastrl.kernels.policy_loss import TokenLoss, policy_loss, policy_loss_ref
 from fastrl.kernels.rows import row_forward, row_gradient
-from fastrl.kernels.selective_logprob import selective_logprob
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,14 +24,14 @@ def on_the_gpu():
 def test_more_logits_than_int32_counts():
     N, V = 14_400, 151_936
     assert N * V > 2**31
-    logits = torch.zeros(N, V, dtype=torch.bfloat16)
+    logits = torch.zeros(N, V)
     target = torch.randint(0, V, (N,))
     logits[torch.arange(N), target] = 8.0
-    logprobs, lse, _ = selective_logprob(logits.requires_grad_(), target)
+    logprobs, lse = torch.empty(2, N)
+    row_forward(logits, target, 1.0, logprobs, lse, None)
     expected = torch.logsumexp(torch.cat([torch.zeros(V - 1), torch.tensor([8.0])]).double(), 0).item()
     torch.testing.assert_close(lse, torch.full((N,), expected), rtol=1e-6, atol=2e-5)
-    logprobs.sum().backward()
-    last = logits.grad[-1].float()
+    last = row_gradient(logits, target, 1.0, lse, None, torch.ones(N), None, None, torch.bfloat16)[-1].float()
     p = torch.exp(torch.tensor(8.0 - expected))
     assert last[target[-1]].item() == pytest.approx(1 - p.item(), rel=1e-2)
     assert (last.sum() - last[target[-1]]).item() == pytest.approx(p.item() - 1, rel=1e-2)
@@ -44,12 +43,9 @@ def test_batches_longer_than_a_grid_dimension(N):
     target = torch.randint(0, 1000, (N,))
     ours = linear_logprob(hidden, weight, target)[0]
     torch.testing.assert_close(ours, linear_logprob(hidden, weight, target, triton=False)[0], rtol=0, atol=1e-4)
-    logits = (hidden @ weight.T).float()
-    picked = selective_logprob(logits, target)[0]
-    torch.testing.assert_close(picked[-1], logits[-1].log_softmax(-1)[target[-1]], rtol=0, atol=1e-4)
     w = torch.full((N,), 1 / N)
-    found = policy_loss(ours, ours - 0.1, torch.randn(N), w)
-    assert found.stats[1] == N
+    found = policy_loss(TokenLoss(), ours, ours - 0.1, torch.randn(N), w)
+    assert found.named()["policy_kl"].item() == pytest.approx(-0.1 * N, rel=1e-3)
 
 
 def test_the_gradient_over_its_own_logits_has_no_race():
@@ -71,8 +67,8 @@ def test_two_runs_agree_to_the_bit():
     hidden, weight = torch.randn(N, H).bfloat16(), (torch.randn(V, H) * 2 * H**-0.5).bfloat16()
     target = torch.randint(0, V, (N,))
     old = linear_logprob(hidden, weight, target)[0] + 0.1 * torch.randn(N)
-    vectors = dict(advantage=torch.randn(N), w=torch.full((N,), 1 / N), old_logprobs=old)
-    first, again = (linear_policy_loss(hidden, weight, target, **vectors, entropy_coef=0.01) for _ in range(2))
+    vectors = TokenVectors(torch.randn(N), torch.full((N,), 1 / N), old)
+    first, again = (linear_policy_loss(TokenLoss(entropy=0.01), hidden, weight, target, vectors) for _ in range(2))
     for name in ("loss", "logprobs", "entropy", "hidden_grad", "stats", "weight_grad"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
 
@@ -81,5 +77,6 @@ def test_two_runs_agree_to_the_bit():
 def test_losses_of_tokens_at_every_length(N):
     logp, old, advantage = -torch.rand(N), -torch.rand(N), torch.randn(N)
     w = (torch.rand(N) > 0.2) / N
-    ours, truth = policy_loss(logp, old, advantage, w), policy_loss_ref(logp.double(), old.double(), advantage, w)
+    ours = policy_loss(TokenLoss(), logp, old, advantage, w)
+    truth = policy_loss_ref(TokenLoss(), logp.double(), old.double(), advantage, w)
     assert ours.loss.item() == pytest.approx(truth.loss.item(), rel=1e-4, abs=1e-7)

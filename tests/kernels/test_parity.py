@@ -98,17 +98,16 @@ sys.modules["triton"] = None
 import torch
 from fastrl.kernels.apo_loss import apo_loss
 from fastrl.kernels.linear_logprob import linear_logprob
-from fastrl.kernels.linear_policy_loss import linear_policy_loss
-from fastrl.kernels.policy_loss import policy_loss
-from fastrl.kernels.selective_logprob import selective_logprob
+from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss
+from fastrl.kernels.policy_loss import TokenLoss, policy_loss
 from fastrl.weights.moves import extrapolate_, interpolate_
 
 hidden, weight, target, one = torch.ones(2, 4), torch.eye(4), torch.tensor([1, 3]), torch.ones(2)
-ends = torch.tensor([0, 2], dtype=torch.int32)
+rows, mask = torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
 print(json.dumps([
-    linear_logprob(hidden, weight, target)[0].sum().item(), selective_logprob(hidden, target)[0].sum().item(),
-    linear_policy_loss(hidden, weight, target, advantage=one, w=one, mode="pg").loss.item(),
-    policy_loss(one, one, one, one).loss.item(), apo_loss(one, 0 * one, ends, *[one[:1]] * 3, 1.0).u.item(),
+    linear_logprob(hidden, weight, target)[0].sum().item(),
+    linear_policy_loss(TokenLoss(), hidden, weight, target, TokenVectors(one, one)).loss.item(),
+    policy_loss(TokenLoss(), one, one, one, one).loss.item(), apo_loss(rows, 0 * rows, mask, one[:1], 1.0).u.item(),
     interpolate_(one.clone(), 0 * one, 0.5).named()["after_sq"],
     extrapolate_(one.clone(), 0 * one, 4, 1.0, grads=(one, one)).named()["scale"],
 ]))
@@ -117,4 +116,4 @@ print(json.dumps([
     assert ran.returncode == 0, ran.stderr
     # four equal logits: twice log 1/4; on-policy with A = 1: -1 a token; u = 2; two halves; S_4(1) / S_2(1) = 2 each
     log16 = 2.772589
-    assert json.loads(ran.stdout) == pytest.approx([-log16, -log16, log16, -2.0, 2.0, 0.5, 4.0])
+    assert json.loads(ran.stdout) == pytest.approx([-log16, -2.0, -2.0, 2.0, 0.5, 4.0])

@@ -6,17 +6,17 @@ from functools import partial
 import pytest
 import torch
 
-from fastrl.kernels.policy_loss import STATS, policy_loss, policy_loss_ref
+from fastrl.kernels.policy_loss import STATS, TokenLoss, policy_loss, policy_loss_ref
 from fastrl.kernels.vectors import BLOCK_N
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernel = partial(policy_loss, triton=True)
 PATHS = pytest.mark.parametrize("function", [kernel, policy_loss_ref], ids=["triton", "torch"])
-REF = dict(ref_logprobs=True, kl_coef=0.1)
+REF = dict(ref_logprobs=True, kl=0.1)
 SETTINGS = {
-    "clip": {}, "asymmetric": dict(epsilon=(0.1, 0.28)), "no dual clip": dict(dual_clip=None),
-    "cispo": dict(mode="cispo"), "pg": dict(mode="pg"), "k1": REF | dict(kl_estimator="k1"),
-    "k2": REF | dict(kl_estimator="k2"), "k3": REF, "k3+": REF | dict(kl_estimator="k3+"),
+    "clip": {}, "asymmetric": dict(clip_low=0.1, clip_high=0.28), "no dual clip": dict(dual_clip=None),
+    "cispo": dict(surrogate="cispo"), "cispo, asymmetric": dict(surrogate="cispo", clip_low=10.0, clip_high=0.28),
+    "k1": REF | dict(kl_type="k1"), "k2": REF | dict(kl_type="k2"), "k3": REF, "k3+": REF | dict(kl_type="k3+"),
     "on-policy": dict(on_policy=True),
 }  # fmt: skip
 
@@ -34,9 +34,8 @@ def call(function, vectors, **settings):
     logp, old, advantage, w, ref = vectors
     if settings.pop("on_policy", False):
         old = None
-    if settings.pop("ref_logprobs", False):
-        settings["ref_logprobs"] = ref
-    return function(logp, old, advantage, w, **settings)
+    ref = ref if settings.pop("ref_logprobs", False) else None
+    return function(TokenLoss(**settings), logp, old, advantage, w, ref)
 
 
 @pytest.mark.parametrize("N", [0, 1, BLOCK_N - 1, BLOCK_N, 2 * BLOCK_N + 7])
@@ -51,7 +50,7 @@ def test_kernel_is_its_definition(settings, N):
     near = torch.zeros(N, dtype=torch.bool, device=DEVICE)  # the edges of the clip, where one rounding decides
     if N and not settings.get("on_policy"):
         ratio = (vectors[0].double() - vectors[1].double()).exp()
-        low, high = settings.get("epsilon", (0.2, 0.2))
+        low, high = settings.get("clip_low", 0.2), settings.get("clip_high", 0.2)
         near = ((ratio - 1 + low).abs() < 1e-5) | ((ratio - 1 - high).abs() < 1e-5)
     assert near.sum() <= 2
     torch.testing.assert_close(ours.coef[~near].double(), truth.coef[~near], rtol=2e-5, atol=1e-9)
@@ -71,14 +70,13 @@ CISPO = [(2.0, 1.5, -2.4 * math.log(0.3), -2.4), (-2.0, 0.5, 1.6 * math.log(0.3)
 
 
 @PATHS
-@pytest.mark.parametrize("mode, cases", [("clip", CLIP), ("cispo", CISPO)])
-def test_by_hand(function, mode, cases):
+@pytest.mark.parametrize("surrogate, cases", [("clip", CLIP), ("cispo", CISPO)])
+def test_by_hand(function, surrogate, cases):
     for advantage, ratio, loss, slope in cases:
         logp = torch.tensor([math.log(0.3)], device=DEVICE)
         old = logp - math.log(ratio)
-        out = function(
-            logp, old, torch.tensor([advantage], device=DEVICE), torch.full((1,), 0.5, device=DEVICE), mode=mode
-        )
+        vectors = (logp, old, torch.tensor([advantage], device=DEVICE), torch.full((1,), 0.5, device=DEVICE))
+        out = function(TokenLoss(surrogate=surrogate), *vectors)
         assert out.loss.item() == out.stats[0].item() == pytest.approx(0.5 * loss, abs=1e-6), (advantage, ratio)
         assert out.coef.item() == pytest.approx(0.5 * slope, abs=1e-6), (advantage, ratio)
 
@@ -88,33 +86,36 @@ def test_at_the_edge_of_the_clip_the_gradient_is_whole(function):
     # 1.25 and 0.75 are exact in binary; log_ratio 0 with edges at 1 is too
     zero, w = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
     for advantage in (1.0, -1.0):
-        out = function(zero, zero, torch.full((1,), advantage, device=DEVICE), w, epsilon=(0.0, 0.0))
+        out = function(
+            TokenLoss(clip_low=0.0, clip_high=0.0), zero, zero, torch.full((1,), advantage, device=DEVICE), w
+        )
         assert out.coef.item() == -advantage
 
 
 @PATHS
-@pytest.mark.parametrize("mode", ["clip", "cispo"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
 @pytest.mark.parametrize("log_ratio", [200.0, -200.0, math.inf])
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
-def test_a_ratio_that_overflows_has_no_gradient_through_it(function, mode, log_ratio, advantage):
+def test_a_ratio_that_overflows_has_no_gradient_through_it(function, surrogate, log_ratio, advantage):
     logp, w = torch.tensor([-1.0, -1.0], device=DEVICE), torch.ones(2, device=DEVICE)
     old = torch.tensor([-1.0 - log_ratio, -1.0], device=DEVICE)
-    out = function(logp, old, torch.full((2,), advantage, device=DEVICE), w, mode=mode, dual_clip=None)
+    loss = TokenLoss(surrogate=surrogate, dual_clip=None)
+    out = function(loss, logp, old, torch.full((2,), advantage, device=DEVICE), w)
     assert out.coef.isfinite().all() and out.stats[0].isfinite()
     clipped = 1.2 if log_ratio > 0 else 0.8
-    assert out.coef.tolist() == pytest.approx([-advantage * clipped if mode == "cispo" else 0.0, -advantage])
+    assert out.coef.tolist() == pytest.approx([-advantage * clipped if surrogate == "cispo" else 0.0, -advantage])
     assert out.stats[STATS.index("capped")] == 1
 
 
 @PATHS
 def test_tokens_of_weight_zero_may_hold_anything(function):
-    logp, old, advantage, w, ref = tokens(64)
-    clean = function(logp, old, advantage, w, ref_logprobs=ref, kl_coef=0.1)
+    (logp, old, advantage, w, ref), loss = tokens(64), TokenLoss(kl=0.1)
+    clean = function(loss, logp, old, advantage, w, ref)
     for poison in (math.nan, math.inf, -math.inf):
         dirty = [torch.where(w == 0, poison, x) for x in (logp, old, advantage, ref)]
-        out = function(*dirty[:3], w, ref_logprobs=dirty[3], kl_coef=0.1)
+        out = function(loss, *dirty[:3], w, dirty[3])
         assert torch.equal(out.coef, clean.coef) and torch.equal(out.stats, clean.stats)
-    nothing = function(*[torch.full_like(logp, math.nan)] * 3, torch.zeros_like(w))
+    nothing = function(loss, *[torch.full_like(logp, math.nan)] * 3, torch.zeros_like(w))
     assert not nothing.coef.any() and not nothing.stats.any()
 
 
@@ -127,9 +128,7 @@ def test_a_broken_token_gives_nothing_and_is_counted(function, which):
     others = {k: v.clone() for k, v in vectors.items()}
     others["w"][3] = 0.0
     vectors[name][3] = float(value)
-    settings = dict(kl_coef=0.1)
-    ours = function(*list(vectors.values())[:4], ref_logprobs=vectors["ref"], **settings)
-    without = function(*list(others.values())[:4], ref_logprobs=others["ref"], **settings)
+    ours, without = (function(TokenLoss(kl=0.1), *given.values()) for given in (vectors, others))
     assert torch.equal(ours.coef, without.coef) and ours.coef[3] == 0
     assert ours.stats[STATS.index("nonfinite")] == 1 and ours.stats[0] == without.stats[0]
 
@@ -139,7 +138,7 @@ def test_kl_of_nearly_equal_policies_is_never_negative():
     zero, w = torch.zeros(201, device=DEVICE), torch.ones(201, device=DEVICE)
     kl = []
     for x in d.float().to(DEVICE):
-        out = kernel(zero[:1], None, zero[:1], w[:1], ref_logprobs=-x[None], kl_coef=1.0)
+        out = kernel(TokenLoss(kl=1.0), zero[:1], None, zero[:1], w[:1], -x[None])
         kl.append(out.stats[0].item())
     truth = torch.expm1(-d.float().double()) + d.float().double()
     assert min(kl) >= 0
@@ -151,20 +150,16 @@ def test_kl_of_nearly_equal_policies_is_never_negative():
 def test_kl_and_its_slope_on_both_sides_of_every_branch(estimator, d):
     logp, w, zero = (torch.tensor([x], device=DEVICE) for x in (-1.0, 1.0, 0.0))
     ref = torch.tensor([-1.0 - d], device=DEVICE)
-    ours = kernel(logp, None, zero, w, ref_logprobs=ref, kl_coef=1.0, kl_estimator=estimator)
-    truth = policy_loss_ref(
-        logp.double(), None, zero.double(), w.double(), ref_logprobs=ref.double(), kl_coef=1.0, kl_estimator=estimator
-    )
+    loss = TokenLoss(kl=1.0, kl_type=estimator)
+    ours = kernel(loss, logp, None, zero, w, ref)
+    truth = policy_loss_ref(loss, logp.double(), None, zero.double(), w.double(), ref.double())
     assert ours.stats[0].item() == pytest.approx(truth.stats[0].item(), rel=2e-5)
     assert ours.coef.item() == pytest.approx(truth.coef.item(), rel=2e-5)
 
 
-def test_out_receives_coef_and_two_runs_are_equal():
-    logp, old, advantage, w, _ = tokens(2000)
-    out = torch.full_like(logp, math.nan)
-    first = kernel(logp, old, advantage, w, out=out)
-    again = kernel(logp, old, advantage, w)
-    assert first.coef is out and torch.equal(out, again.coef) and torch.equal(first.stats, again.stats)
+def test_two_runs_are_equal():
+    first, again = (kernel(TokenLoss(), *tokens(2000)[:4]) for _ in range(2))
+    assert torch.equal(first.coef, again.coef) and torch.equal(first.stats, again.stats)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +168,23 @@ def test_out_receives_coef_and_two_runs_are_equal():
         (dict(w=torch.ones(3)), r"w must be a contiguous float32 vector as long as logprobs, \[4\], got .* \(3,\)"),
         (dict(advantage=torch.ones(4).double()), "advantage must be .*, got torch.float64"),
         (dict(old_logprobs=torch.ones(8)[::2]), r"old_logprobs must be .*, got torch.float32 \(4,\), strided"),
-        (dict(mode="ppo"), "mode must be clip, cispo or pg, got 'ppo'"),
-        (dict(kl_estimator="k4"), r"kl_estimator must be k1, k2, k3 or k3\+, got 'k4'"),
+        (dict(loss=TokenLoss(ratio_level="sequence")), "the ratio of a sequence is not known here"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
-    given = dict(logprobs=torch.ones(4), old_logprobs=torch.ones(4), advantage=torch.ones(4), w=torch.ones(4)) | change
+    vectors = dict(logprobs=torch.ones(4), old_logprobs=torch.ones(4), advantage=torch.ones(4), w=torch.ones(4))
+    given = {"loss": TokenLoss(), **vectors} | change
     with pytest.raises(ValueError, match=message):
         policy_loss(**given)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(surrogate="ppo"), "surrogate must be clip, cispo, got 'ppo'"),
+        (dict(kl_type="k4"), r"kl_type must be k1, k2, k3, k3\+, got 'k4'"),
+    ],
+)
+def test_a_loss_that_does_not_exist_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TokenLoss(**change)

@@ -32,12 +32,12 @@ def policy_loss():
     types |= dict.fromkeys(("kl_coef", "low_edge", "high_edge", "dual_clip", "cap", "kl_cap"), "fp32") | {"N": "i32"}
     estimators = {"k1": (True, False, False), "k2": (False, False, False), "k3": (False, True, True),
                   "k3+": (False, True, False)}  # fmt: skip
-    for mode in ("clip", "cispo", "pg"):
+    for mode in ("clip", "cispo"):
         for old, ref in ((False, ""), (True, ""), *((True, k) for k in (estimators if mode == "clip" else ("k3",)))):
             given = ({"old_ptr": VECTOR} if old else {}) | ({"ref_ptr": VECTOR} if ref else {})
             k1, k3, k3_gradient = estimators[ref or "k3"]
             constants = dict(
-                CLIP=mode == "clip", CISPO=mode == "cispo", HAS_OLD=old, HAS_REF=bool(ref), K1=k1, K3=k3,
+                CISPO=mode == "cispo", HAS_OLD=old, HAS_REF=bool(ref), K1=k1, K3=k3,
                 K3_GRADIENT=k3_gradient, NUM_STATS=vectors.NUM_STATS, BLOCK_N=vectors.BLOCK_N,
             )  # fmt: skip
             name = "-".join(["policy_loss", mode, *(["old"] if old else []), *([ref] if ref else [])])
@@ -45,8 +45,8 @@ def policy_loss():
 
 
 def apo_loss():
-    pointers = ("logprobs_ptr", "ref_ptr", "value_ptr", "reward_ptr", "w_ptr", "loss_ptr", "coef_ptr", "u_ptr")
-    types = dict.fromkeys(pointers, VECTOR) | {"cu_seqlens_ptr": "*i32", "beta2": "fp32"}
+    pointers = ("logprobs_ptr", "ref_ptr", "target_ptr", "loss_ptr", "residual_ptr", "u_ptr", "coef_ptr")
+    types = dict.fromkeys(pointers, VECTOR) | {"mask_ptr": "*u8", "beta2": "fp32", "S": "i32"}
     yield "apo_loss", (vectors.apo_loss_kernel, types, dict(BLOCK_N=vectors.BLOCK_N), 4)
 
 
@@ -54,13 +54,12 @@ def row_forward():
     types = dict.fromkeys(("logprob_ptr", "lse_ptr", "state_ptr"), VECTOR) | dict.fromkeys(("z_stride_n", "V"), "i32")
     types |= {"target_ptr": "*i64", "first_word": "i32", "inv_temperature": "fp32"}
     for entropy in (False, True):
-        for dtype, slab, per_token in (("fp32", False, False), ("bf16", False, False), ("fp32", True, False),
-                                       ("fp32", False, True)):  # fmt: skip
-            given = {"z_ptr": f"*{dtype}"} | ({"entropy_ptr": VECTOR} if entropy else {})
+        for slab, per_token in ((False, False), (True, False), (False, True)):
+            given = {"z_ptr": VECTOR} | ({"entropy_ptr": VECTOR} if entropy else {})
             given |= {"inv_temperature_ptr": VECTOR} if per_token else {}
             block = rows.SLAB_WORDS if slab else rows.BLOCK_V
             constants = dict(ENTROPY=entropy, PER_TOKEN=per_token, RESUME=slab, FINISH=not slab, BLOCK_V=block)
-            name = f"row_forward-{dtype}" + "-slab" * slab + "-per_token" * per_token + "-entropy" * entropy
+            name = "row_forward-fp32" + "-slab" * slab + "-per_token" * per_token + "-entropy" * entropy
             warps = block * rows.NUM_WARPS // rows.BLOCK_V
             yield name, (rows.row_forward_kernel, types | given, constants, warps)
 
@@ -71,12 +70,11 @@ def row_gradient():
     )
     types |= {"target_ptr": "*i64", "inv_temperature": "fp32"}
     for entropy in (False, True):
-        for z, dz, per_token in (("fp32", "fp32", False), ("fp32", "bf16", False), ("bf16", "bf16", False),
-                                 ("fp32", "bf16", True)):  # fmt: skip
-            given = {"z_ptr": f"*{z}", "dz_ptr": f"*{dz}"} | ({"inv_temperature_ptr": VECTOR} if per_token else {})
+        for dz, per_token in (("fp32", False), ("bf16", False), ("bf16", True)):
+            given = {"z_ptr": VECTOR, "dz_ptr": f"*{dz}"} | ({"inv_temperature_ptr": VECTOR} if per_token else {})
             given |= dict.fromkeys(("entropy_ptr", "dentropy_ptr", "dlse_ptr"), VECTOR) if entropy else {}
             constants = dict(HAS_DLSE=entropy, HAS_DENTROPY=entropy, PER_TOKEN=per_token, BLOCK_V=rows.BLOCK_V)
-            name = f"row_gradient-{z}-{dz}" + "-per_token" * per_token + "-entropy" * entropy
+            name = f"row_gradient-fp32-{dz}" + "-per_token" * per_token + "-entropy" * entropy
             yield name, (rows.row_gradient_kernel, types | given, constants, rows.NUM_WARPS)
 
 
