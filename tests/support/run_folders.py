@@ -14,13 +14,18 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_times(metrics: dict) -> dict:
+    return {name: value for name, value in metrics.items() if not name.startswith(TIMES)}
+
+
+def hexadecimal(metrics: dict) -> dict[str, str]:
+    """Every number as float.hex, without times and memory."""
+    return {name: float(value).hex() for name, value in without_times(metrics).items()}
+
+
 def step_records(folder: Path) -> list[dict[str, str]]:
-    """Every number of every training step as float.hex, without times and memory."""
-    return [
-        {name: float(value).hex() for name, value in row.items() if not name.startswith(TIMES)}
-        for row in rows(folder)
-        if "reward" in row
-    ]
+    """The metrics of every training step, hexadecimal."""
+    return [hexadecimal(row) for row in rows(folder) if "reward" in row]
 
 
 def sign_again(path: Path, **changed: object) -> None:

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrl.base import ranks
 from support.arguments import SMALL_STEPS
-from support.run_folders import TIMES
+from support.run_folders import without_times
 from support.trainers import make_trainer
 
 FLOAT64_STEPS = [*SMALL_STEPS, "--dtype", "float64", "--sample-every", 0]
@@ -63,7 +63,7 @@ def limited_steps(folder, *flags, limits=(), count=2):
 
     trainer.rollout.engine.sample = sample
     metrics = [trainer.step() for _ in range(count)]
-    return trainer, [{k: v for k, v in m.items() if not k.startswith(TIMES)} for m in metrics]
+    return trainer, [without_times(m) for m in metrics]
 
 
 def randomly_updated(folder, flags, master, steps=5, bad=()):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fastrl import checkpoint
 from fastrl.weights.offload import HostCopies
 from support.cases import mostly_later
-from support.run_folders import TIMES
+from support.run_folders import without_times
 from support.trainers import make_trainer
 
 SMALL = ["--problems-per-step", 4, "--group-size", 4, "--eval-limit", 4, "--sample-every", 0, "--rollouts-every", 0]
@@ -42,7 +42,7 @@ def trained(folder, *flags, count=3):
     sample = trainer.rollout.engine.sample
     trainer.rollout.engine.sample = lambda *args: seen.append([held(m) for m in models]) or sample(*args)
     metrics = [trainer.step() for _ in range(count)]
-    return trainer, [{k: v for k, v in m.items() if not k.startswith(TIMES)} for m in metrics], seen
+    return trainer, [without_times(m) for m in metrics], seen
 
 
 @pytest.mark.parametrize("rule", mostly_later(RULES, "sfpo, critic", "split"))
@@ -114,7 +114,7 @@ def test_a_reference_on_the_host_is_on_the_device_while_it_scores(tmp_path):
     sizes, read = [], away.learner.reference.model.base_model.register_forward_hook
     read(lambda *_: sizes.append(away.learner.reference.weights.untyped_storage().nbytes()))
     assert all(p.untyped_storage().nbytes() == 0 for p in away.learner.reference.model.parameters())
-    actual = [{k: v for k, v in away.step().items() if not k.startswith(TIMES)} for _ in range(3)]
+    actual = [without_times(away.step()) for _ in range(3)]
     assert json.dumps(actual) == json.dumps(expected) and expected[-1]["kl"] > 0
     assert len(sizes) >= 3 and set(sizes) == {2 * away.learner.reference.weights.numel()}
     assert all(p.untyped_storage().nbytes() == 0 for p in away.learner.reference.model.parameters())
