@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.updates.base import Accumulate, one_pass
 
 
@@ -11,12 +11,12 @@ from fastrl.updates.base import Accumulate, one_pass
 class Single:
     """theta <- theta - step(gradient), minibatch after minibatch, `epochs_per_batch` times over the batch."""
 
-    epochs_per_batch: int = 1
+    epochs_per_batch: int = setting(1, "[1, 1e4]", known_as="num_iterations")  # passes over the completions of a step
 
     copies, holds_state, per_coordinate = 0, False, False
 
     def __post_init__(self):
-        check_bounds(self, "update.", epochs_per_batch="[1, 1e4]")
+        check_bounds(self, "update.")
 
     @property
     def backward_passes(self) -> int:
