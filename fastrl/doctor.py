@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from fastrl.base.bounds import check_bounds
 from fastrl.base.exits import run_program
 from fastrl.base.log import say, versions
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import Problem
 from fastrl.base.versions import check_versions
 from fastrl.data.base import BOXED_INSTRUCTION
@@ -38,12 +38,12 @@ GRADED = ((r"\boxed{2x}", 1.0), (r"\boxed{3x}", 0.0), (r"\boxed{x+x}", 1.0), (r"
 class DoctorConfig:
     model: str = EMBEDDED  # a Hugging Face model folder or name, or `embedded`
     out: str = "runs"  # folder of the runs: where checkpoints go
-    keep: int = 2  # checkpoints that stay, as in training
-    device: str = "auto"
+    keep: int = setting(2, "[1, 1e6]")  # checkpoints that stay, as in training
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
     task: TaskConfig = field(default_factory=TaskConfig)
 
     def __post_init__(self):
-        check_bounds(self, keep="[1, 1e6]")
+        check_bounds(self)
 
 
 def machine(config: DoctorConfig) -> list[str]:

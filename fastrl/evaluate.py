@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fastrl.base.bounds import check_bounds
 from fastrl.base.exits import run_program
 from fastrl.base.log import say, versions, write_json
+from fastrl.base.setting import check_bounds, setting
 from fastrl.data.task import TaskConfig, default_rewards, load_task
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import EngineName, frozen_engine
@@ -30,30 +30,27 @@ from fastrl.step.rollout import Rollout
 class EvaluateConfig:
     model: str = EMBEDDED  # a Hugging Face model folder or name (a checkpoint is one), or `embedded`
     data: str = "arithmetic"  # a data-set name, or a file or folder of problems
-    split: str = "test"
-    limit: int = 0  # use only the first problems; 0 = all
-    k: int = 8  # completions per problem
+    split: str = "test"  # of the data set: train or test
+    limit: int = setting(0, "[0, 1e9]")  # use only the first problems; 0 = all
+    k: int = setting(8, "[1, 1e5]")  # completions per problem
     reward: tuple[str, ...] = ()  # as in training; the data set's if none
-    reward_workers: int = 2
+    reward_workers: int = setting(2, "[1, 1024]")  # processes that grade
     task: TaskConfig = field(default_factory=TaskConfig)
-    max_new_tokens: int = 512
-    temperature: float = 1.0  # 0 = greedy
-    top_p: float = 1.0
-    grade_truncated: bool = False
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    attention: Attention = "sdpa"
-    engine: EngineName = "auto"
+    max_new_tokens: int = setting(512, "[1, 1e7]")  # a completion is cut off there
+    temperature: float = setting(1.0, "[0, 100]")  # 0 = greedy
+    top_p: float = setting(1.0, "(0, 1]")  # sample from the likeliest tokens of this probability together
+    grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
+    seed: int = setting(0, "[0, 4e9]")  # of sampling
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
+    attention: Attention = "sdpa"  # transformers' attn_implementation
+    engine: EngineName = "auto"  # hf, vllm; auto: vllm on a GPU where it is installed
     vllm: VllmConfig = field(default_factory=VllmConfig)
-    max_num_seqs: int = 512
+    max_num_seqs: int = setting(512, "[1, 1e6]")  # completions the engine decodes together
     out: str = ""  # write the JSON document here as well
 
     def __post_init__(self):
-        check_bounds(
-            self, limit="[0, 1e9]", k="[1, 1e5]", reward_workers="[1, 1024]", max_new_tokens="[1, 1e7]",
-            temperature="[0, 100]", top_p="(0, 1]", max_num_seqs="[1, 1e6]", seed="[0, 4e9]",
-        )  # fmt: skip
+        check_bounds(self)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:

@@ -17,9 +17,9 @@ from typing import Literal
 
 import torch
 
-from fastrl.base.bounds import check_bounds
 from fastrl.base.exits import run_program
 from fastrl.base.log import say, write_json
+from fastrl.base.setting import setting
 from fastrl.memory.advice import (
     advice,
     available,
@@ -42,16 +42,16 @@ TABLE = ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
 
 @dataclass(kw_only=True)
 class PlanConfig(TrainConfig):
-    context: int = 0  # tokens of the longest prompt and completion together; 0 = as the run limits them
-    gpus: int = 1
+    # tokens of the longest prompt and completion together; 0 = as the run limits them
+    context: int = setting(0, "[0, 1e9]")
+    gpus: int = setting(1, "[1, 1e6]")  # cards that share the run
     card: str = "h100"  # h100, h200, or its GiB
     table: bool = False  # Qwen2.5 1.5B, 3B and 7B on both cards, in markdown
 
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "bfloat16"  # what `auto` is on a GPU
 
     def __post_init__(self):
-        TrainConfig.__post_init__(self)
-        check_bounds(self, context="[0, 1e9]", gpus="[1, 1e6]")
+        super().__post_init__()
         card_gib(self.card)
 
 

@@ -17,8 +17,8 @@ import torch
 
 from fastrl.allocation import ALLOCATORS
 from fastrl.base import log, ranks
-from fastrl.base.bounds import check_bounds
 from fastrl.base.exits import run_program
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import DataError, Problem
 from fastrl.data.task import TaskConfig, default_rewards, load_task
 from fastrl.engine.base import Sampling
@@ -39,33 +39,30 @@ OF_A_RUN = {"profile": "out", "num_profile_completions": "num_completions"}  # k
 class ProfileConfig:
     model: str = EMBEDDED  # a Hugging Face model folder or name, or `embedded`
     data: str = "gsm8k"  # a data-set name, or a file or folder of problems
-    split: str = "train"
-    limit: int = 0  # use only the first problems; 0 = all
+    split: str = "train"  # of the data set: train or test
+    limit: int = setting(0, "[0, 1e9]")  # use only the first problems; 0 = all
     reward: tuple[str, ...] = ()  # as in training; the data set's if none
-    reward_workers: int = 2
+    reward_workers: int = setting(2, "[1, 1024]")  # processes that grade
     task: TaskConfig = field(default_factory=TaskConfig)
-    num_completions: int = 8  # per problem
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    grade_truncated: bool = False
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    attention: Attention = "sdpa"
-    engine: EngineName = "auto"
+    num_completions: int = setting(8, "[1, 1e5]")  # per problem
+    max_new_tokens: int = setting(512, "[1, 1e7]")  # a completion is cut off there
+    temperature: float = setting(1.0, "[0, 100]")  # of sampling
+    grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
+    seed: int = setting(0, "[0, 4e9]")  # of sampling
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
+    attention: Attention = "sdpa"  # transformers' attn_implementation
+    engine: EngineName = "auto"  # hf, vllm; auto: vllm on a GPU where it is installed
     vllm: VllmConfig = field(default_factory=VllmConfig)
-    max_num_seqs: int = 512
-    threads: int = 0  # CPU threads of torch; 0 = its own choice
+    max_num_seqs: int = setting(512, "[1, 1e6]")  # completions the engine decodes together
+    threads: int = setting(0, "[0, 1024]")  # CPU threads of torch; 0 = its own choice
     out: str = ""  # file; runs/profiles/<digest of what it depends on>.jsonl if empty
     show: str = ""  # only print this file
-    steps: int = 200  # of the run whose phases are shown
+    steps: int = setting(200, "[1, 1e9]")  # of the run whose phases are shown
 
     def __post_init__(self):
-        check_bounds(
-            self, limit="[0, 1e9]", reward_workers="[1, 1024]", num_completions="[1, 1e5]", max_new_tokens="[1, 1e7]",
-            seed="[0, 4e9]", max_num_seqs="[1, 1e6]", threads="[0, 1024]", steps="[1, 1e9]",
-        )  # fmt: skip
-        if not 0 < self.temperature <= 100:
+        check_bounds(self)
+        if not self.temperature:
             raise ValueError(f"--temperature must be above 0, as in training, got {self.temperature}")
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fastrl.allocation.uniform import Uniform
+from fastrl.base.setting import setting
 from fastrl.base.types import Problem
 
 
@@ -14,7 +15,7 @@ class APOFilter(Uniform):
     is left out with probability 0.43.
     """
 
-    group_size: int = 1  # completions per problem
+    group_size: int = setting(1, "[1, 1e5]", known_as="num_generations")  # completions per problem
 
     needs_profile = True
 

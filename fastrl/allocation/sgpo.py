@@ -9,7 +9,7 @@ import torch
 
 from fastrl.allocation.base import Allocation
 from fastrl.base import ranks
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import Problem, RolloutGroup
 
 
@@ -30,13 +30,15 @@ class SGPO(Allocation):
     goes unsolved with probability 0.43, and nine of ten such problems would be given up.
     """
 
-    trivial_threshold: float = 0.75  # pass rate; 7/8 and 8/8 are above it
-    unsolved_keep_frac: float = 0.10
-    group_sizes: tuple[int, ...] = (2, 4, 8)  # one phase each
+    trivial_threshold: float = setting(0.75, "(0, 1]")  # pass rate; 7/8 and 8/8 are above it
+    unsolved_keep_frac: float = setting(0.10, "[0, 1]")  # of the problems that were never solved
+    group_sizes: tuple[int, ...] = setting((2, 4, 8), "[0, 1e5]")  # one phase each
+    # steps by the work of a phase, or until rewards no longer grow
     phase_schedule: Literal["proportional", "patience"] = "proportional"
-    patience: int = 20  # steps without a higher training reward that end a phase
-    num_rollouts_per_step: int = 0  # completions; 0 = problems_per_step times the largest group size
-    estimator: Literal["frequency", "beta"] = "frequency"
+    patience: int = setting(20, "[1, 1e9]")  # steps without a higher training reward that end a phase
+    # completions; 0 = problems_per_step times the largest group size
+    num_rollouts_per_step: int = setting(0, "[0, 1e9]")
+    estimator: Literal["frequency", "beta"] = "frequency"  # of the pass rate: s / N, or (s + 1) / (N + 2)
 
     phase: int = field(default=0, init=False)
     phase_steps: int = field(default=0, init=False)  # taken in this phase
@@ -46,10 +48,7 @@ class SGPO(Allocation):
     needs_profile = True
 
     def __post_init__(self):
-        check_bounds(
-            self, "allocation.", trivial_threshold="(0, 1]", unsolved_keep_frac="[0, 1]", group_sizes="[0, 1e5]",
-            patience="[1, 1e9]", num_rollouts_per_step="[0, 1e9]",
-        )  # fmt: skip
+        check_bounds(self, "allocation.")
         sizes = self.group_sizes
         if not sizes or min(sizes) < 2 or list(sizes) != sorted(set(sizes)):
             raise ValueError(f"--allocation.group-sizes must be 2 or more, each larger than the last, got {sizes}")

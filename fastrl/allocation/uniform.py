@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 
 from fastrl.allocation.base import Allocation
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import Problem
 
 
 @dataclass(kw_only=True)
 class Uniform(Allocation):
-    group_size: int = 8  # completions per problem
+    group_size: int = setting(8, "[1, 1e5]", known_as="num_generations")  # completions per problem
 
     def __post_init__(self):
-        check_bounds(self, "allocation.", group_size="[1, 1e5]")
+        check_bounds(self, "allocation.")
 
     @property
     def min_group_size(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
@@ -24,25 +24,22 @@ class CompareConfig:
 
     preset: str = ""  # embedded: the list of methods that comes with fastrl
     args: str = ""  # flags of every run, as typed; a recipe may come first
-    baseline: str = "grpo"
-    target: float = 0.85  # avg@k of the first evaluation set
-    seeds: int = 5  # runs of each method, with --seed 0, 1, ...
-    tuning_seeds: tuple[int, ...] = (1000, 1001)  # of the runs that choose learning rates, one after the other
-    lr_factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # times the method's own --lr; a single one is taken untried
+    baseline: str = "grpo"  # the method that all others are compared with
+    target: float = setting(0.85, "(0, 1]", hint="it is a fraction")  # avg@k of the first evaluation set
+    seeds: int = setting(5, "[1, 1e6]")  # runs of each method, with --seed 0, 1, ...
+    # of the runs that choose learning rates, one after the other
+    tuning_seeds: tuple[int, ...] = setting((1000, 1001), "[0, 4e9]")
+    # times the method's own --lr; a single one is taken untried
+    lr_factors: tuple[float, ...] = setting((0.5, 1.0, 2.0), "(0, 1e6]")
     only: tuple[str, ...] = ()  # these methods and the baseline; all if none
-    jobs: int = 0  # runs at a time; 0 = one per core, or one on a GPU
-    threads: int = 1  # CPU threads of a run
+    jobs: int = setting(0, "[0, 1024]")  # runs at a time; 0 = one per core, or one on a GPU
+    threads: int = setting(1, "[1, 1024]")  # CPU threads of a run
     out: str = ""  # folder; runs/compare-NAME if empty
-    keep_checkpoints: bool = False
+    keep_checkpoints: bool = False  # of finished runs, which are deleted otherwise
     dry_run: bool = False  # print the commands, then stop
 
     def __post_init__(self):
-        if not 0 < self.target <= 1:
-            raise ValueError(f"--target must be above 0 and at most 1, got {self.target}")
-        check_bounds(
-            self, seeds="[1, 1e6]", threads="[1, 1024]", jobs="[0, 1024]", lr_factors="(0, 1e6]",
-            tuning_seeds="[0, 4e9]",
-        )  # fmt: skip
+        check_bounds(self)
         if not self.lr_factors or len(set(self.lr_factors)) < len(self.lr_factors):
             raise ValueError(f"--lr-factors must be different numbers above 0, got {self.lr_factors}")
         if not self.tuning_seeds or len(set(self.tuning_seeds)) < len(self.tuning_seeds):

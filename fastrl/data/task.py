@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fastrl.base import faults
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import DataError, Problem
 from fastrl.data import describe_prompt, encode_prompts, find_dataset
 from fastrl.data.base import MAX_BAD_FRAC
@@ -24,10 +24,11 @@ class TaskConfig:
     data_dir: str = "../shared/data"  # where the named data sets lie
     template: str = "auto"  # chat, plain, or auto: chat where the tokenizer has a template
     instruction: str = "auto"  # appended to every prompt; auto: what the data set asks for
-    max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
+    # longer prompts are dropped and counted
+    max_prompt_tokens: int = setting(1024, "[1, 1e7]", known_as="max_prompt_length")
 
     def __post_init__(self):
-        check_bounds(self, max_prompt_tokens="[1, 1e7]")
+        check_bounds(self)
         if self.template not in TEMPLATES:
             raise ValueError(f"--template is {self.template!r}, expected one of {', '.join(TEMPLATES)}")
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import Completion
 
 
@@ -16,14 +16,14 @@ class Sampling:
 
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0
-    max_new_tokens: int = 16
+    max_new_tokens: int = setting(16, "[1, 1e7]")
 
     def __post_init__(self):
         if not 0 <= self.temperature <= 100:
             raise ValueError(f"temperature must be between 0 and 100, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        check_bounds(self, max_new_tokens="[1, 1e7]")
+        check_bounds(self)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastrl.base import ranks
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import Completion, EngineError
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.kv_cache import KvPages
@@ -39,14 +39,14 @@ UNSUPPORTED_CONFIG = {
 class VllmConfig:
     """The vLLM engine. `max_num_seqs` is the run's."""
 
-    kv_gib: float = 0.0  # of KV cache; 0 = what the memory plan leaves
+    kv_gib: float = setting(0.0, "[0, 1e5]")  # of KV cache; 0 = what the memory plan leaves
     kv: Literal["release", "keep"] = "release"  # whether its pages are free while training
-    max_num_batched_tokens: int = 8192  # per forward of the engine
+    max_num_batched_tokens: int = setting(8192, "[1, 1e8]")  # per forward of the engine
     cuda_graphs: bool = True  # of decoding
     compile: bool = False  # torch.compile in the engine: slower to start, a little faster
 
     def __post_init__(self):
-        check_bounds(self, "vllm.", kv_gib="[0, 1e5]", max_num_batched_tokens="[1, 1e8]")
+        check_bounds(self, "vllm.")
 
 
 class VllmEngine:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastrl.base import ranks
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import TrainBatch
 from fastrl.models.loading import LoadedModel, label_hidden, spread
 from fastrl.models.packing import pack
@@ -27,10 +27,10 @@ class CriticConfig:
     """Used by objectives with values per token; its own optimizer, schedule and gradient clip."""
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
-    passes: int = 1  # over a step's completions, before the policy moves
+    passes: int = setting(1, "[1, 1e4]")  # over a step's completions, before the policy moves
 
     def __post_init__(self):
-        check_bounds(self, "critic.", passes="[1, 1e4]")
+        check_bounds(self, "critic.")
 
 
 class ValueModel(nn.Module):

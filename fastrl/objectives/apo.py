@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import Problem, TrainBatch
 from fastrl.kernels.apo_loss import apo_loss
 from fastrl.objectives.base import Objective, masked
@@ -25,20 +25,17 @@ class APO(Objective):
     """The authors' settings. Their program reads beta1 = 0 as the mean and a missing profile as 0; here value_mode
     says which, and a missing profile is made."""
 
-    beta1: float = 0.5  # temperature of the optimal value
-    beta2: float = 1e-3  # scale of the log-ratio
+    # temperature of the optimal value
+    beta1: float = setting(0.5, "(0, 1e6]", hint="for the mean or the maximum use --objective.value-mode")
+    beta2: float = setting(1e-3, "(0, 1e6]")  # scale of the log-ratio
     value_mode: Literal["lse", "mean", "max", "zero"] = "lse"  # mean and max: the limits of beta1; zero: no profile
-    entropy: float = 0.001  # coefficient of the entropy bonus, inherited in the authors' configuration
+    # coefficient of the entropy bonus, inherited in the authors' configuration
+    entropy: float = setting(0.001, "[0, 1e6]")
 
     normalizer = "completion"
 
     def __post_init__(self):
-        if not 0 < self.beta1 <= 1e6:
-            raise ValueError(
-                f"--objective.beta1 must be above 0 and at most 1e6, got {self.beta1}; for the mean or the maximum use "
-                "--objective.value-mode"
-            )
-        check_bounds(self, "objective.", beta2="(0, 1e6]", entropy="[0, 1e6]")
+        check_bounds(self, "objective.")
 
     @property
     def needs_profile(self) -> bool:

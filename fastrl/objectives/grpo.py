@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl.base import ranks
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import Problem, TrainBatch
 from fastrl.kernels.policy_loss import TokenLoss, kl_estimate
 from fastrl.objectives.base import LARGEST_CAP, TokenObjective, TokenWeights, masked
@@ -30,35 +30,35 @@ class GRPO(TokenObjective):
     a constant, so that clipped tokens keep their gradient.
     """
 
-    clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
-    dual_clip: float | None = 3.0  # largest ratio that counts against a bad completion; None = no limit
-    log_ratio_cap: float = 20.0  # nats; beyond it the gradient is zero
-    surrogate: Literal["clip", "cispo"] = "clip"
-    ratio_level: Literal["token", "sequence"] = "token"
-    adv_norm: Literal["group", "batch", "none"] = "group"  # divide by the std of the group, of the batch, or not
-    std_eps: float = 1e-6
+    clip_low: float = setting(0.2, "(0, 1e6]", known_as="epsilon")  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = setting(0.2, "(0, 1e6]", known_as="epsilon_high")  # the upper end of that
+    # largest ratio that counts against a bad completion; None = no limit
+    dual_clip: float | None = setting(3.0, "(1, 1e6]", known_as="delta")
+    log_ratio_cap: float = setting(20.0, f"(0, {LARGEST_CAP:g}]")  # nats; beyond it the gradient is zero
+    surrogate: Literal["clip", "cispo"] = "clip"  # clip: PPO; cispo: the clipped ratio as a weight
+    ratio_level: Literal["token", "sequence"] = "token"  # per token, or one ratio per completion (GSPO)
+    # divide by the std of the group, of the batch, or not
+    adv_norm: Literal["group", "batch", "none"] = setting("group", known_as="scale_rewards")
+    std_eps: float = setting(1e-6, "(0, 1e6]")  # added to the standard deviation
     loss_agg: Literal["token", "seq", "const"] = "token"  # mean over tokens; of completion means; sum / max_new_tokens
-    kl: float = 0.0  # coefficient of the KL to the reference
-    kl_type: Literal["k1", "k2", "k3", "k3+"] = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"
-    entropy: float = 0.0  # coefficient of the entropy bonus
+    kl: float = setting(0.0, "[0, 1e6]", known_as="beta")  # coefficient of the KL to the reference
+    kl_type: Literal["k1", "k2", "k3", "k3+"] = "k3"  # estimator of the KL; docs/methods.md
+    kl_in: Literal["loss", "reward"] = "loss"  # added to the loss, or taken off the reward
+    entropy: float = setting(0.0, "[0, 1e6]")  # coefficient of the entropy bonus
     drop_zero_std: bool = False  # leave groups with equal rewards out of the denominator
-    overlong: Literal["keep", "mask", "penalty"] = "keep"  # completions cut off by max_new_tokens
+    # completions cut off by max_new_tokens
+    overlong: Literal["keep", "mask", "penalty"] = setting("keep", known_as="mask_truncated_completions")
     # for the distribution of the engine, w = old / rollout. tis: min(w, cap); mis: w, 0 above the cap; mask: 1 between
     # 1 / cap and cap, else 0; seq-mask: w of the completion, 0 above the cap
     is_correction: Literal["none", "tis", "mis", "mask", "seq-mask"] = "none"
-    is_cap: float = 3.0
-    overlong_buffer: int = 0  # tokens before the limit over which the penalty grows to -1; 0 = a fifth of the limit
+    is_cap: float = setting(3.0, "[1, 1e6]")  # largest weight of is_correction
+    # tokens before the limit over which the penalty grows to -1; 0 = a fifth of the limit
+    overlong_buffer: int = setting(0, "[0, 1e7]")
 
     min_group_size = 2
 
     def __post_init__(self):
-        check_bounds(
-            self, "objective.", clip_low="(0, 1e6]", clip_high="(0, 1e6]", std_eps="(0, 1e6]",
-            log_ratio_cap=f"(0, {LARGEST_CAP:g}]",
-            kl="[0, 1e6]", entropy="[0, 1e6]", overlong_buffer="[0, 1e7]", is_cap="[1, 1e6]", dual_clip="(1, 1e6]",
-        )  # fmt: skip
+        check_bounds(self, "objective.")
 
     @property
     def normalizer(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl.base import ranks
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import TrainBatch
 from fastrl.kernels.policy_loss import TokenLoss, kl_estimate
 from fastrl.objectives.base import LARGEST_CAP, TokenObjective, TokenWeights, masked
@@ -26,23 +26,23 @@ class PPO(TokenObjective):
     Cost beside GRPO with one completion per problem: a second model under training and its forward per step for V_old.
     """
 
-    gamma: float = 1.0  # discount per token
-    lam: float = 1.0  # 1: returns as sampled, no bias from the critic; 0: one token and the critic's next value
-    clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
-    dual_clip: float | None = 3.0  # largest ratio that counts against a bad token; None = no limit
-    log_ratio_cap: float = 20.0  # nats; beyond it the gradient is zero
-    value_clip: float | None = 0.5  # a value further than this from its old one is pulled no further; None = no limit
+    gamma: float = setting(1.0, "[0, 1]")  # discount per token
+    # 1: returns as sampled, no bias from the critic; 0: one token and the critic's next value
+    lam: float = setting(1.0, "[0, 1]")
+    clip_low: float = setting(0.2, "(0, 1e6]", known_as="epsilon")  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = setting(0.2, "(0, 1e6]", known_as="epsilon_high")  # the upper end of that
+    # largest ratio that counts against a bad token; None = no limit
+    dual_clip: float | None = setting(3.0, "(1, 1e6]", known_as="delta")
+    log_ratio_cap: float = setting(20.0, f"(0, {LARGEST_CAP:g}]")  # nats; beyond it the gradient is zero
+    # a value further than this from its old one is pulled no further; None = no limit
+    value_clip: float | None = setting(0.5, "(0, 1e6]")
     whiten: bool = True  # advantages with mean 0 and variance 1 over the response tokens of the batch
-    kl: float = 0.0  # coefficient of the KL to the reference, taken off the reward of each token
-    entropy: float = 0.0  # coefficient of the entropy bonus
+    # coefficient of the KL to the reference, taken off the reward of each token
+    kl: float = setting(0.0, "[0, 1e6]", known_as="beta")
+    entropy: float = setting(0.0, "[0, 1e6]")  # coefficient of the entropy bonus
 
     def __post_init__(self):
-        check_bounds(
-            self, "objective.", gamma="[0, 1]", lam="[0, 1]", clip_low="(0, 1e6]", clip_high="(0, 1e6]",
-            log_ratio_cap=f"(0, {LARGEST_CAP:g}]",
-            value_clip="(0, 1e6]", kl="[0, 1e6]", entropy="[0, 1e6]", dual_clip="(1, 1e6]",
-        )  # fmt: skip
+        check_bounds(self, "objective.")
 
     def needs(self, num_minibatches: int) -> frozenset[str]:
         wanted = {"values": True, "old_logprobs": num_minibatches > 1 or self.kl > 0, "ref_logprobs": self.kl > 0}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import TrainBatch
 from fastrl.objectives.base import Objective, masked, old_log_ratio
 
@@ -21,15 +21,16 @@ from fastrl.objectives.base import Objective, masked, old_log_ratio
 class REBEL(Objective):
     """The authors take groups of 2, 4 epochs per batch (--epochs-per-batch) and eta 1, or 1e6 with large batches."""
 
-    eta: float = 1.0  # scale of the rewards
+    eta: float = setting(1.0, "(0, 1e6]")  # scale of the rewards
     paired: bool = False  # whole groups in one graph, as published; costs memory and saves a forward per backward
-    kl: float = 0.0  # coefficient of log(old / reference) of the completion, taken off the reward
+    # coefficient of log(old / reference) of the completion, taken off the reward
+    kl: float = setting(0.0, "[0, 1e6]", known_as="beta")
 
     normalizer = "group"
     min_group_size = 2
 
     def __post_init__(self):
-        check_bounds(self, "objective.", eta="(0, 1e6]", kl="[0, 1e6]")
+        check_bounds(self, "objective.")
 
     @property
     def splits_groups(self) -> bool:

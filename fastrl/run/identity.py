@@ -9,13 +9,6 @@ from fastrl.models.policy import Policy
 from fastrl.models.reference import Reference
 from fastrl.passrates.file import digest
 
-# settings that may differ between a run and its continuation; everything else would change what is being trained
-FREE_ON_RESUME = {
-    "steps", "max_minutes", "stop_at_accuracy", "stop_below_accuracy", "stop_on_collapse", "eval", "eval_k",
-    "eval_every", "eval_limit",
-    "save_every", "keep", "sample_every", "rollouts_every", "name", "out", "log", "resume", "dry_run", "reward_workers",
-    "max_num_seqs", "allow_change", "offload", "reference_on_host", "profile", "canary", "hang_timeout",
-}  # fmt: skip
 ABSENT = "not there"
 
 
@@ -33,10 +26,11 @@ def identity_of(policy: Policy, reference: Reference | None, problems: Sequence[
 def check_same(then: dict, now: dict, allowed: set[str], path: Path) -> None:
     """Raise CheckpointError, naming it, when a setting of a run or a digest of its identity is another one now.
 
-    allowed: names that may differ, such as `allocation.group_size`, or `allocation` with all that is in it.
+    allowed: names that may differ: settings that are free, those of --allow-change such as `allocation.group_size`, or
+    `allocation` with all that is in it.
     """
     before, after = flat(then), flat(json.loads(json.dumps(now)))
-    free = FREE_ON_RESUME | {name.replace("-", "_") for name in allowed}
+    free = {name.replace("-", "_") for name in allowed}
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name, ABSENT), after.get(name, ABSENT)
         words = name.split(".")

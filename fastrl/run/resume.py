@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastrl import checkpoint
 from fastrl.base import ranks
+from fastrl.base.setting import free_settings
 from fastrl.base.types import CheckpointError
 from fastrl.run.identity import check_same
 from fastrl.settings.run import TrainConfig
@@ -47,7 +48,7 @@ def go_on(trainer: Trainer, config: TrainConfig, path: Path, state: dict, tensor
     stored, identity = state.get("config"), state.get("identity")
     if not isinstance(stored, dict) or not isinstance(identity, dict):
         raise CheckpointError(f"{path}: state.json has no config or no identity; use one that is complete")
-    allowed = set(config.allow_change)
+    allowed = free_settings(config) | set(config.allow_change)
     check_same(stored, trainer.config, allowed, path)
     check_same(identity, trainer.identity, allowed, path)
     trainer.load_state_dict(state, tensors)

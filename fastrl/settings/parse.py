@@ -19,22 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from fastrl.base.bounds import check_texts, check_type, refuse_secrets
+from fastrl.base.setting import flag_of, settings_of
+from fastrl.base.texts import check_texts, check_type, refuse_secrets
 
 T = TypeVar("T")
-
-# what users of other trainers type first -> what it is called here
-KNOWN_ELSEWHERE = {
-    "model_name_or_path": "--model", "dataset": "--data", "dataset_name": "--data", "reward_funcs": "--reward",
-    "num_generations": "--group-size", "max_completion_length": "--max-new-tokens", "max_prompt_length":
-    "--max-prompt-tokens", "beta": "--kl", "epsilon": "--clip-low", "epsilon_high": "--clip-high", "delta":
-    "--dual-clip",
-    "learning_rate": "--lr", "report_to": "--log", "output_dir": "--out", "max_steps": "--steps", "save_steps":
-    "--save-every", "eval_steps": "--eval-every", "save_total_limit": "--keep", "resume_from_checkpoint": "--resume",
-    "scale_rewards": "--adv-norm", "per_device_train_batch_size": "--tokens-per-microbatch", "num_iterations":
-    "--epochs-per-batch", "train_batch_size": "--problems-per-step", "mask_truncated_completions": "--overlong",
-    "gradient_checkpointing": "--checkpoint-activations",
-}  # fmt: skip
 
 
 def parse(cls: type[T], argv: Sequence[str], axes: dict[str, dict[str, type]]) -> T:
@@ -98,7 +86,7 @@ def flags_of(recipe: dict, default: object, source: str, prefix: str = "") -> li
     for key, value in recipe.items():
         name = key.replace("-", "_")
         if name not in known:
-            hint = elsewhere(name) or nearest(name, known)
+            hint = elsewhere(name, default) or nearest(name, known)
             raise ValueError(f"{source}: there is no key {prefix + key!r}{hint}")
         flag = f"--{prefix}{name}".replace("_", "-")
         if dataclasses.is_dataclass(known[name]) and not isinstance(value, dict):
@@ -117,18 +105,25 @@ def flags_of(recipe: dict, default: object, source: str, prefix: str = "") -> li
     return flags
 
 
-def all_flags(default: object, prefix: str = "") -> list[str]:
+def all_flags(default: object) -> list[str]:
     """Every flag of a configuration, as it is typed."""
-    flags = []
-    for field in dataclasses.fields(default):
-        if not field.init:
-            continue
-        value = getattr(default, field.name)
-        if dataclasses.is_dataclass(value):
-            flags += all_flags(value, f"{prefix}{field.name}.")
-        else:
-            flags.append(f"--{prefix}{field.name}".replace("_", "-"))
-    return flags
+    return [flag_of(path) for path, *_ in settings_of(default)]
+
+
+def full_flag(typed: str, flags: Sequence[str]) -> str:
+    """The flag that `--word` stands for: the only one, among those nested least, that ends in it; itself if none."""
+    if typed in flags:
+        return typed
+    ending = [f for f in flags if f.endswith(f".{typed.removeprefix('--')}")]
+    least = [f for f in ending if f.count(".") == min(f.count(".") for f in ending)]
+    return least[0] if len(least) == 1 else typed
+
+
+def short_flag(flag: str, flags: Sequence[str]) -> str:
+    """The fewest last words that stand for a flag."""
+    words = flag.removeprefix("--").split(".")
+    short = (f"--{'.'.join(words[n:])}" for n in reversed(range(len(words))))
+    return next(f for f in short if full_flag(f, flags) == flag)
 
 
 def expand(args: list[str], default: object) -> list[str]:
@@ -140,12 +135,10 @@ def expand(args: list[str], default: object) -> list[str]:
         typed = name.replace("_", "-")
         if name.startswith("--") and typed not in flags:
             no = typed.startswith("--no-")
-            word = typed.removeprefix("--no-") if no else typed.removeprefix("--")
-            full = [f for f in flags if f.endswith(f".{word}")]
-            full = [f for f in full if f.count(".") == min(f.count(".") for f in full)]
-            if len(full) == 1:
-                section, _, last = full[0].rpartition(".")
-                name = f"{section}.{'no-' if no else ''}{last}"
+            full = full_flag(f"--{typed.removeprefix('--no-')}" if no else typed, flags)
+            if full in flags:
+                section, dot, last = full.removeprefix("--").rpartition(".")
+                name = f"--{section}{dot}{'no-' if no else ''}{last}"
         expanded += [name, value] if equals else [name]
     lists = {flag for flag in flags if isinstance(value_of(default, flag), tuple)}
     merged: dict[str, list[str]] = {}
@@ -192,7 +185,7 @@ def cli(default: T, args: list[str], source: str) -> T:
             before = [arg for arg in args[: args.index(unknown[0])] if arg.startswith("--")]
             behind = f" behind {before[-1]}" if before else ""
             raise ValueError(f"{source}: {unknown[0]!r} is too much{behind}; see --help")
-        hint = elsewhere(flag.lstrip("-").replace("-", "_")) or nearest(flag, all_flags(default))
+        hint = elsewhere(flag.lstrip("-").replace("-", "_"), default) or nearest(flag, all_flags(default))
         raise ValueError(f"{source}: there is no option {flag}{hint}")
     check_texts(config)
     return config
@@ -228,9 +221,11 @@ def message(said: str) -> str:
     return re.sub(r"^Error parsing \S+: (?=--)", "", line).rstrip(".")
 
 
-def elsewhere(name: str) -> str:
-    ours = KNOWN_ELSEWHERE.get(name.lower())
-    return f"; here it is called {ours}" if ours else ""
+def elsewhere(name: str, default: object) -> str:
+    """'; here it is called X' for the name that another trainer has for a setting, else an empty string."""
+    known = [path for path, field, _ in settings_of(default) if name.lower() in field.metadata.get("known_as", ())]
+    least = min(known, key=lambda path: path.count("."), default="")
+    return f"; here it is called {short_flag(flag_of(least), all_flags(default))}" if least else ""
 
 
 def nearest(name: str, known: Sequence[str] | dict) -> str:

@@ -14,8 +14,8 @@ from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
 from fastrl.base import ranks
-from fastrl.base.bounds import check_bounds
 from fastrl.base.log import LOGGERS
+from fastrl.base.setting import check_bounds, setting
 from fastrl.data.task import TaskConfig
 from fastrl.engine.opening import EngineName
 from fastrl.engine.vllm import VllmConfig
@@ -45,14 +45,14 @@ EMBEDDED_RECIPE = Path(__file__).parent.parent / "recipes" / "embedded.toml"  # 
 class TrainConfig:
     """A run. `--objective`, `--update` and `--allocation` name the member of each axis."""
 
-    model: str = EMBEDDED  # a Hugging Face model folder or name, or `embedded`
-    data: str = "gsm8k"  # a data-set name, or a file or folder of problems
-    split: str = "train"
-    limit: int = 0  # use only the first problems; 0 = all
-    reward: tuple[
-        str, ...
-    ] = ()  # exact, math or file.py:function, each with an optional :weight; the data set's if none
-    reward_workers: int = 2  # processes that grade
+    model: str = setting(EMBEDDED, known_as="model_name_or_path")  # a Hugging Face model folder or name, or `embedded`
+    # a data-set name, or a file or folder of problems
+    data: str = setting("gsm8k", known_as=("dataset", "dataset_name"))
+    split: str = "train"  # of the data set: train or test
+    limit: int = setting(0, "[0, 1e9]")  # use only the first problems; 0 = all
+    # exact, math or file.py:function, each with an optional :weight; the data set's if none
+    reward: tuple[str, ...] = setting((), known_as="reward_funcs")
+    reward_workers: int = setting(2, "[1, 1024]", free=True)  # processes that grade
     task: TaskConfig = field(default_factory=TaskConfig)
 
     objective: GRPO = field(default_factory=GRPO)
@@ -61,72 +61,79 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)  # where the objective needs values
 
-    problems_per_step: int = 32
-    minibatches: int = 1  # optimizer steps per pass over a step's completions
-    tokens_per_microbatch: int = (
-        0  # per forward and backward, a prompt once per group; 0 = 2048 on a CPU, 16384 on a GPU
-    )
-    max_new_tokens: int = 512  # a completion is cut off there
-    temperature: float = 1.0
+    problems_per_step: int = setting(32, "[1, 1e6]", known_as="train_batch_size")  # prompts of one step
+    minibatches: int = setting(1, "[1, 1e6]")  # optimizer steps per pass over a step's completions
+    # per forward and backward, a prompt once per group; 0 = 2048 on a CPU, 16384 on a GPU
+    tokens_per_microbatch: int = setting(0, "[0, 1e9]", known_as="per_device_train_batch_size")
+    max_new_tokens: int = setting(512, "[1, 1e7]", known_as="max_completion_length")  # a completion is cut off there
+    temperature: float = setting(1.0, "[0, 100]")  # of sampling, and of the log-probabilities that are trained
     old_logprobs: Literal["recompute", "engine"] = "recompute"  # engine: those it sampled with; saves a forward
     grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
 
-    profile: str = ""  # file, where one is needed; empty: found or made in the folder `profiles` beside the run's
-    num_profile_completions: int = 8  # per problem
-    reprofile_every: int = 0  # steps between profiles of the policy, for the allocation; 0 = only the first
+    # file, where one is needed; empty: found or made in the folder `profiles` beside the run's
+    profile: str = setting("", free=True)
+    num_profile_completions: int = setting(8, "[1, 1e5]")  # per problem
+    # steps between profiles of the policy, for the allocation; 0 = only the first
+    reprofile_every: int = setting(0, "[0, 1e9]")
 
-    steps: int = 200
-    max_minutes: float = 0.0  # stop, save and evaluate after this long; 0 = no limit
-    eval: tuple[str, ...] = ()  # data sets to evaluate before, after and every eval_every steps
-    eval_k: int = 8  # completions per evaluation problem
-    eval_every: int = 0
-    stop_at_accuracy: float = 0.0  # end the run when avg@k of the first of them reaches it; 0 = never
-    stop_below_accuracy: float = 0.0  # or when it is below that: the policy has collapsed; 0 = never
-    stop_on_collapse: bool = False  # or at the first warning that the policy collapses or games its reward
-    spike_sigma: float = 6.0  # a loss or gradient norm that many deviations above the usual is no step; 0 = it is
-    eval_limit: int = 0  # use only the first problems of each; 0 = all
-    save_every: int = 0  # steps between checkpoints; one is always written at the end
-    keep: int = 2  # newest checkpoints to keep, at least 2
+    steps: int = setting(200, "[1, 1e9]", free=True, known_as="max_steps")  # of training
+    max_minutes: float = setting(0.0, "[0, 1e7]", free=True)  # stop, save and evaluate after this long; 0 = no limit
+    eval: tuple[str, ...] = setting((), free=True)  # data sets to evaluate before, after and every eval_every steps
+    eval_k: int = setting(8, "[1, 1e5]", free=True)  # completions per evaluation problem
+    # steps between evaluations; 0 = only before and after
+    eval_every: int = setting(0, "[0, 1e9]", free=True, known_as="eval_steps")
+    # end the run when avg@k of the first of them reaches it; 0 = never
+    stop_at_accuracy: float = setting(0.0, "[0, 1]", free=True)
+    # or when it is below that: the policy has collapsed; 0 = never
+    stop_below_accuracy: float = setting(0.0, "[0, 1]", free=True)
+    # or at the first warning that the policy collapses or games its reward
+    stop_on_collapse: bool = setting(False, free=True)
+    # a loss or gradient norm that many deviations above the usual is no step; 0 = it is
+    spike_sigma: float = setting(6.0, "[0, 1e6]")
+    eval_limit: int = setting(0, "[0, 1e9]", free=True)  # use only the first problems of each; 0 = all
+    # steps between checkpoints; one is always written at the end
+    save_every: int = setting(0, "[0, 1e9]", free=True, known_as="save_steps")
+    keep: int = setting(2, "[1, 1e6]", free=True, known_as="save_total_limit")  # newest checkpoints to keep, at least 2
 
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
-    grad_dtype: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_activations: CheckpointMode = "none"  # selective: keep attention; full: compute all layers again
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"  # of the gradient buffer
+    # selective: keep attention; full: compute all layers again
+    checkpoint_activations: CheckpointMode = setting("none", known_as="gradient_checkpointing")
     master: MasterKind = "float32"  # split: bfloat16 weights and the 16 bits they lack, 4 bytes instead of 6
-    offload: Offload = "none"  # optimizer: master and state are on the host while sampling; activations: in the forward
-    reference_on_host: bool = False  # its weights are on the device while they score, and on the host otherwise
+    # optimizer: master and state are on the host while sampling; activations: in the forward
+    offload: Offload = setting("none", free=True)
+    # its weights are on the device while they score, and on the host otherwise
+    reference_on_host: bool = setting(False, free=True)
     liger: bool = False  # Liger's kernels for norms, rotary positions and gated MLPs, on a GPU
     attention: Attention = "sdpa"  # transformers' attn_implementation
     engine: EngineName = "auto"  # hf, vllm; auto: vllm on a GPU where it is installed
     vllm: VllmConfig = field(default_factory=VllmConfig)
-    max_num_seqs: int = 512  # completions the engine decodes together
-    threads: int = 0  # CPU threads of torch; 0 = its own choice
+    max_num_seqs: int = setting(512, "[1, 1e6]", free=True)  # completions the engine decodes together
+    threads: int = setting(0, "[0, 1024]")  # CPU threads of torch; 0 = its own choice
 
-    name: str = "default"
-    out: str = ""  # run folder; runs/NAME if empty
-    seed: int = 0
-    log: tuple[str, ...] = ()  # tensorboard, wandb; metrics.jsonl is always written
-    sample_every: int = 25  # steps between sample completions on the console; 0 = never
-    rollouts_every: int = 25  # steps between rollouts/step_N.jsonl files; 0 = never
-    resume: str = ""  # auto: the newest checkpoint of the run folder; or a checkpoint folder
-    allow_change: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
-    hang_timeout: float = 1800.0  # seconds without any progress after which the run ends, with all stacks; 0 = never
-    canary: bool = True  # with vLLM, score fixed tokens by both after every update, and stop where they differ
-    dry_run: bool = False  # print the resolved configuration and the plan, then stop
+    name: str = setting("default", free=True)  # of the run
+    out: str = setting("", free=True, known_as="output_dir")  # run folder; runs/NAME if empty
+    seed: int = setting(0, "[0, 4e9]")  # of sampling, of the order of problems and of the generators
+    # tensorboard, wandb; metrics.jsonl is always written
+    log: tuple[str, ...] = setting((), free=True, known_as="report_to")
+    sample_every: int = setting(25, "[0, 1e9]", free=True)  # steps between sample completions on the console; 0 = never
+    rollouts_every: int = setting(25, "[0, 1e9]", free=True)  # steps between rollouts/step_N.jsonl files; 0 = never
+    # auto: the newest checkpoint of the run folder; or a checkpoint folder
+    resume: str = setting("", free=True, known_as="resume_from_checkpoint")
+    allow_change: tuple[str, ...] = setting((), free=True)  # settings that may differ from the checkpoint's
+    # seconds without any progress after which the run ends, with all stacks; 0 = never
+    hang_timeout: float = setting(1800.0, "[0, 1e6]", free=True)
+    # with vLLM, score fixed tokens by both after every update, and stop where they differ
+    canary: bool = setting(True, free=True)
+    dry_run: bool = setting(False, free=True)  # print the resolved configuration and the plan, then stop
 
     @property
     def folder(self) -> Path:
         return Path(self.out or f"runs/{self.name}")
 
     def __post_init__(self):
-        check_bounds(
-            self, limit="[0, 1e9]", reward_workers="[1, 1024]", problems_per_step="[1, 1e6]", minibatches="[1, 1e6]",
-            tokens_per_microbatch="[0, 1e9]", max_new_tokens="[1, 1e7]", num_profile_completions="[1, 1e5]",
-            reprofile_every="[0, 1e9]", steps="[1, 1e9]", max_minutes="[0, 1e7]", eval_k="[1, 1e5]",
-            eval_every="[0, 1e9]", stop_at_accuracy="[0, 1]", stop_below_accuracy="[0, 1]", eval_limit="[0, 1e9]",
-            save_every="[0, 1e9]", keep="[1, 1e6]", max_num_seqs="[1, 1e6]", threads="[0, 1024]", seed="[0, 4e9]",
-            sample_every="[0, 1e9]", rollouts_every="[0, 1e9]", spike_sigma="[0, 1e6]", hang_timeout="[0, 1e6]",
-        )  # fmt: skip
+        check_bounds(self)
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", self.name) or set(self.name) == {"."}:
             raise ValueError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', got {self.name!r}")
         known = {f.name for f in dataclasses.fields(self)} | {f.removeprefix("--") for f in all_flags(self)} | DIGESTS
@@ -134,7 +141,7 @@ class TrainConfig:
         for name in self.allow_change:
             if name.replace("-", "_") not in known:
                 raise ValueError(f"--allow-change {name}: there is no such setting{nearest(name, sorted(known))}")
-        if not 0 < self.temperature <= 100:
+        if not self.temperature:
             raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
         if 0 < self.stop_at_accuracy <= self.stop_below_accuracy:
             raise ValueError(

@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.updates.base import Accumulate, Shard, UpdateRule
 from fastrl.updates.gate import Gate
 from fastrl.weights.moves import Extrapolation
@@ -36,34 +36,32 @@ class GXPO(UpdateRule):
     step, that plain step is taken anew (with opt_state=keep by moments that have seen the probes).
     """
 
-    lookahead: int = 5  # K, virtual steps; the cost does not depend on it
-    alpha: float = 0.5  # how far of the way to theta_K
+    lookahead: int = setting(5, "[2, 1e4]")  # K, virtual steps; the cost does not depend on it
+    alpha: float = setting(0.5, "(0, 1]")  # how far of the way to theta_K
+    # per coordinate of steps or of gradients, or one per tensor
     ratio: Literal["coord_adamw", "coord_grad", "tensor"] = "coord_adamw"
-    ratio_min: float = -2.0
-    ratio_max: float = 3.0
-    scale_max: float | None = None  # None: lookahead / 2 + 1
-    active_threshold: float = 1e-3  # times the tensor's root mean square; smaller coordinates are not extrapolated
+    ratio_min: float = setting(-2.0, "[-inf, inf]")  # lower limit of r
+    ratio_max: float = setting(3.0, "[-inf, inf]")  # upper limit of r
+    scale_max: float | None = setting(None, "(0, inf]")  # None: lookahead / 2 + 1
+    # times the tensor's root mean square; smaller coordinates are not extrapolated
+    active_threshold: float = setting(1e-3, "[0, 1e6]")
     opt_state: Literal["restore", "keep"] = "restore"  # whether the probes leave the optimizer's state as it was
     gate: Literal["grad_norm", "entropy", "cosine", "off"] = "grad_norm"  # of the corrective gradient, before clipping
-    gate_threshold: float | None = None  # None: z of 3, or 1 - |cosine| of 0.15
-    gate_window: int = 30
-    gate_warmup: int = 50
-    gate_patience: int = 3
-    gate_stat: Literal["window", "ema", "mad"] = "window"
-    fallback_steps: int = 0  # steps of the single rule after the gate has closed; 0 = for good
-    min_effective_multiplier: float = 0.0  # mean of alpha scale below which the probes are taken back
+    gate_threshold: float | None = setting(None, "[-1e6, 1e6]")  # None: z of 3, or 1 - |cosine| of 0.15
+    gate_window: int = setting(30, "[2, 1e6]")  # values that a new one is compared with
+    gate_warmup: int = setting(50, "[0, 1e9]")  # values that the gate leaves out at first
+    gate_patience: int = setting(3, "[1, 1e6]")  # values over the threshold in a row that close the gate
+    gate_stat: Literal["window", "ema", "mad"] = "window"  # what the threshold is compared with
+    fallback_steps: int = setting(0, "[0, 1e9]")  # steps of the single rule after the gate has closed; 0 = for good
+    # mean of alpha scale below which the probes are taken back
+    min_effective_multiplier: float = setting(0.0, "[0, 1e6]")
 
     stopped: bool = field(default=False, init=False)
     resting: int = field(default=0, init=False)  # steps until the gate opens again
     watch: Gate = field(init=False, repr=False)
 
     def __post_init__(self):
-        check_bounds(
-            self, "update.", lookahead="[2, 1e4]", alpha="(0, 1]", ratio_min="[-inf, inf]", ratio_max="[-inf, inf]",
-            scale_max="(0, inf]", active_threshold="[0, 1e6]", gate_threshold="[-1e6, 1e6]", gate_window="[2, 1e6]",
-            gate_patience="[1, 1e6]", gate_warmup="[0, 1e9]", fallback_steps="[0, 1e9]",
-            min_effective_multiplier="[0, 1e6]",
-        )  # fmt: skip
+        check_bounds(self, "update.")
         if not self.ratio_min < self.ratio_max:
             raise ValueError(f"--update.ratio-min {self.ratio_min} must be below --update.ratio-max {self.ratio_max}")
         self.watch = Gate(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.updates.base import Accumulate, Shard, UpdateRule, one_pass
 from fastrl.updates.gate import Gate
 
@@ -28,22 +28,20 @@ class SFPO(UpdateRule):
     their text: z of the new entropy against the window before it, in both directions.
     """
 
-    lookahead: int = 3  # K, fast passes
-    alpha: float = 0.8  # how far of the way to theta_K
-    gate: Literal["code", "paper", "off"] = "code"
-    gate_window: int = 30  # steps
-    gate_threshold: float = 1.0  # z
-    decay_steps: int = 0  # steps over which alpha falls to 0 once the gate has tripped; 0 = at once
+    lookahead: int = setting(3, "[1, 1e4]")  # K, fast passes
+    alpha: float = setting(0.8, "[0, 1]")  # how far of the way to theta_K
+    gate: Literal["code", "paper", "off"] = "code"  # the authors' program, their text, or none
+    gate_window: int = setting(30, "[2, 1e6]")  # steps
+    gate_threshold: float = setting(1.0, "(0, 1e6]")  # z
+    # steps over which alpha falls to 0 once the gate has tripped; 0 = at once
+    decay_steps: int = setting(0, "[0, 1e9]")
     opt_state: Literal["keep", "restore", "scale"] = "keep"  # moments at the pull back; scale: first one times alpha
 
     since: int | None = field(default=None, init=False)  # steps since the gate tripped
     watch: Gate = field(init=False, repr=False)
 
     def __post_init__(self):
-        check_bounds(
-            self, "update.", lookahead="[1, 1e4]", alpha="[0, 1]", gate_window="[2, 1e6]", gate_threshold="(0, 1e6]",
-            decay_steps="[0, 1e9]",
-        )  # fmt: skip
+        check_bounds(self, "update.")
         self.watch = Gate(
             window=self.gate_window, threshold=self.gate_threshold, two_sided=self.gate == "paper",
             inclusive=self.gate == "code",

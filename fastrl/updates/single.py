@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 from fastrl.updates.base import Accumulate, Shard, UpdateRule, one_pass
 
 
@@ -11,10 +11,10 @@ from fastrl.updates.base import Accumulate, Shard, UpdateRule, one_pass
 class Single(UpdateRule):
     """theta <- theta - step(gradient), minibatch after minibatch, `epochs_per_batch` times over the batch."""
 
-    epochs_per_batch: int = 1
+    epochs_per_batch: int = setting(1, "[1, 1e4]", known_as="num_iterations")  # passes over the completions of a step
 
     def __post_init__(self):
-        check_bounds(self, "update.", epochs_per_batch="[1, 1e4]")
+        check_bounds(self, "update.")
 
     @property
     def backward_passes(self) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastrl.base.bounds import check_bounds
+from fastrl.base.setting import check_bounds, setting
 
 EIGHT_BIT_LEAST = 4096  # elements
 
@@ -17,22 +17,19 @@ EIGHT_BIT_LEAST = 4096  # elements
 class OptimConfig:
     """lr is reached after `warmup` steps; then it stays, or falls to zero at the last step."""
 
+    # 8 bits: of the moments; paged: moved to the host when memory is short
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # decoupled, on every parameter
-    max_grad_norm: float = 1.0  # global norm the gradient is clipped to; 0 = no clipping
-    warmup: int = 0  # steps of linear warm-up
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # learning rate
+    lr: float = setting(1e-6, "(0, 1)", known_as="learning_rate", hint="1e-6 is usual, 1e-4 for tiny models")
+    betas: tuple[float, float] = setting((0.9, 0.999), "[0, 1)")  # decay of the first and the second moment
+    eps: float = setting(1e-8, "[0, 1]")  # added to the root of the second moment
+    weight_decay: float = setting(0.01, "[0, 100]")  # decoupled, on every parameter
+    max_grad_norm: float = setting(1.0, "[0, 1e9]")  # global norm the gradient is clipped to; 0 = no clipping
+    warmup: int = setting(0, "[0, 1e9]")  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up: constant, or falling to zero
 
     def __post_init__(self):
-        if not 0 < self.lr < 1:
-            raise ValueError(f"--optim.lr must be between 0 and 1, got {self.lr}; 1e-6 is usual, 1e-4 for tiny models")
-        check_bounds(
-            self, "optim.", betas="[0, 1)", eps="[0, 1]", weight_decay="[0, 100]", max_grad_norm="[0, 1e9]",
-            warmup="[0, 1e9]",
-        )  # fmt: skip
+        check_bounds(self, "optim.")
 
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of step 0, 1, ... of `total`."""

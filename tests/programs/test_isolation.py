@@ -12,7 +12,7 @@ import pytest
 
 from fastrl import train
 from fastrl.base import faults
-from fastrl.base.bounds import secret_in
+from fastrl.base.texts import secret_in
 from fastrl.settings.run import configure
 
 SECRETS = {

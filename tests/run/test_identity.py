@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fastrl import checkpoint
 from fastrl.base.exits import exit_code
+from fastrl.base.setting import free_settings
 from fastrl.base.types import CheckpointError
 from fastrl.run.identity import check_same
 from fastrl.run.resume import resume
@@ -137,7 +138,8 @@ def test_sections_and_single_settings_may_be_allowed():
             check_same(then, now, allowed, Path("there"))
     with pytest.raises(CheckpointError, match="there: gone was 1 and is now not there"):
         check_same({"gone": 1}, {}, set(), Path("there"))
-    check_same({"max_num_seqs": 1, "allow_change": []}, {"max_num_seqs": 2, "allow_change": ["a-b"]}, set(), Path("x"))
+    free = free_settings(TrainConfig())
+    check_same({"max_num_seqs": 1, "allow_change": []}, {"max_num_seqs": 2, "allow_change": ["a-b"]}, free, Path("x"))
     check_same({"a_b": 1}, {"a_b": 2}, {"a-b"}, Path("x"))
 
 

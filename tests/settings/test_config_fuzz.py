@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import re
@@ -11,19 +12,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fastrl.base.bounds import check_type
 from fastrl.base.exits import exit_code
+from fastrl.base.texts import check_type
 from fastrl.comparison.plan import CompareConfig
-from fastrl.data.task import TaskConfig
 from fastrl.doctor import DoctorConfig
-from fastrl.engine.vllm import VllmConfig
 from fastrl.evaluate import EvaluateConfig
-from fastrl.models.critic import CriticConfig
 from fastrl.plan import PlanConfig
 from fastrl.profile import ProfileConfig
 from fastrl.settings.parse import all_flags, value_of
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig, configure
-from fastrl.weights.optim import OptimConfig
 
 # numbers without an upper or lower limit: no limit is a meaning of theirs
 SIGNED = {"ratio-min", "ratio-max", "gate-threshold"}
@@ -197,10 +194,20 @@ def test_values_of_the_right_type_are_taken():
         check_type("x", value, hint)
 
 
-CONFIGS = [
-    TrainConfig, EvaluateConfig, ProfileConfig, PlanConfig, CompareConfig, DoctorConfig, TaskConfig, OptimConfig,
-    CriticConfig, VllmConfig, *(member for members in AXES.values() for member in members.values()),
-]  # fmt: skip
+def with_sections(classes: list[type]) -> list[type]:
+    """Classes of settings, and those that are nested in them."""
+    found = list(classes)
+    for cls in found:  # grows
+        default = cls()
+        values = [getattr(default, field.name) for field in dataclasses.fields(cls) if field.init]
+        nested = [type(value) for value in values if dataclasses.is_dataclass(value)]
+        found += [other for other in dict.fromkeys(nested) if other not in found]
+    return found
+
+
+PROGRAMS = [TrainConfig, EvaluateConfig, ProfileConfig, PlanConfig, CompareConfig, DoctorConfig]
+MEMBERS = [member for members in AXES.values() for member in members.values()]
+CONFIGS = with_sections(PROGRAMS + MEMBERS)
 NUMBERS = [
     (cls, field.name, kind, value)
     for cls in CONFIGS
@@ -220,6 +227,18 @@ def test_every_number_of_every_program_has_bounds(cls, name, kind, value):
     with pytest.raises(ValueError) as caught:
         cls(**{name: (value,) * len(default) if several else value})
     assert name.replace("_", "-") in str(caught.value).replace("_", "-")
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_setting_is_declared_whole(cls):
+    """A number has bounds, and each setting a help text of its own: tyro gives it that of the line above otherwise."""
+    for field in dataclasses.fields(cls):
+        if field.init and field.default_factory is dataclasses.MISSING:
+            number = kinds(typing.get_type_hints(cls)[field.name]) & {int, float}
+            assert not number or field.metadata.get("bounds"), f"{cls.__name__}.{field.name} has no bounds"
+            owner = next(c for c in cls.__mro__ if field.name in vars(c).get("__annotations__", {}))
+            declared = re.search(rf"(    # .+\n)?    {field.name}: .+", inspect.getsource(owner))
+            assert "  # " in declared[0], f"{owner.__name__}.{field.name} has no help text"
 
 
 STATE = [

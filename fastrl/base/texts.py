@@ -1,4 +1,4 @@
-"""What the value of a setting may be: numbers in an interval, text that can name something, the types of a recipe."""
+"""What the value of a setting may be: the types of a recipe, text that can name something, nothing secret."""
 
 import dataclasses
 import os
@@ -11,28 +11,6 @@ PROSE = ("instruction", "args")  # fields of free text
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_TEXT, MAX_PART = 1000, 255  # characters of a setting, and bytes between its slashes: what file systems take
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")  # in names of variables
-INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
-
-
-def check_bounds(config: object, section: str = "", /, **bounds: str) -> None:
-    """Raise a ValueError that names the flag when a number lies outside its interval, as in `clip_low="(0, 100]"`.
-
-    NaN lies outside every interval. None is not looked at; of a tuple every element is.
-    """
-    for name, interval in bounds.items():
-        value, flag = getattr(config, name), f"--{section}{name}".replace("_", "-")
-        opening, low, high, closing = INTERVAL.fullmatch(interval).groups()
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is None:
-                continue
-            least = f"{'at least' if opening == '[' else 'above'} {low}"
-            most = f"{'at most' if closing == ']' else 'below'} {high}"
-            if number != number:
-                raise ValueError(f"{flag} must be {least} and {most}, got {value}")
-            if number < float(low) or number == float(low) and opening == "(":
-                raise ValueError(f"{flag} must be {least}, got {value}")
-            if number > float(high) or number == float(high) and closing == ")":
-                raise ValueError(f"{flag} must be {most}, got {value}")
 
 
 def check_type(where: str, value: object, hint: object) -> None:
