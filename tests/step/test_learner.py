@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastrl.kernels.apo_loss import apo_loss
+from fastrl.objectives import apo
 from fastrl.step.batching import make_batch, minibatches, select
 from fastrl.step.learner import Minibatch
 from support.batches import padded, prepared_batch
@@ -68,12 +70,14 @@ def test_first_pass_leaves_old_logprobs_and_later_ones_keep_them(packs, tmp_path
     with torch.no_grad():
         whole = trainer.learner.policy.score(batch)
     expected = torch.where(batch.response_mask, whole, 0.0).float()
-    trainer.learner.accumulate(Minibatch(batch))
-    torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
+    minibatch = Minibatch(batch)
+    trainer.learner.accumulate(minibatch)
+    torch.testing.assert_close(minibatch.batch.old_logprobs, expected, rtol=0, atol=2e-6)
     trainer.learner.policy.master.mul_(1.01)
     trainer.learner.policy.publish()
-    metrics = trainer.learner.accumulate(Minibatch(batch))
-    torch.testing.assert_close(batch.old_logprobs, expected, rtol=0, atol=2e-6)
+    metrics = trainer.learner.accumulate(minibatch)
+    torch.testing.assert_close(minibatch.batch.old_logprobs, expected, rtol=0, atol=2e-6)
+    assert batch.old_logprobs is None
     assert abs(metrics["policy_kl"]) > 1e-6, "the second pass sees the ratio to the weights of the first"
 
 
@@ -99,10 +103,8 @@ def test_kernels_learn_what_the_objective_says(settings, tmp_path, monkeypatch):
     """The head and the loss in one pass of kernels, against `loss_sum` and autograd: gradient, metrics, log-probs."""
     trainer = make_trainer(tmp_path, "--problems-per-step", 6, "--group-size", 4, *settings)
     batch = prepared_batch(trainer)
-    batch.old_logprobs += 0.2 * torch.randn(batch.old_logprobs.shape, generator=torch.Generator().manual_seed(2))
-    for name in ("old_logprobs", "ref_logprobs", "values", "credit", "advantages"):
-        if getattr(batch, name) is not None:
-            setattr(batch, name, getattr(batch, name).float())
+    noise = 0.2 * torch.randn(batch.old_logprobs.shape, generator=torch.Generator().manual_seed(2))
+    batch = in_float32(replace(batch, old_logprobs=batch.old_logprobs + noise))
     expected, metrics = gradient(trainer, batch, 60)
     trainer.learner.policy.triton = True
     calls = []
@@ -114,11 +116,47 @@ def test_kernels_learn_what_the_objective_says(settings, tmp_path, monkeypatch):
     assert got == pytest.approx(metrics, rel=1e-4, abs=1e-6) and metrics["clip_ratio/region_mean"] > 0
     if "old_logprobs" in trainer.learner.objective.needs(1):
         return
-    batch = replace(batch, old_logprobs=None)
-    trainer.learner.accumulate(Minibatch(batch))  # on-policy: it leaves what it saw
-    torch.testing.assert_close(
-        batch.old_logprobs.float(), trainer.learner.policy.score(batch).detach(), rtol=0, atol=1e-5
+    minibatch = Minibatch(replace(batch, old_logprobs=None))
+    trainer.learner.accumulate(minibatch)  # on-policy: it leaves what it saw
+    seen = minibatch.batch.old_logprobs.float()
+    torch.testing.assert_close(seen, trainer.learner.policy.score(batch).detach(), rtol=0, atol=1e-5)
+
+
+def in_float32(batch):
+    """The batch with all that it has been given in float64 as the program has it."""
+    names = ("old_logprobs", "ref_logprobs", "values", "credit", "advantages", "returns", "reward", "rollout_logprobs")
+    return replace(batch, **{name: x.float() for name in names if (x := getattr(batch, name)) is not None})
+
+
+def test_the_kernel_of_the_regression_learns_what_its_definition_says(tmp_path, monkeypatch):
+    """A*-PO as on a GPU: Triton's head, its own kernel for the loss and the gradient of the head with it."""
+    flags = (
+        "--objective",
+        "apo",
+        "--value-mode",
+        "zero",
+        "--group-size",
+        2,
+        "--beta2",
+        0.3,
+        "--objective.entropy",
+        0.1,
     )
+    trainer = make_trainer(tmp_path, "--problems-per-step", 6, *flags)
+    batch = in_float32(prepared_batch(trainer, noise=0.3))
+    expected, metrics = gradient(trainer, batch, 60)
+    calls = []
+
+    def by_kernel(*rows):
+        calls.append(len(rows[0]))
+        return apo_loss(*rows, triton=True)
+
+    trainer.learner.policy.triton = True
+    monkeypatch.setattr(apo, "apo_loss", by_kernel)
+    actual, got = gradient(trainer, batch, 60)
+    assert len(calls) > 1 and sum(calls) == len(batch) and expected.abs().max() > 1e-4
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+    assert got == pytest.approx(metrics, rel=1e-4, abs=1e-6) and metrics["apo/residual_abs"] > 0.1
 
 
 def test_a_token_that_is_no_word_stops_the_fused_update_as_it_stops_the_other(tmp_path):

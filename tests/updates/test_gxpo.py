@@ -89,7 +89,7 @@ def test_adamw_directions_are_the_default_and_see_through_the_moments(tmp_path):
 
         def accumulate(policy=policy, gradient=gradient, factors=factors):
             policy.flat.grads.copy_(gradient * next(factors))
-            return {"entropy": 1.0}
+            return {"loss": 0.0, "entropy": 1.0}
 
         policy.set_lr(1e-5)
         for _ in range(50):  # settled moments
@@ -113,7 +113,7 @@ def test_clipped_probes_are_compared_as_they_were_applied(tmp_path):
 
     def accumulate():
         policy.flat.grads.copy_(direction * next(norms))
-        return {"entropy": 1.0}
+        return {"loss": 0.0, "entropy": 1.0}
 
     metrics = trainer.learner.update.update(policy, [accumulate])
     assert metrics["update/ratio"] == pytest.approx(0.5, rel=1e-4)
@@ -161,7 +161,7 @@ def test_a_broken_gradient_ends_in_a_plain_step_or_none(broken, value, opt_state
             if len(calls) == broken:
                 trainer.learner.policy.flat.grads.mul_(value)
             calls.append(1)
-        return {"entropy": 1.0}
+        return {"loss": 0.0, "entropy": 1.0}
 
     if broken:
         plain.learner.update.update(plain.learner.policy, [lambda: accumulate(plain)])

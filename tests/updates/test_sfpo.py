@@ -158,7 +158,7 @@ def test_a_refused_pass_leaves_the_update_whole(broken, skipped, opt_state, tmp_
         if len(calls) in broken:
             policy.flat.grads[7] = math.nan
         calls.append(1)
-        return {"entropy": 1.0}
+        return {"loss": 0.0, "entropy": 1.0}
 
     metrics = trainer.learner.update.update(policy, [accumulate])
     assert len(calls) == 4 and metrics["skipped"] == skipped

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from processes import SMALL
-from program import ranks
+
+from support.arguments import SHORT_RUN
+from support.programs import ranks
 
 ENDS = {
     "a run": (["--steps", "1"], 0, ""),
@@ -21,7 +22,7 @@ def test_nothing_follows_the_last_line(name, tmp_path):
     """In a process of its own: the interpreter's teardown is what libraries complain in."""
     args, code, line = ENDS[name]
     environment = {"FASTRL_FAULT": "eio@save.model"} if name == "a run that fails" else {}
-    command = [sys.executable, "-m", "fastrl.train", *SMALL, *args]
+    command = [sys.executable, "-m", "fastrl.train", *SHORT_RUN, *args]
     env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **environment}
     done = subprocess.run(command, cwd=tmp_path, env=env, timeout=200, text=True, capture_output=True)
     assert done.returncode == code, done.stderr
@@ -31,6 +32,6 @@ def test_nothing_follows_the_last_line(name, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_print_no_warning(tmp_path):
-    both = ranks(tmp_path, 2, *SMALL, "--steps", 1)
+    both = ranks(tmp_path, 2, *SHORT_RUN, "--steps", 1)
     assert [run.wait() for run in both] == [0, 0]
     assert "Warning" not in "".join(run.text for run in both)
