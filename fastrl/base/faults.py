@@ -27,9 +27,18 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from fastrl.base.names import did_you_mean
+
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 ERRORS = {"full": errno.ENOSPC, "eio": errno.EIO, "denied": errno.EACCES}
 VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "none": None}
+# the points, which are the calls of `at` and `through`
+POINTS = """
+dataset generate rollout_logprobs grade reward credit old_logprobs current_logprobs ref_logprobs values forward logits
+loss grad optimizer allgather eval
+save.begin save.free save.optim save.rng save.model save.state save.manifest save.sync save.synced save.replace
+save.rename save.renamed save.committed save.tidy save.prune save.pruned
+""".split()
 FORM = re.compile(
     r"(?P<action>-?[a-z]+)(=(?P<number>-?[0-9.e+]+))?@(?P<point>[a-z._]+)(:rank(?P<rank>\d+))?"
     r"(:(?P<first>\d+)(?P<on>\+|-(?P<last>\d+))?)?", re.ASCII,
@@ -56,6 +65,11 @@ class Fault:
         if not found or found["action"] not in actions:
             raise ValueError(
                 f"FASTRL_FAULT: {text!r} is not ACTION@POINT[:rankR][:N]; actions: {', '.join(sorted(actions))}"
+            )
+        if found["point"] not in POINTS:
+            hint = did_you_mean(found["point"], POINTS, "")
+            raise ValueError(
+                f"FASTRL_FAULT: {text!r}: there is no point {found['point']!r}{hint}; there are: {', '.join(POINTS)}"
             )
         first = int(found["first"] or 1)
         last = int(found["last"]) if found["last"] else math.inf if found["on"] else first

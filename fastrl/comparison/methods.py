@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args, get_type_hints
 
-from fastrl.settings.parse import nearest
+from fastrl.base.names import did_you_mean
 from fastrl.settings.run import AXES, TrainConfig, configure
 
 Cost = Literal["rollouts", "backward_passes", "seconds", "tokens"]
@@ -84,12 +84,13 @@ def from_tables(cls: type[T], tables: object, what: str, source: str) -> list[T]
         raise ValueError(f"{source}: {what} must be a list of tables: write [[{what}]] above each")
     hints = get_type_hints(cls)
     required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    there = f"; there are: {', '.join(hints)}"
     made = []
     for number, table in enumerate(tables, start=1):
         where = f"{source}: {what} {table.get('name', number)}"
         for key, value in table.items():
             if key not in hints:
-                raise ValueError(f"{where}: there is no key {key!r}{nearest(key, hints)}")
+                raise ValueError(f"{where}: there is no key {key!r}{did_you_mean(key, hints, there)}")
             choices = get_args(hints[key]) if hints[key] not in (str, float, float | None) else ()
             if choices and value not in choices:
                 raise ValueError(f"{where}: {key} must be one of {', '.join(choices)}, got {value!r}")
@@ -112,9 +113,10 @@ def check_names(methods: Sequence[Method], claims: Sequence[Claim], baseline: st
     mentioned += [(f"method {m.name}: {key}", getattr(m, key)) for m in methods for key in ("control_of", "lr_from")]
     mentioned += [(f"claim {n}: {key}", getattr(c, key)) for n, c in enumerate(claims, 1) for key in
                   ("method", "against")]  # fmt: skip
+    there = f"; there are: {', '.join(names)}"
     for where, name in mentioned:
         if name and name not in names:
-            raise ValueError(f"{source}: {where} names {name!r}, which is no method{nearest(name, names)}")
+            raise ValueError(f"{source}: {where} names {name!r}, which is no method{did_you_mean(name, names, there)}")
     tuned = {m.name for m in methods if not m.lr_from}
     for method in methods:
         if method.lr_from and method.lr_from not in tuned:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from fastrl.base.names import did_you_mean
 from fastrl.base.setting import check_bounds, setting
 from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
 from fastrl.models.loading import load_tokenizer
-from fastrl.settings.parse import as_dict, cli, expand, flags_of, nearest, read_toml
+from fastrl.settings.parse import as_dict, cli, expand, flags_of, read_toml
 from fastrl.settings.run import TrainConfig, resolve
 
 PRESETS = {"embedded": Path(__file__).parent.parent / "recipes" / "compare_embedded.toml"}
@@ -129,7 +130,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
     else:
         preset = cli(CompareConfig(), expand(argv, CompareConfig()), "the command line").preset
         if preset not in PRESETS:
-            hint = nearest(preset, PRESETS) if preset else ""
+            hint = did_you_mean(preset, PRESETS, "") if preset else ""
             raise ValueError(
                 f"what is to be compared? Name a list of methods, as in `python -m fastrl.compare list.toml`, or "
                 f"--preset {' or '.join(PRESETS)}" + (f"; there is no preset {preset!r}{hint}" if preset else "")
@@ -153,9 +154,10 @@ def read_plan(argv: Sequence[str]) -> Plan:
 def narrowed(methods: list[Method], claims: list[Claim], config: CompareConfig) -> tuple[list[Method], list[Claim]]:
     """The methods of --only, the baseline, and whose learning rate they take; the claims about these."""
     names = [m.name for m in methods]
+    there = f"; there are: {', '.join(names)}"
     for name in config.only:
         if name not in names:
-            raise ValueError(f"--only {name}: there is no such method{nearest(name, names)}")
+            raise ValueError(f"--only {name}: there is no such method{did_you_mean(name, names, there)}")
     wanted = {config.baseline, *config.only}
     wanted |= {m.lr_from for m in methods if m.name in wanted}
     kept = [m for m in methods if m.name in wanted]

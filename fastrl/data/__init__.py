@@ -1,8 +1,8 @@
 """Problems by data-set name or by path. A new data set is one object with `load` and one line in DATASETS."""
 
-import difflib
 from pathlib import Path
 
+from fastrl.base.names import nearest
 from fastrl.base.types import DataError
 from fastrl.data.arithmetic import Arithmetic
 from fastrl.data.base import BadRow, Dataset, Generated, Loaded
@@ -48,8 +48,8 @@ def find_dataset(name_or_path: str) -> Dataset:
         raise missing(path)
     if len(path.parts) > 1:
         raise DataError(f"{missing(path)}. Nothing is downloaded: fetch a data set of the hub to a folder first")
-    near = difflib.get_close_matches(name_or_path.lower(), DATASETS, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    near = nearest(name_or_path.lower(), DATASETS)
+    hint = f"; did you mean {near!r}?" if near else "."
     raise DataError(
         f"there is no data set and no file called {name_or_path!r}{hint} Known data sets: {', '.join(DATASETS)}; "
         f"or pass the path of a file ({', '.join(READERS)}) or folder"

@@ -5,12 +5,12 @@ A folder is one of
     plain      train.jsonl, test.jsonl, train-00000-of-00002.parquet, ..., also below data/, or a folder per split
 """
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastrl.base.names import nearest
 from fastrl.base.types import DataError
 from fastrl.data.base import BOXED_INSTRUCTION, Loaded, problems_from_rows
 from fastrl.data.columnar import read_arrow, read_parquet
@@ -116,8 +116,8 @@ def missing(path: Path) -> DataError:
     """The error for a path that does not exist, naming what comes nearest to it."""
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     wanted = path.absolute().relative_to(parent).parts[0]
-    near = difflib.get_close_matches(wanted, sorted(file.name for file in parent.iterdir()), n=1, cutoff=0.3)
-    hint = f"the nearest name there is {near[0]!r}" if near else f"nothing there is called like {wanted!r}"
+    near = nearest(wanted, sorted(file.name for file in parent.iterdir()), cutoff=0.3)  # it is there, meant or not
+    hint = f"the nearest name there is {near!r}" if near else f"nothing there is called like {wanted!r}"
     return DataError(f"{path} does not exist; the folder {parent} does, and {hint}")
 
 

@@ -8,9 +8,9 @@ with RewardSet(["math", "style.py:brevity:0.2"]) as rewards:
 
 from collections import Counter
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from math import isfinite, nan
 
+from fastrl.base.names import nearest
 from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
 from fastrl.rewards.exact import Exact, LastCharacter
 from fastrl.rewards.math import Math
@@ -27,7 +27,7 @@ def grade(texts: list[str], answers: list[str], *, verifier: str = "math") -> li
     Raises ValueError for lists of different length and for an unknown verifier.
     """
     if verifier not in VERIFIERS:
-        raise ValueError(f"unknown verifier {verifier!r}; {_nearest(verifier)}")
+        raise ValueError(f"unknown verifier {verifier!r}; {hint(verifier)}")
     with VERIFIERS[verifier]() as opened:
         return [each.reward for each in opened.grade(texts, answers)]
 
@@ -167,13 +167,14 @@ def split_weight(spec: str) -> tuple[str, float]:
         return source, weight
     if source.endswith((".py", ".py:")):
         raise ValueError(f"reward {spec}: which function of the file? Write {source.rstrip(':')}:function")
-    raise ValueError(f"reward {spec}: no verifier has this name; {_nearest(source.partition(':')[0])}")
+    raise ValueError(f"reward {spec}: no verifier has this name; {hint(source.partition(':')[0])}")
 
 
-def _nearest(name: str) -> str:
-    near = get_close_matches(name, VERIFIERS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}There are: {', '.join(VERIFIERS)}, or file.py:function for your own"
+def hint(name: str) -> str:
+    """What a wrong name of a verifier may have been meant for, and all there are."""
+    near = nearest(name, VERIFIERS)
+    meant = f"did you mean {near!r}? " if near else ""
+    return f"{meant}There are: {', '.join(VERIFIERS)}, or file.py:function for your own"
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:

@@ -19,11 +19,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
 from fastrl.base.log import printable
+from fastrl.base.names import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def load_function(path: str, function: str) -> Callable:
     found = getattr(module, function, None)
     if not callable(found):
         names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        near = get_close_matches(function, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"its functions are: {', '.join(names) or 'none'}"
+        near = nearest(function, names)
+        hint = f"did you mean {near!r}?" if near else f"its functions are: {', '.join(names) or 'none'}"
         raise ValueError(f"reward {path}:{function}: the file has no function {function!r}; {hint}")
     return found
 

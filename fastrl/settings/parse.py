@@ -9,7 +9,6 @@ flag of a nested dataclass may be written by its last word when no other flag, n
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import re
 import tomllib
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from fastrl.base.names import did_you_mean, nearest
 from fastrl.base.setting import flag_of, settings_of
 from fastrl.base.texts import check_texts, check_type, refuse_secrets
 
@@ -44,7 +44,8 @@ def parse(cls: type[T], argv: Sequence[str], axes: dict[str, dict[str, type]]) -
 def read_toml(path: str) -> dict:
     file = Path(path)
     if not file.exists():
-        raise ValueError(f"{path}: no such recipe{nearest(file.name, [p.name for p in file.parent.glob('*.toml')])}")
+        there = [p.name for p in file.parent.glob("*.toml")]
+        raise ValueError(f"{path}: no such recipe{did_you_mean(file.name, there, '')}")
     try:
         return tomllib.loads(file.read_bytes().decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
@@ -73,7 +74,7 @@ def pick_member(axis: str, choices: dict[str, type], args: list[str], recipe: di
         else:
             args.append(arg)
     if name not in choices:
-        hint = nearest(str(name), choices)
+        hint = did_you_mean(name, choices, "")
         raise ValueError(f"{flag} {name}: no such member{hint}; there are: {', '.join(choices)}")
     return choices[name]
 
@@ -86,7 +87,7 @@ def flags_of(recipe: dict, default: object, source: str, prefix: str = "") -> li
     for key, value in recipe.items():
         name = key.replace("-", "_")
         if name not in known:
-            hint = elsewhere(name, default) or nearest(name, known)
+            hint = elsewhere(name, default) or did_you_mean(name, known)
             raise ValueError(f"{source}: there is no key {prefix + key!r}{hint}")
         flag = f"--{prefix}{name}".replace("_", "-")
         if dataclasses.is_dataclass(known[name]) and not isinstance(value, dict):
@@ -185,7 +186,7 @@ def cli(default: T, args: list[str], source: str) -> T:
             before = [arg for arg in args[: args.index(unknown[0])] if arg.startswith("--")]
             behind = f" behind {before[-1]}" if before else ""
             raise ValueError(f"{source}: {unknown[0]!r} is too much{behind}; see --help")
-        hint = elsewhere(flag.lstrip("-").replace("-", "_"), default) or nearest(flag, all_flags(default))
+        hint = elsewhere(flag.lstrip("-").replace("-", "_"), default) or nearest_flag(flag, all_flags(default))
         raise ValueError(f"{source}: there is no option {flag}{hint}")
     check_texts(config)
     return config
@@ -228,12 +229,21 @@ def elsewhere(name: str, default: object) -> str:
     return f"; here it is called {short_flag(flag_of(least), all_flags(default))}" if least else ""
 
 
-def nearest(name: str, known: Sequence[str] | dict) -> str:
-    """'; did you mean X?', or an empty string when nothing is near. Last words count as names."""
-    deepest_first = sorted(known, key=lambda k: -k.count("."))  # so that the least nested keeps the word
-    words = {k.rpartition(".")[2].lstrip("-"): k for k in deepest_first}
-    near = difflib.get_close_matches(name.lstrip("-").rpartition(".")[2], words, n=1, cutoff=0.5)
-    return f"; did you mean {words[near[0]]}?" if near else "; see --help"
+def nearest_flag(typed: str, flags: Sequence[str]) -> str:
+    """'; did you mean X?' for the flag whose last word is close and, where a section was typed, the section as well."""
+    typed = typed.replace("_", "-")
+    deepest_first = sorted(flags, key=lambda flag: -flag.count("."))  # so that the least nested keeps the word
+    words = {last_word(flag): flag for flag in deepest_first}
+    word = last_word(typed)
+    if "." in typed and word not in words:
+        near = nearest(typed, [flag for flag in flags if nearest(word, [last_word(flag)])])
+    else:
+        near = words.get(nearest(word, words), "")
+    return f"; did you mean {near}?" if near else "; see --help"
+
+
+def last_word(flag: str) -> str:
+    return flag.removeprefix("--").rpartition(".")[2]
 
 
 def as_dict(config: object) -> dict:

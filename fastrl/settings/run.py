@@ -15,6 +15,7 @@ from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
 from fastrl.base import ranks
 from fastrl.base.log import LOGGERS
+from fastrl.base.names import did_you_mean
 from fastrl.base.setting import check_bounds, setting
 from fastrl.data.task import TaskConfig
 from fastrl.engine.opening import EngineName
@@ -29,7 +30,7 @@ from fastrl.models.loading import (
 )
 from fastrl.objectives import OBJECTIVES
 from fastrl.objectives.grpo import GRPO
-from fastrl.settings.parse import all_flags, as_dict, nearest, parse
+from fastrl.settings.parse import all_flags, as_dict, parse
 from fastrl.updates import UPDATES
 from fastrl.updates.single import Single
 from fastrl.weights.activations import CheckpointMode
@@ -140,7 +141,7 @@ class TrainConfig:
         known = {name.replace("-", "_") for name in known}
         for name in self.allow_change:
             if name.replace("-", "_") not in known:
-                raise ValueError(f"--allow-change {name}: there is no such setting{nearest(name, sorted(known))}")
+                raise ValueError(f"--allow-change {name}: there is no such setting{did_you_mean(name, sorted(known))}")
         if not self.temperature:
             raise ValueError(f"--temperature must be above 0 in training, got {self.temperature}")
         if 0 < self.stop_at_accuracy <= self.stop_below_accuracy:

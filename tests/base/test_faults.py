@@ -1,13 +1,19 @@
 """The switch that breaks the program on purpose: what it reads, when it acts, and that unset it does nothing."""
 
+import dataclasses
 import errno
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastrl.base import faults
-from fastrl.base.faults import Fault, Faults
+from fastrl.base.faults import POINTS, Fault, Faults
+from fastrl.base.types import TrainBatch
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -26,29 +32,50 @@ def test_what_is_read(text, number, rank, first, last):
     assert (fault.number, fault.rank, fault.first, fault.last) == (number, rank, first, last)
 
 
-@pytest.mark.parametrize("text", ["kill", "kill@", "explode@save", "kill@save:x", "kill@save:rank:3", "nan@a b"])
+@pytest.mark.parametrize("text", ["kill", "kill@", "explode@grad", "kill@grad:x", "kill@grad:rank:3", "nan@a b"])
 def test_what_cannot_be_read_is_said(text):
     with pytest.raises(ValueError, match="FASTRL_FAULT: .* is not ACTION@POINT"):
         Fault.parse(text)
 
 
+def test_a_point_that_does_not_exist_is_refused():
+    with pytest.raises(
+        ValueError, match=r"no point 'save\.manifst'; did you mean save\.manifest\?; there are: dataset, "
+    ):
+        Fault.parse("kill@save.manifst:3")
+    with pytest.raises(ValueError, match="no point 'disk'; there are: dataset, "):
+        Fault.parse("kill@disk")
+
+
+def test_the_points_are_the_calls():
+    """POINTS is the list; a call with another name would never be reached, and a name without a call does nothing."""
+    calls = [
+        re.findall(r"faults\.(?:at|through)\(([^,)]+)", path.read_text()) for path in (ROOT / "fastrl").rglob("*.py")
+    ]
+    called = {call.strip('"') for calls_of_file in calls for call in calls_of_file}
+    assert "name" in called  # `Learner.fill`, of the scores that a batch may have
+    scores = {"old_logprobs", "current_logprobs", "ref_logprobs", "values"}
+    assert scores <= {field.name for field in dataclasses.fields(TrainBatch)}
+    assert called - {"name"} | scores == set(POINTS)
+
+
 def test_a_fault_happens_at_its_visits_and_at_its_rank_only():
-    happened = Faults([Fault.parse("fail@a:2-3"), Fault.parse("fail@b")], rank=0)
-    assert [len(happened.now("a")) for _ in range(5)] == [0, 1, 1, 0, 0]
-    assert [len(happened.now("b")) for _ in range(3)] == [1, 0, 0]
-    assert not Faults([Fault.parse("fail@a:rank1")], rank=0).planned
-    assert Faults([Fault.parse("fail@a:rank1")], rank=1).planned
+    happened = Faults([Fault.parse("fail@grad:2-3"), Fault.parse("fail@loss")], rank=0)
+    assert [len(happened.now("grad")) for _ in range(5)] == [0, 1, 1, 0, 0]
+    assert [len(happened.now("loss")) for _ in range(3)] == [1, 0, 0]
+    assert not Faults([Fault.parse("fail@grad:rank1")], rank=0).planned
+    assert Faults([Fault.parse("fail@grad:rank1")], rank=1).planned
 
 
 def test_errors_are_those_of_the_system(planned):
-    planned("full@disk,eio@disk:2,fail@disk:3")
+    planned("full@save.model,eio@save.model:2,fail@save.model:3")
     for number in (errno.ENOSPC, errno.EIO):
         with pytest.raises(OSError) as error:
-            faults.at("disk")
+            faults.at("save.model")
         assert error.value.errno == number
-    with pytest.raises(RuntimeError, match="at disk"):
-        faults.at("disk")
-    faults.at("disk")
+    with pytest.raises(RuntimeError, match="at save.model"):
+        faults.at("save.model")
+    faults.at("save.model")
 
 
 def test_values_change_in_place_and_numbers_are_returned(planned):
@@ -64,18 +91,18 @@ def test_values_change_in_place_and_numbers_are_returned(planned):
 
 
 def test_of_a_list_the_first_changes_and_of_a_tensor_the_first_that_is_not_zero(planned):
-    planned("none@logprobs,nan@credit,inf@nothing")
+    planned("none@rollout_logprobs,nan@credit,inf@values")
     values = [-1.0, -2.0]
-    assert faults.through("logprobs", values) == [None, -2.0] and values == [-1.0, -2.0]
+    assert faults.through("rollout_logprobs", values) == [None, -2.0] and values == [-1.0, -2.0]
     credit = torch.tensor([[0.0, 0.0], [0.5, 1.0]])
     faults.through("credit", credit)
     assert credit[1, 0].isnan() and credit[0].tolist() == [0, 0] and credit[1, 1] == 1
-    assert faults.through("nothing", torch.zeros(2)).tolist() == [math.inf, 0]
+    assert faults.through("values", torch.zeros(2)).tolist() == [math.inf, 0]
 
 
 def test_without_the_variable_nothing_is_counted(planned):
     planned("")
-    faults.at("save")
+    faults.at("save.begin")
     assert faults.through("grad", 1.0) == 1.0
     assert not faults.from_environment().visits
 

@@ -78,6 +78,49 @@ def test_a_mistake_is_one_line_with_the_remedy(args, code, text, program):
     assert "Traceback" not in stderr
 
 
+MEANT = {
+    "--lrr": "--optim.lr",
+    "--optim.lrr": "--optim.lr",
+    "--optm.lr": "--optim.lr",
+    "--stps": "--steps",
+    "--max-tokens": "--max-new-tokens",
+    "--task.max-new-tokens": "--max-new-tokens",
+    "--save-evry": "--save-every",
+    "--grp-size": "--allocation.group-size",
+    "--rewrad": "--reward",
+    "--critic.optim.rl": "--critic.optim.lr",
+    "--lookahed": "",
+    "--update.watch.seen": "",
+    "--allocation.position": "",
+    "--allocation.best-reward": "",
+    "--batch-size": "",
+    "--num-epochs": "",
+    "--fp16": "",
+    "--use-vllm": "",
+    "--wandb-project": "",
+    "--deepspeed": "",
+    "--top-k": "",
+    "--update.alpha": "",
+    "--ppo-epochs": "",
+    "--lora-rank": "",
+    "--gpu-memory-utilization": "",
+}
+
+
+@pytest.mark.parametrize("typed", MEANT)
+def test_what_is_close_is_suggested_and_nothing_else(typed):
+    with pytest.raises(ValueError) as error:
+        train.configure([typed, "1"])
+    hint = f"; did you mean {MEANT[typed]}?" if MEANT[typed] else "; see --help"
+    assert str(error.value) == f"the command line: there is no option {typed}{hint}"
+
+
+def test_a_recipe_that_is_not_there_is_not_any_other(program, tmp_path):
+    (tmp_path / "mine.toml").write_text("steps = 1\n")
+    assert program(train, "nowhere.toml")[2] == "fastrl: error: nowhere.toml: no such recipe\n"
+    assert program(train, "mime.toml")[2] == "fastrl: error: mime.toml: no such recipe; did you mean mine.toml?\n"
+
+
 def test_a_model_folder_without_tokenizer(program, no_tokenizer):
     code, _, stderr = program(train, "--model", no_tokenizer, "--data", "arithmetic")
     assert code == 2 and "the folder has no tokenizer" in stderr and "Traceback" not in stderr
