@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fastrl.data.arithmetic import Arithmetic, demonstration
-from fastrl.models.loading import token_logprobs
+from fastrl.models.head import token_logprobs
 
 ERROR_RATE, STEPS, BATCH, LR = 0.2, 1600, 256, 2e-3
 END = "<|endoftext|>"

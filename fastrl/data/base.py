@@ -123,12 +123,6 @@ def problems_from_rows(
     return Loaded(problems=problems, bad_rows=bad_rows, mapping=mapping, excluded=excluded)
 
 
-def problem_from_row(row: object, id: str) -> Problem:
-    """One row as a Problem; its own "id" wins over `id`. Raises DataError with the reason when it cannot be used."""
-    check_row(row)
-    return convert_row(row, row_id(row, id))[0]
-
-
 def check_row(row: object) -> None:
     """Raises DataError unless `row` is an object of at most MAX_ROW_BYTES whose text can be stored and displayed."""
     if not isinstance(row, dict):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrl.kernels.linear_logprob import CHUNK_ELEMENTS, CHUNK_ROWS
+from fastrl.weights.buffer import ALIGN, PART, round_up
 
 MIB, GIB = 2**20, 2**30
 CONTEXT = int(1.5 * GIB)  # CUDA context, cuBLAS, NCCL, per process; estimate until measured
@@ -22,7 +23,6 @@ HF_GROWTH = 1.5  # engine/cache.py makes room ahead
 SLAB = 4 * CHUNK_ELEMENTS  # logits alive where only log-probabilities are asked for
 NORM = 8  # bytes per element of a chunk of the shard, in float64 for the norm
 SPLIT_STEP = 20  # the same of a split master's step: joined, moved, and the bits of both halves
-ALIGN, CHUNK = 1024, 1 << 24  # as the files of fastrl.weights have them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +97,8 @@ class MemorySettings:
 
 
 def buffer(elements: int, ranks: int) -> int:
-    """Elements of a flat buffer that divides among ranks, as fastrl.weights.buffer.buffer_elements has it."""
-    return -(-elements // (ALIGN * ranks)) * ALIGN * ranks
+    """Elements of a flat buffer that divides among ranks."""
+    return round_up(elements, ALIGN * ranks)
 
 
 def trained(elements: int, optimizer: str, s: MemorySettings) -> dict[str, int]:
@@ -204,7 +204,7 @@ def step_bytes(model: ModelShape, s: MemorySettings) -> int:
     """What an optimizer step allocates beside what is there: the largest of its moments, one after the other."""
     shard = buffer(model.elements, s.ranks) // s.ranks
     grad, several = torch.promote_types(s.grad_dtype, s.dtype).itemsize, s.ranks > 1
-    chunk = min(shard, CHUNK)
+    chunk = min(shard, PART)
     reduced = several * shard * grad if s.cuda else 0  # the shard of the sum
     precision = max(4, s.dtype.itemsize)
     moments = [

@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 from fastrl.base import ranks
 from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import TrainBatch
-from fastrl.models.loading import LoadedModel, label_hidden, spread
+from fastrl.models.head import label_hidden, spread
+from fastrl.models.loading import LoadedModel
 from fastrl.models.packing import pack
 from fastrl.updates.base import Accumulate
 from fastrl.updates.single import Single
@@ -96,15 +97,6 @@ class Critic(ShardedModel):
         metrics = self.rule.update(self, minibatches)
         del metrics["num_backward_passes"]  # those that are counted are the policy's
         return {"value_loss": metrics.pop("loss"), **{f"critic/{name}": value for name, value in metrics.items()}}
-
-
-def critic_shapes(config) -> dict[str, tuple[int, ...]]:
-    """A transformers configuration -> names and shapes of the critic's parameters. Allocates nothing."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = ValueModel(AutoModelForCausalLM.from_config(config))
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def explained_variance(batch: TrainBatch) -> float:

@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch import nn
 
-from fastrl.base import faults
-from fastrl.kernels.linear_logprob import linear_logprob
-from fastrl.kernels.linear_policy_loss import LinearLoss, TokenVectors, linear_policy_loss
 from fastrl.models import packing
 from fastrl.models.liger import patch
-from fastrl.models.packing import Packing
 from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_pickles
-from fastrl.objectives.base import FusedLoss
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
 
 EMBEDDED = "embedded"  # the model that ships with the package
@@ -183,70 +177,3 @@ def named(name: str, error: Exception, before: str = "") -> str:
 
 def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def label_hidden(model: nn.Module, input_ids: Tensor, response_mask: Tensor, packed: Packing | None) -> Tensor:
-    """-> last hidden states [N, H], those from which the N tokens of the mask are predicted, in the mask's order.
-
-    input_ids, response_mask [B, S], right-padded. Padding follows every real token, so causal attention needs no mask
-    and padded ids cannot reach a masked position.
-    """
-    wanted = response_mask[:, 1:]
-    source = input_ids[:, :-1] if packed is None else packed.input_ids
-    if not source.numel():  # prompts of one token without a completion; attention takes no empty sequence
-        return model.base_model.get_input_embeddings()(source.reshape(-1))
-    if packed is None:
-        return model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state[wanted]
-    return embedding(packed.place[wanted], packing.forward(model, packed))
-
-
-def spread(x: Tensor, mask: Tensor) -> Tensor:
-    """x [N] -> [B, S], at the N tokens of the mask and zero elsewhere."""
-    return x.new_zeros(mask.shape).masked_scatter(mask, x)
-
-
-def token_policy_loss(
-    model: nn.Module, input_ids: Tensor, response_mask: Tensor, fused: FusedLoss, count: float, *,
-    inv_temperature: float = 1.0, num_tokens: int, packed: Packing | None = None,
-) -> tuple[LinearLoss, Tensor]:  # fmt: skip
-    """As `token_logprobs`, and the loss with it, divided by count: `linear_policy_loss`'s result, and logprobs [B, S].
-
-    The head's gradient is added to its float32 `.grad`; that of the hidden states goes on when the loss' backward() is
-    called.
-    """
-    hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
-    weight = model.get_output_embeddings().weight
-    given = (fused.advantage, fused.w / count, fused.old_logprobs, fused.ref_logprobs)
-    vectors = TokenVectors(*(None if x is None else x[response_mask].float() for x in given))
-    out = linear_policy_loss(
-        fused.loss, hidden, weight.detach()[:num_tokens], input_ids[response_mask], vectors,
-        inv_temperature=inv_temperature, weight_grad=weight.grad[:num_tokens], triton=True,
-    )  # fmt: skip
-    return out, spread(out.logprobs, response_mask)
-
-
-def token_logprobs(
-    model: nn.Module, input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
-    num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False, packed: Packing | None = None,
-    triton: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Right-padded input_ids, response_mask [B, S] -> logprobs [B, S], entropy [B, S] or None; nats, label-aligned.
-
-    Zero outside the mask. Only masked positions enter the head. `num_tokens`: the tokenizer's size; ids beyond it (a
-    padded vocabulary) are not part of the distribution, here as in the engine. head_grad_in_place: add the head's
-    gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
-    packed: the packing of input_ids, if the model can use it. triton: take the kernels for the head.
-    """
-    hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
-    weight = model.get_output_embeddings().weight
-    in_place = head_grad_in_place and torch.is_grad_enabled()
-    values, entropy, _ = linear_logprob(
-        hidden,
-        (weight.detach() if in_place else weight)[:num_tokens],
-        input_ids[:, 1:][response_mask[:, 1:]],
-        inv_temperature=inv_temperature,
-        need_entropy=need_entropy,
-        weight_grad=weight.grad[:num_tokens] if in_place else None,
-        triton=triton,
-    )
-    return spread(values, response_mask), None if entropy is None else spread(entropy, response_mask)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fastrl.base.types import TrainBatch
-from fastrl.models.loading import LoadedModel, token_logprobs, token_policy_loss
+from fastrl.models.head import token_logprobs, token_policy_loss
+from fastrl.models.loading import LoadedModel
 from fastrl.models.packing import pack
 from fastrl.objectives.base import FusedLoss
 from fastrl.weights.guard import Guard

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastrl.base.types import TrainBatch
-from fastrl.models.loading import load_model, token_logprobs
+from fastrl.models.head import token_logprobs
+from fastrl.models.loading import load_model
 from fastrl.models.packing import pack
 from fastrl.weights.buffer import FlatParams
 

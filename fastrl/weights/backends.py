@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastrl.weights import library, nvrtc
+from fastrl.weights.moves_ref import FlatStats
 
 Backend = Literal["cuda", "nvrtc", "triton", "torch"]
-NUM_STATS = 9  # FASTRL_FLAT_STATS
+NUM_STATS = len(FlatStats.NAMES)  # FASTRL_FLAT_STATS
 PROGRAMS_PER_MULTIPROCESSOR = 2
 
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-ALIGN = 1024  # elements: 16-byte vectors and per-block tensor ids hold everywhere
+ALIGN = 1024  # elements: tensors start at multiples of it, so 16-byte vectors fit, and 8-bit scales of 256
+BLOCK = ALIGN  # elements that belong to one tensor, as moves count them
+PART = 1 << 24  # elements that are in a wider type at a time
 VOCAB_ROWS = 64  # vLLM pads the vocabulary to a multiple of this
 
 FUSED = {
@@ -107,7 +109,6 @@ class FlatParams:
                     param.grad_dtype = self.grads.dtype
                     param.grad = self.view(self.grads, slot)[rows]
                 row += param.shape[0]
-        self.num_parameters = sum(p.numel() for p in named.values())
 
     def view(self, buffer: Tensor, slot: Slot) -> Tensor:
         """A slot of `buffer` in its own shape."""

@@ -9,17 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastrl.weights.buffer import ALIGN, PART
 from fastrl.weights.halves import join, split
 from fastrl.weights.optim import OptimConfig, ShardOptimizer
-
-CHUNK = 2**24  # elements, about
-ALIGN = 1024  # 8-bit states have a scale per 256 elements; as fastrl.weights.buffer.ALIGN
 
 
 class SplitOptimizer:
     """As `fastrl.weights.optim.ShardOptimizer`, of high [n] bfloat16 and low [n] int16, n a multiple of 1024."""
 
-    def __init__(self, config: OptimConfig, high: Tensor, low: Tensor, chunk: int = CHUNK):
+    def __init__(self, config: OptimConfig, high: Tensor, low: Tensor, chunk: int = PART):
         self.high, self.low = high, low
         blocks = torch.arange(len(high) // ALIGN).tensor_split(-(-len(high) // chunk))
         self.sizes = [len(part) * ALIGN for part in blocks]  # all alike, so that 8-bit states are for all or for none

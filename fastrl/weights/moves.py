@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fastrl.weights import backends
 from fastrl.weights.backends import Backend
-from fastrl.weights.moves_ref import BLOCK, FlatStats, extrapolate_ref_, interpolate_ref_, series
+from fastrl.weights.buffer import BLOCK
+from fastrl.weights.moves_ref import FlatStats, extrapolate_ref_, interpolate_ref_, series
 
 Shards = tuple[Tensor, Tensor]
 VECTOR_BYTES = 16  # of an access of the kernels

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrl.weights.buffer import BLOCK, PART
 from fastrl.weights.halves import join, split
 
-BLOCK = 1024  # elements; tensors start at multiples of it, so a block belongs to one tensor
 CHUNK = 1 << 20  # elements worked on at a time, so temporaries do not grow with the model
-NORM_CHUNK = 1 << 24  # elements; few enough launches for a shard of billions
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ def spread(threshold: Tensor, segment: Tensor, part: slice) -> Tensor:
 
 def squared_norm(shard: Tensor) -> Tensor:
     """[n] -> [] float64; only a chunk of the shard is copied to float64."""
-    sums = [square_sum(shard[part]) for part in chunks(shard, NORM_CHUNK)]
+    sums = [square_sum(shard[part]) for part in chunks(shard, PART)]
     return torch.stack(sums).sum() if sums else shard.new_zeros((), dtype=torch.float64)
 
 

@@ -11,19 +11,18 @@ from torch import Tensor, nn
 
 from fastrl.base import faults, ranks
 from fastrl.weights.activations import saved_on_host
-from fastrl.weights.buffer import FlatParams
+from fastrl.weights.buffer import BLOCK, PART, FlatParams
 from fastrl.weights.guard import Guard
 from fastrl.weights.halves import join, split
 from fastrl.weights.halves_optim import SplitOptimizer
 from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
-from fastrl.weights.moves_ref import BLOCK, FlatStats, direction, squared_norm
+from fastrl.weights.moves_ref import FlatStats, direction, squared_norm
 from fastrl.weights.offload import HostCopies
 from fastrl.weights.optim import OptimConfig, ShardOptimizer
 
 Offload = Literal["none", "optimizer", "activations", "optimizer,activations"]
 MasterKind = Literal["float32", "split"]
 Pair = tuple[Tensor, Tensor]
-PART = 2**24  # elements that are in a wider type at a time
 
 
 @dataclass(slots=True)

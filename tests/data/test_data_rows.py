@@ -13,10 +13,11 @@ from fastrl.data.base import (
     MAX_ROW_BYTES,
     BadRow,
     answer_text,
+    check_row,
     convert_row,
     last_boxed,
-    problem_from_row,
     problems_from_rows,
+    row_id,
 )
 
 GOOD = {"prompt": "What is 1+1?", "answer": "2"}
@@ -25,6 +26,11 @@ USER = [{"role": "user", "content": "What is 1+1?"}]
 
 def load(rows, **options):
     return problems_from_rows([("rows.jsonl", i, row) for i, row in enumerate(rows, start=1)], "rows.jsonl", **options)
+
+
+def problem_from_row(row, id):
+    check_row(row)
+    return convert_row(row, row_id(row, id))[0]
 
 
 SHAPES = {

@@ -8,7 +8,8 @@ from fastrl.data.arithmetic import Arithmetic
 from fastrl.engine.base import Request, Sampling, sampling_seed
 from fastrl.engine.hf import HFEngine, draw, nucleus, uniform
 from fastrl.engine.vllm_weights import attach
-from fastrl.models.loading import load_model, token_logprobs
+from fastrl.models.head import token_logprobs
+from fastrl.models.loading import load_model
 from fastrl.weights.buffer import FlatParams
 
 

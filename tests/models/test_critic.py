@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError, NumericsError
-from fastrl.models.critic import Critic, CriticConfig, critic_shapes, explained_variance
-from fastrl.models.loading import load_model, model_config
+from fastrl.models.critic import Critic, CriticConfig, explained_variance
+from fastrl.models.loading import load_model
 from fastrl.objectives.ppo import PPO
 from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
@@ -80,11 +80,9 @@ def test_it_starts_at_zero_and_trains_all_but_the_lm_head():
     assert all(critic.flat.owns(p) for p in named.values())
     backbone = sum(p.numel() for p in load_model("embedded", dtype=torch.float64, device="cpu").model.parameters())
     hidden = critic.model.value_head.weight.shape[1]
-    assert critic.flat.num_parameters == backbone + hidden + 1  # the embedded model's LM head is its embedding
-    config = model_config("embedded")
-    assert critic_shapes(config) == {name: tuple(p.shape) for name, p in named.items()}
-    config.tie_word_embeddings = False
-    assert critic_shapes(config) == {name: tuple(p.shape) for name, p in named.items()}
+    assert (
+        sum(p.numel() for p in named.values()) == backbone + hidden + 1
+    )  # the embedded model's LM head is its embedding
 
 
 def test_it_learns_the_mean_return_of_each_prompt():

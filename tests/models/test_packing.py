@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastrl.models import packing as packing_module
-from fastrl.models.loading import load_model, token_logprobs
+from fastrl.models.head import token_logprobs
+from fastrl.models.loading import load_model
 from fastrl.models.packing import ATTENTION, pack, supports
 from fastrl.step.batching import make_batch, select
 from support.batches import completion, group, numbered

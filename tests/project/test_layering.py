@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["kernels"],
-    ["base", "memory"],
+    ["base"],
     ["objectives", "allocation", "rewards", "weights"],
-    ["updates", "checkpoint", "data", "watch"],
+    ["updates", "checkpoint", "data", "watch", "memory"],
     ["models"],
     ["engine", "assets"],
     ["step", "settings"],

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastrl.weights.buffer import BLOCK
 from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
-from fastrl.weights.moves_ref import BLOCK
 from fastrl.weights.shard import Gradient
 
 F64 = torch.float64

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastrl.models.loading import load_model, token_logprobs
+from fastrl.models.head import token_logprobs
+from fastrl.models.loading import load_model
 from fastrl.models.packing import pack
 from fastrl.settings.run import configure
 from fastrl.step.batching import make_batch
