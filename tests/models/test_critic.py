@@ -80,9 +80,7 @@ def test_it_starts_at_zero_and_trains_all_but_the_lm_head():
     assert all(critic.flat.owns(p) for p in named.values())
     backbone = sum(p.numel() for p in load_model("embedded", dtype=torch.float64, device="cpu").model.parameters())
     hidden = critic.model.value_head.weight.shape[1]
-    assert (
-        sum(p.numel() for p in named.values()) == backbone + hidden + 1
-    )  # the embedded model's LM head is its embedding
+    assert sum(p.numel() for p in named.values()) == backbone + hidden + 1  # the LM head is the embedding
 
 
 def test_it_learns_the_mean_return_of_each_prompt():
