@@ -1,51 +1,84 @@
-"""The examples of docs/extending.md: a member of an axis is one file and one line, and its test passes."""
+"""The recipes of docs/extending.md, to the letter, in a copy of the tree; docs/architecture.md lists their files."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from fastrl.allocation import ALLOCATORS
-from fastrl.objectives import OBJECTIVES
-from fastrl.updates import UPDATES
-from support.trainers import make_trainer
+from support.copied_tree import apply, copy, edits, python, sections
 
-PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
-BLOCKS = {m[1]: m[0] for m in re.finditer(r"(?<=```python\n)# (\S+\.py)\n.*?(?=```)", PAGE, re.S)}
-# of an axis: the file of a member and that of its test
-MEMBERS = [
-    ("objective", OBJECTIVES, "Reinforce", "objectives/reinforce.py", "objectives/test_reinforce.py"),
-    ("update", UPDATES, "Halves", "updates/halves.py", "updates/test_half_steps.py"),
-    ("allocation", ALLOCATORS, "ShortFirst", "allocation/short_first.py", "allocation/test_short_first.py"),
-]
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = sections((DOCS / "extending.md").read_text())
+ROW = re.compile(r"^\| (an? [a-z ]+) \|(.*)\|$", re.MULTILINE)
+LISTED = {
+    what: set(re.findall(r"`([^`]+)`", files))
+    for what, files in ROW.findall(sections((DOCS / "architecture.md").read_text())["Recipes"])
+}
+RECIPES = [heading for heading in PAGE if heading.lower() in LISTED]
+BY_COMMAND = {"tests/golden/kernels_sm90.json"}
+# what shows that a recipe worked, beside the test that it brings
+SHOWN = {
+    "An objective": [
+        "tests/step/test_learner.py::test_gradient_does_not_depend_on_cut_or_padding[reinforce-packed]",
+        "tests/run/test_combinations.py::test_five_steps_the_last_two_again_from_a_checkpoint[reinforce-single-uniform]",
+    ],
+    "An update rule": [
+        "tests/run/test_combinations.py::test_five_steps_the_last_two_again_from_a_checkpoint[grpo-averaged-uniform]",
+        "tests/run/test_rules_on_ranks.py::test_a_rule_goes_on_with_what_it_keeps[averaged]",
+    ],
+    "An allocation": [
+        "tests/run/test_combinations.py::test_five_steps_the_last_two_again_from_a_checkpoint[grpo-single-short_first]",
+    ],
+    "A kernel": ["tests/project/test_bench.py::test_without_a_gpu_there_are_only_figures_of_a_model[row_mean]"],
+}
 
 
-def load(name, source, folder):
-    """Import a code block under a module name."""
-    path = folder / f"{name.rpartition('.')[2]}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def wanted_by(heading: str) -> list[str]:
+    own = [path for path in edits(PAGE[heading]) if Path(path).name.startswith("test_")]
+    return [path for path in own if path != "tests/step/test_learner.py"] + SHOWN.get(heading, [])
 
 
-@pytest.mark.parametrize("axis, registry, member, file, test", MEMBERS, ids=[m[0] for m in MEMBERS])
-def test_a_member_is_one_file_and_one_line(axis, registry, member, file, test, tmp_path, monkeypatch):
-    name = Path(file).stem
-    module = load(f"fastrl/{file}".removesuffix(".py").replace("/", "."), BLOCKS[f"fastrl/{file}"], tmp_path)
-    monkeypatch.setitem(registry, name, getattr(module, member))
-    trainer = make_trainer(
-        tmp_path / "run", f"--{axis}", name, "--problems-per-step", 4, "--limit", 16, "--eval-limit", 2, "--seed", 1
-    )
-    before = trainer.learner.policy.master.clone()
-    metrics = trainer.step()
-    assert metrics["grad_norm"] > 0 and not before.equal(trainer.learner.policy.master)
-    tests = load(f"documented_{name}", BLOCKS[f"tests/{test}"], tmp_path)
-    own = [function for key, function in vars(tests).items() if key.startswith("test_")]
-    assert own
-    for function in own:
-        function()
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the tree with all recipes."""
+    tree = copy(tmp_path_factory.mktemp("copied"))
+    for heading in RECIPES:
+        for path, (kind, text) in edits(PAGE[heading]).items():
+            apply(tree, path, kind, text)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def outcomes(tree) -> dict[str, str]:
+    """What became of each test, by its name; all in one process, for one takes seconds to start."""
+    wanted = [test for heading in RECIPES for test in wanted_by(heading)]
+    done = python(tree, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *wanted)
+    found = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) (\S+?(?:\[.*?\])?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    assert found, done.stdout[-3000:] + done.stderr[-3000:]
+    return {name: word if word == "PASSED" else done.stdout[-5000:] for word, name in found}
+
+
+def test_every_recipe_is_in_both_documents():
+    assert {heading.lower() for heading in RECIPES} == LISTED.keys()
+
+
+@pytest.mark.parametrize("heading", RECIPES)
+def test_a_recipe_touches_the_files_that_are_listed(heading):
+    assert edits(PAGE[heading]).keys() == LISTED[heading.lower()] - BY_COMMAND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heading", RECIPES)
+def test_a_recipe_works_to_the_letter(heading, outcomes):
+    for test in wanted_by(heading):
+        own = {word for name, word in outcomes.items() if name.startswith(test)}
+        assert own == {"PASSED"}, own
+
+
+@pytest.mark.slow
+def test_the_kernel_of_the_recipe_compiles_and_has_its_row(tree):
+    (command,) = re.findall(r"^TRITON_INTERPRET=0 python (\S+) (.*?) +#", PAGE["A kernel"], re.MULTILINE)
+    done = python(tree, command[0], *command[1].split(), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tree / "tests" / "golden" / "kernels_sm90.json").read_text()
+    assert '"row_mean": {"registers": ' in table and '"policy_loss-clip": {"registers": ' in table

@@ -8,18 +8,40 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    ["kernels"],
-    ["base"],
-    ["objectives", "allocation", "rewards", "weights"],
-    ["updates", "checkpoint", "data", "watch", "memory"],
-    ["models"],
-    ["engine", "assets"],
-    ["step", "settings"],
-    ["passrates", "comparison", "evaluate", "plan", "doctor"],
-    ["run", "compare", "profile"],
-    ["train"],
-]
+    {"kernels": "operations of the head and of losses: definitions and Triton (the folder `kernels/`)"},
+    {"base": "types, errors, settings, ranks, log, spans, faults; imports torch and nothing of ours"},
+    {
+        "objectives": "what the policy is pushed towards",
+        "allocation": "which problems, how many completions",
+        "rewards": "verifiers and reward functions, in processes that can be killed",
+        "weights": "the flat buffer, a rank's shard of it, optimizers, moves",
+    },
+    {
+        "updates": "how a batch becomes a parameter change",
+        "checkpoint": "writing, reading, cutting among ranks",
+        "data": "problems, prompts, tasks",
+        "watch": "collapse, hangs, refused steps",
+        "memory": "bytes: parts, plan, advice, measurement; knows no run",
+    },
+    {"models": "loading and refusing, head, packing, policy, reference, critic"},
+    {"engine": "samplers: hf and vLLM over the trainer's weights", "assets": "the embedded model"},
+    {"step": "one step, in order", "settings": "every flag; TOML and command line"},
+    {
+        "passrates": "the profile: its file, how it is sampled", "comparison": "what `compare` runs and reports",
+        "evaluate": "program", "plan": "program", "doctor": "program",
+    },
+    {"run": "from settings to a running trainer; resuming", "compare": "program", "profile": "program"},
+    {"train": "program"},
+]  # fmt: skip
+DOC = ROOT / "docs" / "architecture.md"
+TABLE = re.compile(r"(?<=<!-- packages -->\n).*?(?=<!-- end -->)", re.DOTALL)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def table() -> str:
+    """The packages in rows of a document, lowest first."""
+    rows = [f"| {level} | `{name}` | {holds} |" for level, units in enumerate(LAYERS) for name, holds in units.items()]
+    return "\n".join(["| level | package | what it holds |", "|---|---|---|", *rows]) + "\n"
 
 
 def unit(path: Path) -> str:
@@ -58,6 +80,11 @@ SOURCES = [p for p in sorted((ROOT / "fastrl").rglob("*.py")) if p.name != "__in
 def test_imports_go_down(path):
     # make_tiny is a program: it may use whatever makes the model
     assert not violations(path, "train" if path.name == "make_tiny.py" else unit(path))
+
+
+def test_every_unit_has_a_place_and_the_document_says_it():
+    assert {unit(path) for path in SOURCES} | {"kernels"} == LEVEL.keys()
+    assert TABLE.search(DOC.read_text())[0] == table(), "python tests/project/test_layering.py writes it"
 
 
 def test_kernels_import_nothing_of_ours():
@@ -126,3 +153,7 @@ def test_folders_of_tests_are_those_of_the_packages():
     names = [path.name for path in inside]
     assert len(set(names)) == len(names) and "__init__.py" not in names
     assert all((path.parts[0] in ("support", "golden")) != path.name.startswith("test_") for path in inside)
+
+
+if __name__ == "__main__":
+    DOC.write_text(TABLE.sub(lambda _: table(), DOC.read_text()))

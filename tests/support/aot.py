@@ -1,6 +1,8 @@
 """Compile every kernel, as it is launched, for sm_90, without a GPU; print what came out as one JSON object.
 
-TRITON_INTERPRET=0 python tests/support/aot.py [--golden]    {name: {registers, ...}}; --golden writes kernels_sm90.json
+TRITON_INTERPRET=0 python tests/support/aot.py [--golden] [NAME ...]    {name: {registers, ...}}
+
+NAME: only kernels whose names begin so. --golden: write them into tests/golden/kernels_sm90.json.
 
 Triton's kernels are compiled by Triton, those of csrc/ by nvcc where there is one.
 """
@@ -162,15 +164,30 @@ def occupancy(registers: int, threads: int) -> dict[str, int]:
     return {"programs": min(2048 // threads, REGISTERS // (-(-registers // 8) * 8 * threads))}
 
 
-def everything() -> dict[str, dict[str, int]]:
-    made = [pair for family in (policy_loss, apo_loss, row_forward, row_gradient, flat) for pair in family()]
+# a generator of (name, (kernel, types of its arguments, constants, warps)) for each family of kernels
+FAMILIES = [
+    policy_loss,
+    apo_loss,
+    row_forward,
+    row_gradient,
+    flat,
+]
+
+
+def everything(*names: str) -> dict[str, dict[str, int]]:
+    """All kernels, or those whose names begin with one of `names`."""
+    made = [pair for family in FAMILIES for pair in family()]
     assert len(dict(made)) == len(made), "two configurations of one name"
-    return {name: compiled_by_triton(*given) for name, given in made} | compiled_by_nvcc()
+    wanted = [(name, given) for name, given in made if name.startswith(names or "")]
+    return {name: compiled_by_triton(*given) for name, given in wanted} | ({} if names else compiled_by_nvcc())
 
 
 if __name__ == "__main__":
-    text = json.dumps({"triton": triton.__version__, "kernels": everything()}, indent=1)
+    names = [word for word in sys.argv[1:] if word != "--golden"]
+    found = everything(*names)
     if "--golden" in sys.argv:
-        rows_of = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text)
-        GOLDEN.write_text(rows_of + "\n")
-    print(text)
+        kept = json.loads(GOLDEN.read_text())["kernels"] if names else {}
+        text = json.dumps({"triton": triton.__version__, "kernels": kept | found}, indent=1)
+        text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text)
+        GOLDEN.write_text(text + "\n")
+    print(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1))
