@@ -16,7 +16,12 @@ from support.arguments import SMALL_PROFILE
 from support.run_folders import rows, step_records
 from support.trainers import make_trainer
 
-RENEWED = [*SMALL_PROFILE, "--reprofile-every", 2, "--steps", 6, "--save-every", 1, "--keep", 9, "--lr", 3e-3]
+# every step moves the weights: with seeds 0 to 5 the smallest gradient norm was 0.19, and 6 to 15 of the 24 problems
+# had another group size in a new profile
+RENEWED = [
+    *SMALL_PROFILE, "--problems-per-step", 4, "--unsolved-keep-frac", 0, "--reprofile-every", 2, "--steps", 6,
+    "--save-every", 1, "--keep", 9, "--lr", 1e-3,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +57,10 @@ def test_a_new_profile_is_logged_with_how_much_it_changed(straight):
     assert steps[4]["profile/spearman"] == spearman(second.pass_rates(), third.pass_rates())
     assert steps[4]["profile/pass_rate"] == pytest.approx(sum(third.pass_rates()) / 24)
     assert steps[4]["profile/num_rollouts"] == 96
-    # group sizes by hand from the rows, 4 completions: 1/4 -> 4, 1/2 -> 2, 3/4 -> 2; 4/4 and most 0/4 are left out
+    # group sizes by hand from the rows, 4 completions: 1/4 -> 4, 1/2 -> 2, 3/4 -> 2; 4/4 and 0/4 are left out
     size = {0.25: 4, 0.5: 2, 0.75: 2}
     moved = sum(size.get(a) != size.get(b) for a, b in zip(second.pass_rates(), third.pass_rates(), strict=True))
-    assert abs(24 * steps[4]["profile/frac_group_size_changed"] - moved) <= 2  # an unsolved one is kept each time
-    assert steps[4]["profile/frac_group_size_changed"] > 0
+    assert 24 * steps[4]["profile/frac_group_size_changed"] == pytest.approx(moved) and moved > 0
     by_id = dict(zip((row["id"] for row in third.rows), third.pass_rates(), strict=True))
     for p in straight.profiler.problems:  # the newest is in force
         assert p.profile_right.mean().item() == by_id[p.id]

@@ -120,6 +120,6 @@ def test_every_program_prints_through_one_door():
                 r"print\((printable|json\.dumps|f\"fastrl: error)", line
             ):
                 found.append(f"{path.name}: {line.strip()}")
-    rank = 'fitting.py: print(f"rank {ranks.rank()}: {text}", file=sys.stderr, flush=True)'
+    rank = 'microbatches.py: print(f"rank {ranks.rank()}: {text}", file=sys.stderr, flush=True)'
     made = [line for line in found if line.startswith("make_tiny.py: ")]
     assert set(found) - set(made) == {rank}

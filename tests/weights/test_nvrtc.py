@@ -17,7 +17,7 @@ KERNELS = [f"fastrl_{mode}{split}_kernel" for mode in ("interpolate", "gradients
 
 
 @pytest.fixture(scope="module")
-def compiles():
+def compiler():
     try:
         return nvrtc.compiler()
     except OSError as error:
@@ -32,7 +32,7 @@ def nvidia():
 
 
 @pytest.mark.slow
-def test_the_source_becomes_a_cubin_without_spills(compiles, nvidia, tmp_path):
+def test_the_source_becomes_a_cubin_without_spills(compiler, nvidia, tmp_path):
     path = tmp_path / "flat_update.cubin"
     path.write_bytes(nvrtc.compiled(SOURCE.read_text(), "sm_90", folder=SOURCE.parent))
     said = subprocess.run(
@@ -46,7 +46,7 @@ def test_the_source_becomes_a_cubin_without_spills(compiles, nvidia, tmp_path):
         assert numbers["REG"] <= 64, f"{name}: two blocks of 512 threads fit with at most 64 registers"
 
 
-def test_what_nvrtc_cannot_compile_is_said(compiles):
+def test_what_nvrtc_cannot_compile_is_said(compiler):
     with pytest.raises(RuntimeError, match=r"for sm_999: NVRTC_ERROR_INVALID_OPTION.*gpu-architecture"):
         nvrtc.compiled(SOURCE.read_text(), "sm_999", folder=SOURCE.parent)
     with pytest.raises(RuntimeError, match=r"for sm_90: NVRTC_ERROR_COMPILATION; flat_update.cu\(1\): error"):
@@ -54,7 +54,7 @@ def test_what_nvrtc_cannot_compile_is_said(compiles):
 
 
 @pytest.mark.slow
-def test_arguments_lie_where_the_kernel_reads_them(compiles):
+def test_arguments_lie_where_the_kernel_reads_them(compiler):
     """Every field of the Python structure, where the C++ one has it: the compiler says if it has not."""
     fields = library.Arguments
     places = {f"__builtin_offsetof(Arguments, {name})": getattr(fields, name).offset for name, _ in fields._fields_}
