@@ -13,7 +13,8 @@ LAYERS = [
     ["updates", "checkpoint", "data", "watch"],
     ["models"],
     ["engine", "assets"],
-    ["step", "settings"],
+    ["settings"],
+    ["step"],
     ["passrates", "comparison", "evaluate", "plan", "doctor"],
     ["run", "compare", "profile"],
     ["train"],
@@ -68,4 +69,4 @@ def test_a_planted_upward_import_is_found(tmp_path):
     planted = tmp_path / "flat.py"
     planted.write_text("def f():\n    from fastrl.step.trainer import Trainer\n    from fastrl import models\n")
     found = violations(planted, "weights")
-    assert len(found) == 2 and "imports step (layer 6)" in found[1] and "imports models (layer 4)" in found[0]
+    assert len(found) == 2 and "imports step (layer 7)" in found[1] and "imports models (layer 4)" in found[0]
