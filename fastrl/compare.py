@@ -18,7 +18,7 @@ from datetime import date
 from fastrl.base.exits import run_program
 from fastrl.base.log import say, versions, write_json
 from fastrl.comparison.costs import choose_lr, measure, read_points
-from fastrl.comparison.methods import COSTS, axis_names, check_protocol, flat
+from fastrl.comparison.methods import COSTS, axis_names, check_protocol
 from fastrl.comparison.plan import Plan, read_plan
 from fastrl.comparison.plots import draw
 from fastrl.comparison.ratios import summarize
@@ -35,6 +35,7 @@ from fastrl.comparison.report import (
     weak_points,
 )
 from fastrl.comparison.runs import Run, execute, read
+from fastrl.settings.run import by_path
 
 STOPPED = 75
 
@@ -77,7 +78,7 @@ def describe_rows(plan: Plan, rows: list[dict], runs: list[Run]) -> dict:
     stored = {(run.method, run.seed): read(run.folder / "config.json") for run in runs}
     check_protocol({f"{method} seed {seed}": settings for (method, seed), settings in stored.items()})
     ignored = ("seed", "out", "resume", "name")
-    settings = {key: {k: v for k, v in flat(s).items() if k not in ignored} for key, s in stored.items()}
+    settings = {key: {k: v for k, v in by_path(s).items() if k not in ignored} for key, s in stored.items()}
     keys = dict.fromkeys(k for s in settings.values() for k in s)
     first = next(iter(settings.values()))
     differ = [k for k in keys if any(k not in s or k not in first or s[k] != first[k] for s in settings.values())]

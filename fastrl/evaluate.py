@@ -8,68 +8,59 @@ maj@k whether the most frequent answer is right. The last line of the output is 
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from fastrl.base.exits import run_program
 from fastrl.base.log import say, versions, write_json
-from fastrl.base.setting import check_bounds, setting
-from fastrl.data.task import TaskConfig, default_rewards, load_task
+from fastrl.base.setting import setting
+from fastrl.data.task import default_rewards, load_task
 from fastrl.engine.base import Sampling
-from fastrl.engine.opening import EngineName, frozen_engine
-from fastrl.engine.vllm import VllmConfig
-from fastrl.models.loading import EMBEDDED, Attention, load_model, load_tokenizer, pick_device
+from fastrl.engine.opening import frozen_engine
+from fastrl.models.loading import load_model, load_tokenizer, pick_device
 from fastrl.rewards import RewardSet
+from fastrl.settings.job import JobConfig
 from fastrl.settings.parse import as_dict, parse
+from fastrl.settings.sections import SamplingSection
 from fastrl.step.metrics import evaluation_metrics
 from fastrl.step.rollout import Rollout
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig:
-    model: str = EMBEDDED  # a Hugging Face model folder or name (a checkpoint is one), or `embedded`
-    data: str = "arithmetic"  # a data-set name, or a file or folder of problems
-    split: str = "test"  # of the data set: train or test
-    limit: int = setting(0, "[0, 1e9]")  # use only the first problems; 0 = all
-    k: int = setting(8, "[1, 1e5]")  # completions per problem
-    reward: tuple[str, ...] = ()  # as in training; the data set's if none
-    reward_workers: int = setting(2, "[1, 1024]")  # processes that grade
-    task: TaskConfig = field(default_factory=TaskConfig)
-    max_new_tokens: int = setting(512, "[1, 1e7]")  # a completion is cut off there
-    temperature: float = setting(1.0, "[0, 100]")  # 0 = greedy
-    top_p: float = setting(1.0, "(0, 1]")  # sample from the likeliest tokens of this probability together
-    grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
-    seed: int = setting(0, "[0, 4e9]")  # of sampling
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
-    attention: Attention = "sdpa"  # transformers' attn_implementation
-    engine: EngineName = "auto"  # hf, vllm; auto: vllm on a GPU where it is installed
-    vllm: VllmConfig = field(default_factory=VllmConfig)
-    max_num_seqs: int = setting(512, "[1, 1e6]")  # completions the engine decodes together
-    out: str = ""  # write the JSON document here as well
+class EvaluateSampling(SamplingSection):
+    """How completions are drawn, and which of them are graded."""
 
-    def __post_init__(self):
-        check_bounds(self)
+    top_p: float = setting(1.0, "(0, 1]")  # sample from the likeliest tokens of this probability together
+
+    def drawn(self) -> Sampling:
+        return replace(super().drawn(), top_p=self.top_p)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(JobConfig):
+    """A model on problems it is not trained on; a checkpoint is a model."""
+
+    # a data-set name, or a file or folder of problems
+    data: str = setting("arithmetic", known_as=("dataset", "dataset_name"))
+    split: str = "test"  # of the data set: train or test
+    k: int = setting(8, "[1, 1e5]")  # completions per problem
+    sampling: EvaluateSampling = field(default_factory=EvaluateSampling)
+    out: str = ""  # write the JSON document here as well
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Sample, grade and score; the metrics by name, and `num_problems`."""
-    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
+    sampling = config.sampling.drawn()
     device, dtype = pick_device(config.device, config.dtype)
     with RewardSet(list(config.reward) or default_rewards(config.data), workers=config.reward_workers) as rewards:
         tokenizer = load_tokenizer(config.model)
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         say("\n".join(task.report))
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
-        opened = frozen_engine(
-            config.engine, loaded, config.vllm, task.problems, sampling, max_num_seqs=config.max_num_seqs,
-            seed=config.seed,
-        )  # fmt: skip
-        with opened as engine:
+        with frozen_engine(config.engine, loaded, task.problems, sampling, config.seed) as engine:
             rollout = Rollout(
                 engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
-                grade_truncated=config.grade_truncated,
+                grade_truncated=config.sampling.grade_truncated,
             )  # fmt: skip
             _, table = rollout.evaluate(task.problems, config.k, sampling)
     return evaluation_metrics(table)

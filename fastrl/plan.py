@@ -33,8 +33,8 @@ from fastrl.memory.advice import (
 from fastrl.memory.parts import GIB, MemorySettings, ModelShape
 from fastrl.memory.plan import CARDS, MemoryPlan, plan_memory
 from fastrl.models.shapes import find_config, known_shapes, model_shape
+from fastrl.settings.flags import all_flags
 from fastrl.settings.memory import memory_settings
-from fastrl.settings.parse import all_flags
 from fastrl.settings.run import TrainConfig, configure
 
 TABLE = ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
@@ -70,7 +70,7 @@ def settings_for(config: PlanConfig, card: str) -> MemorySettings:
     """As the run on a GPU; with `tokens_per_microbatch` 0 where they are to be searched for."""
     return memory_settings(
         config, device="cuda", dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
-        tokens_per_microbatch=config.tokens_per_microbatch, ranks=config.gpus, context=config.context,
+        tokens_per_microbatch=config.memory.tokens_per_microbatch, ranks=config.gpus, context=config.context,
         capacity=int(card_gib(card) * GIB),
     )  # fmt: skip
 
@@ -143,8 +143,8 @@ def main(argv: Sequence[str]) -> int:
     plan = planned(model_shape(config.model, find_config(config.model)), settings_for(config, config.card))
     found = document(plan, trainer_flags())
     say("\n".join([*report(plan, trainer_flags()), json.dumps(found)]))
-    if config.out.endswith(".json"):  # otherwise it is the run's folder
-        write_json(Path(config.out), found)
+    if config.run.out.endswith(".json"):  # otherwise it is the run's folder
+        write_json(Path(config.run.out), found)
     return 0
 
 

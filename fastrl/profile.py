@@ -9,61 +9,44 @@ The same command again goes on where an interrupted one stopped. A run with the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from fastrl.allocation import ALLOCATORS
 from fastrl.base import log, ranks
 from fastrl.base.exits import run_program
-from fastrl.base.setting import check_bounds, setting
+from fastrl.base.setting import setting
 from fastrl.base.types import DataError, Problem
-from fastrl.data.task import TaskConfig, default_rewards, load_task
-from fastrl.engine.base import Sampling
-from fastrl.engine.opening import EngineName, frozen_engine
-from fastrl.engine.vllm import VllmConfig
-from fastrl.models.loading import EMBEDDED, Attention, load_model, load_tokenizer, pick_device
+from fastrl.data.task import default_rewards, load_task
+from fastrl.engine.opening import frozen_engine
+from fastrl.models.loading import load_model, load_tokenizer, pick_device
 from fastrl.passrates.file import Profile, ProfileKey, default_path, read_profile
 from fastrl.passrates.sampling import sample_profile
 from fastrl.rewards import RewardSet
-from fastrl.settings.parse import cli, expand, flags_of, read_toml
-from fastrl.settings.run import EMBEDDED_RECIPE
+from fastrl.settings.flags import expand
+from fastrl.settings.job import JobConfig
+from fastrl.settings.parse import cli, parse
+from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
+from fastrl.settings.sections import EngineSection, SamplingSection
 from fastrl.step.rollout import Rollout
-
-OF_A_RUN = {"profile": "out", "num_profile_completions": "num_completions"}  # keys of a recipe -> what they are here
 
 
 @dataclass(kw_only=True)
-class ProfileConfig:
-    model: str = EMBEDDED  # a Hugging Face model folder or name, or `embedded`
-    data: str = "gsm8k"  # a data-set name, or a file or folder of problems
-    split: str = "train"  # of the data set: train or test
-    limit: int = setting(0, "[0, 1e9]")  # use only the first problems; 0 = all
-    reward: tuple[str, ...] = ()  # as in training; the data set's if none
-    reward_workers: int = setting(2, "[1, 1024]")  # processes that grade
-    task: TaskConfig = field(default_factory=TaskConfig)
+class ProfileConfig(JobConfig):
+    """A model on problems it may be trained on."""
+
     num_completions: int = setting(8, "[1, 1e5]")  # per problem
-    max_new_tokens: int = setting(512, "[1, 1e7]")  # a completion is cut off there
-    temperature: float = setting(1.0, "[0, 100]")  # of sampling
-    grade_truncated: bool = False  # grade cut-off completions instead of giving them 0
-    seed: int = setting(0, "[0, 4e9]")  # of sampling
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
-    attention: Attention = "sdpa"  # transformers' attn_implementation
-    engine: EngineName = "auto"  # hf, vllm; auto: vllm on a GPU where it is installed
-    vllm: VllmConfig = field(default_factory=VllmConfig)
-    max_num_seqs: int = setting(512, "[1, 1e6]")  # completions the engine decodes together
     threads: int = setting(0, "[0, 1024]")  # CPU threads of torch; 0 = its own choice
     out: str = ""  # file; runs/profiles/<digest of what it depends on>.jsonl if empty
     show: str = ""  # only print this file
     steps: int = setting(200, "[1, 1e9]")  # of the run whose phases are shown
 
     def __post_init__(self):
-        check_bounds(self)
-        if not self.temperature:
-            raise ValueError(f"--temperature must be above 0, as in training, got {self.temperature}")
+        super().__post_init__()
+        if not self.sampling.temperature:
+            raise ValueError(f"--temperature must be above 0, as in training, got {self.sampling.temperature}")
 
 
 def configure(argv: Sequence[str]) -> ProfileConfig:
@@ -74,17 +57,29 @@ def configure(argv: Sequence[str]) -> ProfileConfig:
     if not recipe and not given & {"--model", "--show"}:
         recipe = str(EMBEDDED_RECIPE)
     if recipe:
-        known = {f.name for f in fields(config)} - {"out"}  # in a recipe that is the run's folder
-        settings = {key.replace("-", "_"): value for key, value in read_toml(recipe).items()}
-        mine = {key: value for key, value in settings.items() if key in known}
-        mine |= {OF_A_RUN[key]: value for key, value in settings.items() if key in OF_A_RUN}
-        config = cli(config, flags_of(mine, config, recipe), recipe)
+        config = of_a_run(parse(TrainConfig, [recipe], AXES))
     return cli(config, expand(args, config), "the command line")
+
+
+def of_a_run(run: TrainConfig) -> ProfileConfig:
+    """The profile that the run would make; `out` of a run is a folder, so that of its profile is --profile."""
+    shared = {f.name: getattr(run, f.name) for f in fields(JobConfig)}
+    shared |= {
+        "sampling": SamplingSection(**{f.name: getattr(run.sampling, f.name) for f in fields(SamplingSection)}),
+        "engine": EngineSection(**{f.name: getattr(run.engine, f.name) for f in fields(EngineSection)}),
+    }
+    return ProfileConfig(
+        **shared,
+        num_completions=run.sampling.num_profile_completions,
+        threads=run.threads,
+        out=run.sampling.profile,
+        steps=run.run.steps,
+    )
 
 
 def make(config: ProfileConfig) -> tuple[Path, Profile]:
     """Sample what the file does not have yet -> the file and the whole profile."""
-    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    sampling = config.sampling.drawn()
     device, dtype = pick_device(config.device, config.dtype)
     specs = list(config.reward) or default_rewards(config.data)
     with RewardSet(specs, workers=config.reward_workers) as rewards:
@@ -92,7 +87,7 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         key = ProfileKey.of(
             model=config.model, problems=task.problems, rewards=specs, sampling=sampling,
-            grade_truncated=config.grade_truncated, seed=config.seed, num_completions=config.num_completions,
+            grade_truncated=config.sampling.grade_truncated, seed=config.seed, num_completions=config.num_completions,
         )  # fmt: skip
         path = Path(config.out).expanduser() if config.out else default_path(key, Path("runs"))
         say("\n".join([*task.report, f"profile: {path}"]))
@@ -102,14 +97,10 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
             if stored.complete:
                 return path, stored.first(config.num_completions)
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
-        opened = frozen_engine(
-            config.engine, loaded, config.vllm, task.problems, sampling, max_num_seqs=config.max_num_seqs,
-            seed=config.seed,
-        )  # fmt: skip
-        with opened as engine:
+        with frozen_engine(config.engine, loaded, task.problems, sampling, config.seed) as engine:
             rollout = Rollout(
                 engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
-                grade_truncated=config.grade_truncated,
+                grade_truncated=config.sampling.grade_truncated,
             )  # fmt: skip
             return path, sample_profile(rollout, task.problems, key, path, say=say).first(config.num_completions)
 

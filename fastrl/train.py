@@ -93,7 +93,8 @@ def watchdog_of(config: TrainConfig, spans: Spans, log: RunLog, stop: StopFlag) 
     def others_noticed() -> None:
         log.ended = True
 
-    return Watchdog(spans, config.hang_timeout, config.folder, report=report, others_noticed=others_noticed)
+    wait = config.stopping.hang_timeout
+    return Watchdog(spans, wait, config.run.folder, report=report, others_noticed=others_noticed)
 
 
 def has_run(folder: Path) -> bool:
@@ -129,7 +130,7 @@ def main(argv: list[str]) -> int:
     device, dtype, tokens = resolve(config)
     rewards = open_rewards(config)
     lines = describe(config, device, tokens)
-    if config.dry_run:
+    if config.run.dry_run:
         print(json.dumps(as_dict(config), indent=2))
         say("\n".join([*lines, *memory_lines(config, dtype, tokens)]))
         with rewards:
@@ -139,12 +140,12 @@ def main(argv: list[str]) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        ranks.start(device, longest_wait(config.hang_timeout))
+        ranks.start(device, longest_wait(config.stopping.hang_timeout))
     except EngineError as error:
         return fail(error)
     checkpoint.seed_generators(config.seed + ranks.rank())
     quiet = ranks.rank() > 0
-    log = RunLog(config.folder, total_steps=config.steps, quiet=quiet)
+    log = RunLog(config.run.folder, total_steps=config.run.steps, quiet=quiet)
     stop, spans = StopFlag(log), Spans()
     watchdog = watchdog_of(config, spans, log, stop)
     trainer = None
@@ -156,15 +157,15 @@ def main(argv: list[str]) -> int:
         watchdog.start()
         with collector_paused():
             trainer = stop.trainer = build(config, log, rewards, stop, spans)
-        if config.resume:
-            resume(trainer, config.resume, config)
+        if config.run.resume:
+            resume(trainer, config.run.resume, config)
         elif not quiet:
-            fresh_folder(config.folder)
-        log.open(config.log)
+            fresh_folder(config.run.folder)
+        log.open(config.run.log)
         ranks.barrier()
         if not quiet:
-            write_json(config.folder / "config.json", as_dict(config))
-            write_json(config.folder / "manifest.json", {"versions": versions(), "argv": argv})
+            write_json(config.run.folder / "config.json", as_dict(config))
+            write_json(config.run.folder / "manifest.json", {"versions": versions(), "argv": argv})
         log.say(f"start-up took {time.monotonic() - started:.1f} s")
         reason = trainer.run()
         code = 75 if reason == "stopped" else 0
@@ -175,18 +176,17 @@ def main(argv: list[str]) -> int:
         if code == 0:
             log.curve()
         log.close()
-        log.say(
-            f"{reason} at step {trainer.completed} after {time.monotonic() - started:.0f} s; {config.folder}  {message}"
-        )
+        took = time.monotonic() - started
+        log.say(f"{reason} at step {trainer.completed} after {took:.0f} s; {config.run.folder}  {message}")
         ranks.barrier()  # a rank that leaves early would abort the others' last collective
     except BaseException as error:
         phase = spans.progress.phase
         if isinstance(error, EngineError) and phase:
             error.args = (f"{error} (step {where(trainer)[0] + 1}, phase {phase})",)
         leave_status(log, trainer, type(error).__name__, exit_code(error), str(error), phase)
-        if trainer is not None and config.folder.exists():
+        if trainer is not None and config.run.folder.exists():
             name = f"traceback-rank{ranks.rank()}.txt" if quiet else "traceback.txt"
-            (config.folder / name).write_text(printable(traceback.format_exc()))
+            (config.run.folder / name).write_text(printable(traceback.format_exc()))
         if isinstance(error, (ValueError, EngineError, NumericsError, Stopped)):
             return fail(error)
         raise

@@ -2,7 +2,7 @@
 
     steps: int = setting(200, "[1, 1e9]", free=True, known_as="max_steps")  # optimizer steps of the run
 
-A field with init=False is state and no setting.
+A field with init=False is state and no setting. Where settings are many, sections hold them.
 """
 
 import dataclasses
@@ -28,13 +28,22 @@ def setting(
     )
 
 
+class Section:
+    """A dataclass of settings that is a part of another, whose flags are typed without its name."""
+
+    def __post_init__(self):
+        check_bounds(self)
+
+
 def settings_of(config: object, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, object]]:
-    """(path, field, value) of every setting; those of nested dataclasses are told by a path such as optim.lr."""
+    """(path, field, value) of every setting: optim.lr for one of a nested dataclass, steps for one of a section."""
     for field in dataclasses.fields(config):
         if not field.init:
             continue
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Section):
+            yield from settings_of(value, prefix)
+        elif dataclasses.is_dataclass(value):
             yield from settings_of(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, field, value

@@ -1,11 +1,12 @@
 """What the value of a setting may be: the types of a recipe, text that can name something, nothing secret."""
 
-import dataclasses
 import os
 import re
 import types
 import typing
 from collections.abc import Sequence
+
+from fastrl.base.setting import flag_of, settings_of
 
 PROSE = ("instruction", "args")  # fields of free text
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -47,16 +48,13 @@ def secret_in(text: str) -> str | None:
     return next((name for name, value in secrets.items() if value in text), None)
 
 
-def check_texts(config: object, prefix: str = "") -> None:
+def check_texts(config: object) -> None:
     """Raise ValueError on a setting that no file, data set or model can be called by: the text may reach the system."""
-    for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name, None), f"--{prefix}{field.name}".replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            check_texts(value, f"{prefix}{field.name}.")
+    for path, field, value in settings_of(config):
         for text in value if isinstance(value, tuple) else (value,):
             if not isinstance(text, str) or field.name in PROSE:
                 continue
             if CONTROL.search(text):
-                raise ValueError(f"{flag} has a control character in {text!r:.100}")
+                raise ValueError(f"{flag_of(path)} has a control character in {text!r:.100}")
             if len(text) > MAX_TEXT or max(len(part.encode(errors="replace")) for part in text.split("/")) > MAX_PART:
-                raise ValueError(f"{flag} is too long, {len(text)} characters: {text[:50]!r}...")
+                raise ValueError(f"{flag_of(path)} is too long, {len(text)} characters: {text[:50]!r}...")

@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args, get_type_hints
 
 from fastrl.base.names import did_you_mean
-from fastrl.settings.run import AXES, TrainConfig, configure
+from fastrl.base.setting import flag_of
+from fastrl.settings.run import AXES, TrainConfig, by_path, configure
 
 Cost = Literal["rollouts", "backward_passes", "seconds", "tokens"]
 COSTS: tuple[str, ...] = get_args(Cost)
@@ -142,21 +143,15 @@ def axis_names(config: TrainConfig) -> dict[str, str]:
 
 def check_protocol(settings: dict[str, dict]) -> None:
     """settings: configuration by method. Raises ValueError unless all are evaluated alike."""
-    first, *others = settings
+    flat = {name: by_path(each) for name, each in settings.items()}
+    first, *others = flat
+    keys = [key for key in dict.fromkeys(k for each in flat.values() for k in each) if key.split(".")[0] in PROTOCOL]
     for name in others:
-        for key in PROTOCOL:
-            here, there = settings[first].get(key), settings[name].get(key)
+        for key in keys:
+            here, there = flat[first].get(key), flat[name].get(key)
             if here != there:
-                flag = f"--{key.replace('_', '-')}"
+                flag = flag_of(key)
                 raise ValueError(
                     f"{name} is evaluated with {flag} {there} and {first} with {here}; accuracies are compared under "
                     f"one protocol, so give every method the same {flag}"
                 )
-
-
-def flat(settings: dict, prefix: str = "") -> dict:
-    """Nested settings under dotted names."""
-    out = {}
-    for key, value in settings.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out

@@ -13,7 +13,8 @@ from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
 from fastrl.models.loading import load_tokenizer
-from fastrl.settings.parse import as_dict, cli, expand, flags_of, read_toml
+from fastrl.settings.flags import expand, flags_of
+from fastrl.settings.parse import as_dict, cli, read_toml
 from fastrl.settings.run import TrainConfig, resolve
 
 PRESETS = {"embedded": Path(__file__).parent.parent / "recipes" / "compare_embedded.toml"}
@@ -118,7 +119,7 @@ class Plan:
     def work(self, method: str) -> float:
         """Completions sampled and learned from in all steps: how long a run takes, roughly."""
         config = self.settings[method]
-        sampled = config.steps * config.allocation.budget(config.problems_per_step)
+        sampled = config.run.steps * config.allocation.budget(config.problems_per_step)
         return sampled * (1 + config.update.backward_passes)
 
 

@@ -12,8 +12,8 @@ from fastrl.base.log import RunLog
 from fastrl.base.spans import Spans
 from fastrl.base.types import Problem
 from fastrl.data.task import default_rewards, load_task
-from fastrl.engine.base import Engine, Sampling
-from fastrl.engine.opening import open_engine, pick_engine
+from fastrl.engine.base import Engine
+from fastrl.engine.opening import EngineSize, open_engine, pick_engine
 from fastrl.engine.vllm import VllmEngine
 from fastrl.kernels.parity import head_fault
 from fastrl.memory.advice import advice, table
@@ -34,14 +34,14 @@ from fastrl.passrates.file import ProfileKey, find_profile
 from fastrl.passrates.sampling import Profiler
 from fastrl.rewards import RewardSet
 from fastrl.run.identity import identity_of
+from fastrl.settings.flags import all_flags
 from fastrl.settings.memory import plan_of
-from fastrl.settings.parse import all_flags, as_dict
+from fastrl.settings.parse import as_dict
 from fastrl.settings.run import TrainConfig, needs_profile, needs_values, resolve
 from fastrl.step.canary import PROMPT_TOKENS, TOKENS, Canary
 from fastrl.step.learner import Learner
 from fastrl.step.microbatches import Fitting
-from fastrl.step.rollout import Rollout
-from fastrl.step.schedule import EvalSet, Schedule
+from fastrl.step.rollout import EvalSet, Rollout
 from fastrl.step.trainer import Stopped, Trainer
 from fastrl.weights.backends import backend_on
 from fastrl.weights.guard import Guard
@@ -60,7 +60,8 @@ def build(
     device, dtype, tokens = resolve(config)
     tokenizer = load_tokenizer(config.model)
     task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
-    evals = [load_task(e, "test", config.task, tokenizer, rewards, config.eval_limit) for e in config.eval]
+    wanted = config.evaluation
+    evals = [load_task(e, "test", config.task, tokenizer, rewards, wanted.eval_limit) for e in wanted.eval]
     for line in [*task.report, *(line for e in evals for line in e.report)]:
         log.say(line)
     for line in memory_lines(config, dtype, tokens):
@@ -71,19 +72,19 @@ def build(
     key, profile_path, _ = profile_of(config, task.problems) if needs_profile(config) else (None, None, "")
     load = partial(
         load_model, config.model, dtype=dtype, device=device, attention=config.attention,
-        checkpoint=config.checkpoint_activations, liger=config.liger,
+        checkpoint=config.memory.checkpoint_activations, liger=config.memory.liger,
     )  # fmt: skip
-    loaded, grad_dtype = load(), getattr(torch, config.grad_dtype)
+    loaded, grad_dtype = load(), getattr(torch, config.memory.grad_dtype)
     triton = head_kernels(loaded, device, log)
-    memory = dict(grad_dtype=grad_dtype, master=config.master, offload=config.offload)
-    guard = Guard(spike_sigma=config.spike_sigma)
-    policy = Policy(loaded, config.optim, guard, temperature=config.temperature, triton=triton, **memory)
+    memory = dict(grad_dtype=grad_dtype, master=config.memory.master, offload=config.memory.offload)
+    guard = Guard(spike_sigma=config.stopping.spike_sigma)
+    policy = Policy(loaded, config.optim, guard, temperature=config.sampling.temperature, triton=triton, **memory)
     needs_reference = "ref_logprobs" in config.objective.needs(num_minibatches=2)
     reference = Reference(
-        config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.temperature,
-        triton=triton, on_host=config.reference_on_host, liger=config.liger,
+        config.model, dtype=dtype, device=device, attention=config.attention, temperature=config.sampling.temperature,
+        triton=triton, on_host=config.memory.reference_on_host, liger=config.memory.liger,
     ) if needs_reference else None  # fmt: skip
-    spikes = dict(spike_sigma=config.spike_sigma)
+    spikes = dict(spike_sigma=config.stopping.spike_sigma)
     critic = Critic(load(), config.critic, **memory, **spikes) if needs_values(config) else None
     trained = [policy, critic] if critic else [policy]
 
@@ -92,25 +93,27 @@ def build(
             model.rest()
 
     make_room()
-    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    sampling = config.sampling.drawn()
     longest = longest_sequence([*task.problems, *(p for e in evals for p in e.problems)], config, loaded)
     engine = make_engine(config, loaded, policy, longest, log)
-    watched = config.canary and isinstance(engine, VllmEngine)  # the other engine has no weights of its own
-    canary = Canary.of(engine, policy, config.temperature, task.problems, longest) if watched else None
+    watched = config.engine.canary and isinstance(engine, VllmEngine)  # the other engine has no weights of its own
+    canary = Canary.of(engine, policy, config.sampling.temperature, task.problems, longest) if watched else None
     spans = spans or Spans()
     rollout = Rollout(
         spans=spans, engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
-        grade_truncated=config.grade_truncated, canary=canary and canary.check,
+        grade_truncated=config.sampling.grade_truncated, canary=canary and canary.check,
         make_room=make_room,
     )  # fmt: skip
     profiler = None
     if key:
         profiler = Profiler(
             rollout=rollout, problems=task.problems, allocation=config.allocation, key=key, path=profile_path,
-            folder=config.folder, every=config.reprofile_every, weights=lambda: policy.flat.weights, say=log.say,
+            folder=config.run.folder, every=config.sampling.reprofile_every, weights=lambda: policy.flat.weights,
+            say=log.say,
         )  # fmt: skip
         profiler.begin(partial(leave_if_stopped, stop_requested))
-    config.allocation.start(task.problems, config.seed, min(config.steps, config.reprofile_every or config.steps))
+    steps = config.run.steps
+    config.allocation.start(task.problems, config.seed, min(steps, config.sampling.reprofile_every or steps))
     if config.allocation.needs_profile:
         log.say(f"allocation: {config.allocation.outlook()}")
     for model in trained:
@@ -118,34 +121,29 @@ def build(
     learner = Learner(
         policy=policy, reference=reference, critic=critic, objective=config.objective, update=config.update,
         num_minibatches=config.minibatches, fitting=Fitting(tokens=tokens, say=log.say, beat=spans.beat),
-        old_from_engine=config.old_logprobs == "engine",
+        old_from_engine=config.sampling.old_logprobs == "engine",
     )  # fmt: skip
     return Trainer(
         learner=learner, rollout=rollout, allocator=config.allocation, memory=memory_watch(config, log),
         completions_per_step=config.allocation.budget(config.problems_per_step),
-        schedule=Schedule(
-            steps=config.steps, max_minutes=config.max_minutes, eval_every=config.eval_every,
-            stop_at_accuracy=config.stop_at_accuracy, stop_below_accuracy=config.stop_below_accuracy,
-            stop_on_collapse=config.stop_on_collapse, save_every=config.save_every, keep=config.keep,
-            sample_every=config.sample_every, rollouts_every=config.rollouts_every,
-        ),
-        eval_sets=[EvalSet(name=e.name, problems=e.problems, k=config.eval_k, sampling=sampling) for e in evals],
-        log=log, folder=config.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),
+        schedule=config.run, evaluation=config.evaluation, stopping=config.stopping,
+        eval_sets=[EvalSet(name=e.name, problems=e.problems, k=wanted.eval_k, sampling=sampling) for e in evals],
+        log=log, folder=config.run.folder, write_model=lambda path: save_model(loaded, path), config=as_dict(config),
         identity=identity_of(policy, reference, task.problems), profiler=profiler, stop_requested=stop_requested,
     )  # fmt: skip
 
 
 def longest_sequence(problems: list[Problem], config: TrainConfig, loaded: LoadedModel) -> int:
     """Tokens the engine must hold: of a prompt and its completion, or of the canary where the model is made for it."""
-    longest = max(len(p.prompt_ids) for p in problems) + config.max_new_tokens
+    longest = max(len(p.prompt_ids) for p in problems) + config.sampling.max_new_tokens
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or longest
     return max(longest, min(limit, PROMPT_TOKENS + TOKENS))
 
 
 def make_engine(config: TrainConfig, loaded: LoadedModel, policy: Policy, max_model_len: int, log: RunLog) -> Engine:
     device, dtype, tokens = resolve(config)
-    name = pick_engine(config.engine, device)
-    kv_bytes = int(config.vllm.kv_gib * 2**30)
+    name = pick_engine(config.engine.engine, device)
+    kv_bytes = int(config.engine.vllm.kv_gib * 2**30)
     if name == "vllm" and not kv_bytes and device.startswith("cuda"):
         try:
             kv_bytes = memory_plan(config, dtype, tokens).kv_bytes
@@ -153,10 +151,8 @@ def make_engine(config: TrainConfig, loaded: LoadedModel, policy: Policy, max_mo
             raise ValueError(
                 f"--vllm.kv-gib must be given, for the memory of this model has no plan: {error}"
             ) from None
-    engine = open_engine(
-        name, loaded, policy.flat, config.vllm, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len,
-        kv_bytes=kv_bytes, seed=config.seed + ranks.rank(),
-    )  # fmt: skip
+    sized = EngineSize(max_model_len=max_model_len, kv_bytes=kv_bytes, seed=config.seed + ranks.rank())
+    engine = open_engine(name, loaded, policy.flat, config.engine, sized)
     size = f" with {kv_bytes / 2**30:.1f} GiB of KV cache" if kv_bytes else ""
     log.say(f"engine: {name}" + (f" {engine.version}, over the trainer's weights{size}" if name == "vllm" else ""))
     return engine
@@ -183,10 +179,10 @@ def profile_of(config: TrainConfig, problems: list[Problem]) -> tuple[ProfileKey
     """What the run's profile depends on, its file, and a line that says what is in it."""
     key = ProfileKey.of(
         model=config.model, problems=problems, rewards=config.reward or default_rewards(config.data),
-        sampling=Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens),
-        grade_truncated=config.grade_truncated, seed=config.seed, num_completions=config.num_profile_completions,
+        sampling=config.sampling.drawn(), grade_truncated=config.sampling.grade_truncated, seed=config.seed,
+        num_completions=config.sampling.num_profile_completions,
     )  # fmt: skip
-    return key, *find_profile(key, config.profile, config.folder.parent)
+    return key, *find_profile(key, config.sampling.profile, config.run.folder.parent)
 
 
 def profile_plan(config: TrainConfig, rewards: RewardSet) -> list[str]:
@@ -212,7 +208,7 @@ def check_fit(config: TrainConfig, problems: list[Problem], log: RunLog) -> None
             "tokens; use the tokenizer that belongs to it, or resize its embeddings"
         )
     limit = getattr(architecture, "max_position_embeddings", None)
-    longest = max(len(p.prompt_ids) for p in problems) + config.max_new_tokens
+    longest = max(len(p.prompt_ids) for p in problems) + config.sampling.max_new_tokens
     if limit and longest > limit:
         log.say(
             f"warning: prompts and completions reach {longest} tokens, but the model was made for {limit}; "

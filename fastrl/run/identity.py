@@ -8,6 +8,7 @@ from fastrl.base.types import CheckpointError, Problem
 from fastrl.models.policy import Policy
 from fastrl.models.reference import Reference
 from fastrl.passrates.file import digest
+from fastrl.settings.run import by_path
 
 ABSENT = "not there"
 
@@ -26,10 +27,9 @@ def identity_of(policy: Policy, reference: Reference | None, problems: Sequence[
 def check_same(then: dict, now: dict, allowed: set[str], path: Path) -> None:
     """Raise CheckpointError, naming it, when a setting of a run or a digest of its identity is another one now.
 
-    allowed: names that may differ: settings that are free, those of --allow-change such as `allocation.group_size`, or
-    `allocation` with all that is in it.
+    allowed: paths that may differ, such as `allocation.group_size`, or `allocation` with all that is in it.
     """
-    before, after = flat(then), flat(json.loads(json.dumps(now)))
+    before, after = by_path(then), by_path(json.loads(json.dumps(now)))
     free = {name.replace("-", "_") for name in allowed}
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name, ABSENT), after.get(name, ABSENT)
@@ -39,12 +39,3 @@ def check_same(then: dict, now: dict, allowed: set[str], path: Path) -> None:
                 f"{path}: {name} was {str(old)[:200]} and is now {str(new)[:200]}; start with the old one, or say "
                 f"--allow-change {name}"
             )
-
-
-def flat(settings: dict, prefix: str = "") -> dict[str, object]:
-    """Nested settings by their path, as the flags are written: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
-    out = {}
-    for name, value in settings.items():
-        inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        out.update(inner)
-    return out

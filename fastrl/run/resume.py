@@ -4,10 +4,9 @@ from pathlib import Path
 
 from fastrl import checkpoint
 from fastrl.base import ranks
-from fastrl.base.setting import free_settings
 from fastrl.base.types import CheckpointError
 from fastrl.run.identity import check_same
-from fastrl.settings.run import TrainConfig
+from fastrl.settings.run import TrainConfig, may_change
 from fastrl.step.trainer import Trainer
 
 
@@ -16,7 +15,7 @@ def resume(trainer: Trainer, wanted: str, config: TrainConfig) -> None:
 
     Raises CheckpointError when there are some and none can be used, or the one that was named.
     """
-    folder = config.folder / "checkpoints"
+    folder = config.run.folder / "checkpoints"
     if ranks.rank() == 0:
         checkpoint.tidy(folder, trainer.log.say)
     ranks.barrier()
@@ -48,7 +47,7 @@ def go_on(trainer: Trainer, config: TrainConfig, path: Path, state: dict, tensor
     stored, identity = state.get("config"), state.get("identity")
     if not isinstance(stored, dict) or not isinstance(identity, dict):
         raise CheckpointError(f"{path}: state.json has no config or no identity; use one that is complete")
-    allowed = free_settings(config) | set(config.allow_change)
+    allowed = may_change(config)
     check_same(stored, trainer.config, allowed, path)
     check_same(identity, trainer.identity, allowed, path)
     trainer.load_state_dict(state, tensors)

@@ -13,6 +13,16 @@ from fastrl.step.metrics import evaluation_table
 
 
 @dataclass(kw_only=True)
+class EvalSet:
+    """Problems that a run is evaluated on, k completions of each."""
+
+    name: str
+    problems: list[Problem]
+    k: int
+    sampling: Sampling
+
+
+@dataclass(kw_only=True)
 class Rollout:
     """engine + verifier. Each rank samples its share of a plan."""
 

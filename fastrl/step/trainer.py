@@ -14,6 +14,8 @@ from fastrl.base import faults, ranks
 from fastrl.base.log import RunLog
 from fastrl.base.spans import memory_metrics
 from fastrl.base.types import CheckpointError, Completion, Problem, RolloutGroup, TrainBatch
+from fastrl.settings.run import by_path
+from fastrl.settings.sections import EvaluationSection, RunSection, StoppingSection
 from fastrl.step.batching import make_batch
 from fastrl.step.learner import Learner
 from fastrl.step.metrics import (
@@ -26,8 +28,7 @@ from fastrl.step.metrics import (
     rollout_rows,
     rollout_table,
 )
-from fastrl.step.rollout import Rollout
-from fastrl.step.schedule import EvalSet, Schedule
+from fastrl.step.rollout import EvalSet, Rollout
 from fastrl.watch import bad_step
 from fastrl.watch.health import Health
 from fastrl.weights.guard import MismatchWatch
@@ -60,7 +61,9 @@ class Trainer:
     rollout: Rollout
     allocator: Allocation
     completions_per_step: int
-    schedule: Schedule
+    schedule: RunSection
+    evaluation: EvaluationSection
+    stopping: StoppingSection
     eval_sets: list[EvalSet]
     log: RunLog
     folder: Path
@@ -109,7 +112,7 @@ class Trainer:
         self.keep_refused(groups, batch)
         self.warn(self.mismatch_watch.observe(learner.mismatch))
         metrics |= self.observe(groups, batch, metrics)
-        if self.warn(self.health.observe(metrics)) and self.schedule.stop_on_collapse:
+        if self.warn(self.health.observe(metrics)) and self.stopping.stop_on_collapse:
             self.verdict = "collapsed"
         return metrics
 
@@ -187,7 +190,7 @@ class Trainer:
             out_of_time = 0 < self.schedule.max_minutes * 60 < time.monotonic() - started
             if last or ranks.all_max(float(out_of_time)):
                 break
-            self.every(self.schedule.eval_every, self.evaluate)
+            self.every(self.evaluation.eval_every, self.evaluate)
             self.every(self.schedule.save_every, self.save_or_warn)
         if self.completed != self.saved_step:
             self.save()
@@ -217,7 +220,7 @@ class Trainer:
             values |= {"num_rollouts": self.num_rollouts, "timing_s/eval": time.perf_counter() - start}
             self.log.metrics(self.completed, values)
             if eval_set is self.eval_sets[0]:
-                self.verdict = self.verdict or self.schedule.judge(scores[f"avg@{k}"])
+                self.verdict = self.verdict or self.stopping.judge(scores[f"avg@{k}"])
             low, high = scores[f"avg@{k}/ci95_low"], scores[f"avg@{k}/ci95_high"]
             self.log.say(
                 f"eval {eval_set.name} at step {self.completed}: avg@{k} {scores[f'avg@{k}']:.3f} "
@@ -286,7 +289,8 @@ class Trainer:
         self.completed = state["step"]
         self.num_rollouts, self.num_tokens = state["num_rollouts"], state["num_tokens"]
         self.num_backward_passes = state["num_backward_passes"]
-        if state["config"]["tokens_per_microbatch"] == self.config["tokens_per_microbatch"]:
+        then, now = (by_path(config).get("tokens_per_microbatch") for config in (state["config"], self.config))
+        if then == now:
             self.learner.fitting.tokens = state["tokens_per_microbatch"]  # fewer, if memory has run out since
         self.mismatch_watch.load_state_dict(state["mismatch_watch"])
         self.health.load_state_dict(state["health"])

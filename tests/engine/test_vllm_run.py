@@ -11,6 +11,7 @@ from fastrl import checkpoint
 from fastrl.base.types import EngineError
 from fastrl.engine.base import Sampling
 from fastrl.evaluate import EvaluateConfig, evaluate
+from fastrl.settings.parse import parse
 from support.run_folders import rows
 from support.trainers import make_trainer
 
@@ -147,9 +148,9 @@ def test_evaluation_with_vllm_scores_as_with_transformers():
 
     scores = {}
     for engine in ("hf", "vllm"):
-        config = EvaluateConfig(engine=engine, limit=40, k=4, max_new_tokens=10, reward_workers=1)
-        scores[engine] = evaluate(config)
-        greedy = EvaluateConfig(engine=engine, limit=40, k=1, max_new_tokens=10, reward_workers=1, temperature=0.0)
+        args = ["--engine", engine, "--limit", "40", "--max-new-tokens", "10", "--reward-workers", "1"]
+        scores[engine] = evaluate(parse(EvaluateConfig, [*args, "--k", "4"], {}))
+        greedy = parse(EvaluateConfig, [*args, "--k", "1", "--temperature", "0"], {})
         scores[engine, "greedy"] = evaluate(greedy)["avg@1"]
     assert scores["hf", "greedy"] == scores["vllm", "greedy"]
     assert scores["hf"]["avg@4/ci95_low"] < scores["vllm"]["avg@4"] < scores["hf"]["avg@4/ci95_high"]

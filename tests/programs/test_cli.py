@@ -164,7 +164,9 @@ def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(program, t
     code, out, _ = program(train, "r.toml", "--dry-run", "--lr", "3e-4", "--reward", "exact", "--reward", "math:0.5")
     assert code == 0 and not (tmp_path / "runs").exists()
     shown = json.loads(out[: out.index("\nfastrl ")])
-    assert shown["steps"] == 7 and shown["objective"]["clip_high"] == 0.28 and shown["optim"]["betas"] == [0.5, 0.6]
+    assert (
+        shown["run"]["steps"] == 7 and shown["objective"]["clip_high"] == 0.28 and shown["optim"]["betas"] == [0.5, 0.6]
+    )
     assert shown["optim"]["lr"] == 3e-4 and shown["reward"] == ["exact", "math:0.5"]
     assert "objective: grpo" in out and "clip_high=0.28" in out and "memory: planned" in out
 

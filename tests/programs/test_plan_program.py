@@ -25,7 +25,7 @@ from fastrl.memory.parts import GIB, MemorySettings
 from fastrl.memory.plan import CARDS, plan_memory
 from fastrl.models.shapes import KNOWN, find_config, known_shapes, model_shape
 from fastrl.plan import TABLE, main
-from fastrl.settings.parse import all_flags
+from fastrl.settings.flags import all_flags
 from fastrl.settings.run import AXES, TrainConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"

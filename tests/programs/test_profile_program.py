@@ -99,7 +99,7 @@ def test_a_recipe_of_a_run_is_that_of_its_profile(tmp_path, monkeypatch):
     assert (config.model, config.num_completions, config.out, config.steps) == ("m", 4, "p.jsonl", 7)
     assert config.seed == 5 and config.reward == ("math",) and config.task.template == "plain"
     embedded = profile.configure([])
-    assert (embedded.data, embedded.max_new_tokens, embedded.task.max_prompt_tokens) == ("arithmetic", 10, 32)
+    assert (embedded.data, embedded.sampling.max_new_tokens, embedded.task.max_prompt_tokens) == ("arithmetic", 10, 32)
     assert profile.configure(["--model", "m"]).data == "gsm8k"
 
 

@@ -25,13 +25,14 @@ def test_recipe_of_a_paper(name):
     members = (config.objective, config.update, config.allocation)
     assert tuple(type(member).__name__ for member in members) == PAPERS[name]
     assert path.read_text().startswith("#") and "arXiv:" in path.read_text().split("model =")[0]
-    assert config.model.startswith("Qwen/") and config.data == "math" and config.max_new_tokens >= 1024
+    assert config.model.startswith("Qwen/") and config.data == "math" and config.sampling.max_new_tokens >= 1024
 
 
 def test_settings_that_the_papers_state():
     apo = configure([str(FOLDER / "apo_math.toml")])
     assert (apo.problems_per_step, apo.minibatches, apo.allocation.group_size) == (256, 2, 1)
-    assert (apo.objective.beta1, apo.objective.beta2, apo.optim.lr, apo.num_profile_completions) == (0.5, 1e-3, 1e-6, 8)
+    assert (apo.objective.beta1, apo.objective.beta2, apo.optim.lr) == (0.5, 1e-3, 1e-6)
+    assert apo.sampling.num_profile_completions == 8
     sfpo = configure([str(FOLDER / "sfpo_math.toml")])
     assert sfpo.problems_per_step // sfpo.minibatches == 64 and sfpo.update.backward_passes == 4
     gxpo = configure([str(FOLDER / "gxpo_math.toml")])

@@ -25,7 +25,8 @@ LAYERS = [
     },
     {"models": "loading and refusing, head, packing, policy, reference, critic"},
     {"engine": "samplers: hf and vLLM over the trainer's weights", "assets": "the embedded model"},
-    {"step": "one step, in order", "settings": "every flag; TOML and command line"},
+    {"settings": "every flag, by sections; TOML and command line"},
+    {"step": "one step, in order"},
     {
         "passrates": "the profile: its file, how it is sampled", "comparison": "what `compare` runs and reports",
         "evaluate": "program", "plan": "program", "doctor": "program",
@@ -96,7 +97,7 @@ def test_a_planted_upward_import_is_found(tmp_path):
     planted = tmp_path / "flat.py"
     planted.write_text("def f():\n    from fastrl.step.trainer import Trainer\n    from fastrl import models\n")
     found = violations(planted, "weights")
-    assert len(found) == 2 and "imports step (layer 6)" in found[1] and "imports models (layer 4)" in found[0]
+    assert len(found) == 2 and "imports step (layer 7)" in found[1] and "imports models (layer 4)" in found[0]
 
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

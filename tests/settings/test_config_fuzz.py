@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastrl.base.exits import exit_code
+from fastrl.base.setting import flag_of, settings_of
 from fastrl.base.texts import check_type
 from fastrl.comparison.plan import CompareConfig
 from fastrl.doctor import DoctorConfig
 from fastrl.evaluate import EvaluateConfig
 from fastrl.plan import PlanConfig
 from fastrl.profile import ProfileConfig
-from fastrl.settings.parse import all_flags, value_of
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig, configure
 
 # numbers without an upper or lower limit: no limit is a meaning of theirs
@@ -50,13 +50,6 @@ HUGE = ["1e300", "1" + "0" * 308, "-1e300"]
 UNHEARD = st.text("abcdefghijklmnopqrstuvwxyz_-0123456789", min_size=1, max_size=30)
 
 
-def hint_of(default: object, flag: str) -> object:
-    """The annotation of the field that a flag stands for."""
-    section, _, name = flag.removeprefix("--").rpartition(".")
-    holder = value_of(default, f"--{section}") if section else default
-    return typing.get_type_hints(type(holder))[name.replace("-", "_")]
-
-
 def kinds(hint: object) -> set:
     """int, float, str, bool and Literal among the types of an annotation."""
     origin = typing.get_origin(hint)
@@ -69,7 +62,7 @@ def kinds(hint: object) -> set:
 def flags_with(objective: str, update: str, allocation: str) -> dict[str, object]:
     members = {"objective": objective, "update": update, "allocation": allocation}
     default = TrainConfig(**{axis: AXES[axis][name]() for axis, name in members.items()})
-    return {flag: hint_of(default, flag) for flag in all_flags(default)}
+    return {flag_of(path): field.type for path, field, _ in settings_of(default)}
 
 
 def bad_numbers(flag: str, kind: type) -> list[str]:

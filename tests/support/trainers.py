@@ -15,7 +15,7 @@ def make_trainer(folder: Path, *args: object, stop_requested=lambda: False) -> T
     """The trainer of `python -m fastrl.train ARGS` on the embedded task, writing into `folder`."""
     argv = [str(EMBEDDED_RECIPE), "--out", str(folder), *map(str, args)]
     config = parse(TrainConfig, argv, AXES)
-    log = RunLog(folder, total_steps=config.steps)
+    log = RunLog(folder, total_steps=config.run.steps)
     log.open()
     return build(config, log, open_rewards(config), stop_requested)
 

@@ -1,0 +1,34 @@
+"""What training, evaluation and profiling have in common: a model, problems, and what samples."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastrl.base.setting import check_bounds, setting
+from fastrl.data.task import TaskConfig
+from fastrl.models.loading import EMBEDDED, Attention
+from fastrl.settings.sections import EngineSection, SamplingSection
+
+
+@dataclass(kw_only=True)
+class JobConfig:
+    """A model on problems."""
+
+    model: str = setting(EMBEDDED, known_as="model_name_or_path")  # a Hugging Face model folder or name, or `embedded`
+    # a data-set name, or a file or folder of problems
+    data: str = setting("gsm8k", known_as=("dataset", "dataset_name"))
+    split: str = "train"  # of the data set: train or test
+    limit: int = setting(0, "[0, 1e9]")  # use only the first problems; 0 = all
+    # exact, math or file.py:function, each with an optional :weight; the data set's if none
+    reward: tuple[str, ...] = setting((), known_as="reward_funcs")
+    reward_workers: int = setting(2, "[1, 1024]", free=True)  # processes that grade
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights; auto: bfloat16 on a GPU
+    attention: Attention = "sdpa"  # transformers' attn_implementation
+    seed: int = setting(0, "[0, 4e9]")  # of sampling, of the order of problems and of the generators
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+
+    def __post_init__(self):
+        check_bounds(self)
