@@ -12,6 +12,13 @@ from fastrl.base.types import Problem, TrainBatch
 from fastrl.kernels.policy_loss import TokenLoss, kl_estimate
 from fastrl.objectives.base import LARGEST_CAP, TokenObjective, TokenWeights, masked
 
+PRESETS = {
+    "dapo": dict(clip_high=0.28, dual_clip=None, loss_agg="token", drop_zero_std=True, overlong="penalty"),
+    "dr-grpo": dict(adv_norm="none", loss_agg="const", dual_clip=None),
+    "gspo": dict(ratio_level="sequence", clip_low=3e-4, clip_high=4e-4, loss_agg="seq", dual_clip=None),
+    "cispo": dict(surrogate="cispo", clip_low=10.0, clip_high=0.2, loss_agg="token"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(TokenObjective):
@@ -22,14 +29,19 @@ class GRPO(TokenObjective):
         loss    = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip
                   + kl * KL(policy, reference) - entropy * H
 
-    DAPO (arXiv:2503.14476): clip_high=0.28, loss_agg=token, drop_zero_std, overlong=mask or penalty.
-    Dr. GRPO (arXiv:2503.20783): adv_norm=none, loss_agg=const. GRPO as published: loss_agg=seq, kl=0.04.
-    GSPO (arXiv:2507.18071): ratio_level=sequence, clip_low=3e-4, clip_high=4e-4, loss_agg=seq, dual_clip=None; the
-    ratio of all tokens is exp(mean of the completion's log-ratios).
-    CISPO (arXiv:2506.13585): surrogate=cispo, clip_low=10, clip_high=0.2; -A clip(ratio) logp with the clipped ratio as
-    a constant, so that clipped tokens keep their gradient.
+    A preset is a paper's settings under its name (PRESETS); single flags win over it. What is not in them:
+    dapo (arXiv:2503.14476): no dynamic sampling, which samples until every group has a signal; equal groups leave the
+    denominator instead. Of its two ways with long completions the soft penalty, not the mask: with both, what is
+    masked is never penalised.
+    dr-grpo (arXiv:2503.20783): the sum is divided by max_new_tokens times completions, a constant as in its code.
+    gspo (arXiv:2507.18071): the ratio of all tokens is exp(mean of the completion's log-ratios); not GSPO-token, whose
+    gradient is the same.
+    cispo (arXiv:2506.13585): the paper publishes no upper clip, so it is that of verl's example; no lower clip.
+    GRPO as published is no preset: loss_agg=seq, kl=0.04.
     """
 
+    # a paper's settings under its name; single flags win over it
+    preset: Literal["none", "dapo", "dr-grpo", "gspo", "cispo"] = setting("none", free=True)
     clip_low: float = setting(0.2, "(0, 1e6]", known_as="epsilon")  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = setting(0.2, "(0, 1e6]", known_as="epsilon_high")  # the upper end of that
     # largest ratio that counts against a bad completion; None = no limit
@@ -56,6 +68,7 @@ class GRPO(TokenObjective):
     overlong_buffer: int = setting(0, "[0, 1e7]")
 
     min_group_size = 2
+    PRESETS = PRESETS
 
     def __post_init__(self):
         check_bounds(self, "objective.")

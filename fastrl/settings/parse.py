@@ -13,6 +13,7 @@ import re
 import tomllib
 import warnings
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -34,7 +35,7 @@ def parse(cls: type[T], argv: Sequence[str], axes: dict[str, dict[str, type]]) -
         source = args.pop(0)
         recipe = read_toml(source)
     members = {axis: pick_member(axis, choices, args, recipe, source) for axis, choices in axes.items()}
-    default = cls(**{axis: member() for axis, member in members.items()})
+    default = cls(**{axis: preset(axis, member, args, recipe) for axis, member in members.items()})
     if recipe:
         default = cli(default, flags_of(recipe, default, source), source)
     return cli(default, expand(args, default), "the command line")
@@ -76,6 +77,21 @@ def pick_member(axis: str, choices: dict[str, type], args: list[str], recipe: di
         meant = did_you_mean(name, choices, "")
         raise ValueError(f"{flag} {name}: no such member{meant}; there are: {', '.join(choices)}")
     return choices[name]
+
+
+def preset(axis: str, member: type, args: list[str], recipe: dict) -> object:
+    """A member with its defaults, or with those of the preset that the recipe or the command line names.
+
+    What either says of single settings wins over it.
+    """
+    presets = getattr(member, "PRESETS", {})
+    name = recipe.get(axis, {}).get("preset")
+    flags = ("--preset", f"--{axis}.preset")
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
+        flag, equals, value = arg.partition("=")
+        if flag in flags:
+            name = value if equals else following
+    return member(preset=name, **presets[name]) if name in presets else member()
 
 
 def cli(default: T, args: list[str], source: str) -> T:

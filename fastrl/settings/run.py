@@ -199,8 +199,12 @@ def describe(config: TrainConfig, device: str, tokens_per_microbatch: int) -> li
         axis: next(n for n, cls in members.items() if type(getattr(config, axis)) is cls)
         for axis, members in AXES.items()
     }
+    preset = getattr(config.objective, "preset", "none")
+    expanded = config.objective.PRESETS[preset] if preset != "none" else {}
+    said = [f"preset: {preset} sets {' '.join(f'{k}={v}' for k, v in expanded.items())}"] if expanded else []
     return [
         f"fastrl {__version__}  device={device}  model={config.model}  data={config.data}  seed={config.seed}",
+        *said,
         f"objective: {name['objective']}  {settings(config.objective)}",
         f"update: {name['update']} {settings(config.update)}   allocation: {name['allocation']} "
         f"{settings(config.allocation)}   optim: {settings(config.optim)}",

@@ -24,7 +24,7 @@ def test_a_name_that_is_no_plain_name_is_refused(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a", "x" * 100, "..a", "2026-08.b_1", "-x"[1:]])
 def test_plain_names_are_taken(name):
-    assert configure(["--name", name]).folder == Path("runs") / name
+    assert configure(["--name", name]).run.folder == Path("runs") / name
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_a_folder_that_cannot_be_the_runs_own_is_refused(out, said, tmp_path, mo
 
 
 def test_a_folder_elsewhere_is_the_users_choice(tmp_path):
-    assert configure(["--out", str(tmp_path / "new" / "run")]).folder == tmp_path / "new" / "run"
+    assert configure(["--out", str(tmp_path / "new" / "run")]).run.folder == tmp_path / "new" / "run"
