@@ -15,16 +15,9 @@ from support.trainers import make_trainer
 
 def test_cut_off_completions_earn_nothing_unless_asked_for(tmp_path):
     (tmp_path / "one.py").write_text("def one(completions, **columns):\n    return [1.0] * len(completions)\n")
-    reward = [
-        "--reward",
-        f"{tmp_path / 'one.py'}:one",
-        "--max-new-tokens",
-        3,
-        "--problems-per-step",
-        8,
-        "--eval-limit",
-        4,
-    ]
+    # of 64 completions 24 to 56 are longer, with seeds 0 to 7
+    limit = ["--max-new-tokens", 6, "--problems-per-step", 8, "--eval-limit", 4]
+    reward = ["--reward", f"{tmp_path / 'one.py'}:one", *limit]
     for extra, expected in (([], 0.0), (["--grade-truncated"], 1.0)):
         trainer = make_trainer(tmp_path / "run", *reward, *extra)
         groups = trainer.rollout.run(trainer.allocator.take(64), 0)
