@@ -34,9 +34,11 @@ def inputs(N: int, B: int, device: str) -> dict[str, Tensor]:
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
     logprobs = -torch.randn(mask.shape, **random).abs()
     return dict(
-        logprobs=logprobs, ref_logprobs=logprobs + 0.2 * torch.randn(mask.shape, **random), mask=mask,
+        logprobs=logprobs,
+        ref_logprobs=logprobs + 0.2 * torch.randn(mask.shape, **random),
+        mask=mask,
         target=(torch.rand(B, **random) < 0.5).float() - torch.rand(B, **random),
-    )  # fmt: skip
+    )
 
 
 def of_kernel(logprobs: Tensor, x: dict[str, Tensor], triton: bool) -> Tensor:

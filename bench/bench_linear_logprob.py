@@ -10,16 +10,7 @@ and of the gradients' norm otherwise. Without a GPU it prints what a model of an
 from functools import partial
 
 import torch
-from heads import (
-    EXACT,
-    EXACT_NATS,
-    GATE_ROWS,
-    ROUNDED,
-    ROUNDED_NATS,
-    bare_products,
-    head_inputs,
-    logprob_functions,
-)
+from heads import EXACT, EXACT_NATS, GATE_ROWS, ROUNDED, ROUNDED_NATS, bare_products, head_inputs, logprob_functions
 from timing import OURS, Provider, distance, measure, model, run
 from torch import Tensor
 from torch.nn import functional as F

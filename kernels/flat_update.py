@@ -21,11 +21,31 @@ def direction(start, step, lr, weight_decay):
 
 @triton.jit
 def flat_update_kernel(
-    theta_ptr, low_ptr, anchor_ptr, x0_ptr, x1_ptr, out_bf16_ptr, threshold_ptr, segment_ptr, partials_ptr, n,
-    lookahead, alpha, lr, weight_decay, ratio_min, ratio_max, scale_max, EXTRAPOLATE: tl.constexpr,
-    GRADIENTS: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BF16: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    NUM_STATS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    theta_ptr,
+    low_ptr,
+    anchor_ptr,
+    x0_ptr,
+    x1_ptr,
+    out_bf16_ptr,
+    threshold_ptr,
+    segment_ptr,
+    partials_ptr,
+    n,
+    lookahead,
+    alpha,
+    lr,
+    weight_decay,
+    ratio_min,
+    ratio_max,
+    scale_max,
+    EXTRAPOLATE: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_BF16: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    NUM_STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     i = program * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside_n = i < n
@@ -90,11 +110,23 @@ def flat_update_kernel(
 
 
 def flat_update(
-    theta: Tensor, anchor: Tensor, alpha: float, *, x0: Tensor | None = None, x1: Tensor | None = None,
-    lookahead: int = 2, lr: float = 0.0, weight_decay: float = 0.0, ratio_min: float = -2.0, ratio_max: float = 3.0,
-    scale_max: float = 1.0, threshold: Tensor | None = None, segment: Tensor | None = None,
-    low: Tensor | None = None, out_bf16: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    theta: Tensor,
+    anchor: Tensor,
+    alpha: float,
+    *,
+    x0: Tensor | None = None,
+    x1: Tensor | None = None,
+    lookahead: int = 2,
+    lr: float = 0.0,
+    weight_decay: float = 0.0,
+    ratio_min: float = -2.0,
+    ratio_max: float = 3.0,
+    scale_max: float = 1.0,
+    threshold: Tensor | None = None,
+    segment: Tensor | None = None,
+    low: Tensor | None = None,
+    out_bf16: Tensor | None = None,
+) -> Tensor:
     """float32 shards [n] -> theta in place, and the sums of FlatStats, float64 [9]. `moves.py` has checked them.
 
     x0 None: interpolation. x0, x1: gradients of two steps; x0 alone: the first displacement. With low, int16 [n], theta
@@ -106,9 +138,31 @@ def flat_update(
         # bits of the upper half, not its value: a cast of Triton's may round otherwise, and its interpreter cuts off
         master = theta if low is None else theta.view(torch.int16)
         flat_update_kernel[(programs,)](
-            master, low, anchor, x0, x1, out_bf16, threshold, segment, partials, len(theta), lookahead, alpha,
-            lr, weight_decay, ratio_min, ratio_max, scale_max, EXTRAPOLATE=x0 is not None, GRADIENTS=x1 is not None,
-            HAS_LOW=low is not None, HAS_BF16=out_bf16 is not None, HAS_THRESHOLD=threshold is not None,
-            NUM_STATS=NUM_STATS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+            master,
+            low,
+            anchor,
+            x0,
+            x1,
+            out_bf16,
+            threshold,
+            segment,
+            partials,
+            len(theta),
+            lookahead,
+            alpha,
+            lr,
+            weight_decay,
+            ratio_min,
+            ratio_max,
+            scale_max,
+            EXTRAPOLATE=x0 is not None,
+            GRADIENTS=x1 is not None,
+            HAS_LOW=low is not None,
+            HAS_BF16=out_bf16 is not None,
+            HAS_THRESHOLD=threshold is not None,
+            NUM_STATS=NUM_STATS,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return partials.double().sum(dim=0)

@@ -25,9 +25,8 @@ CHUNK_ROWS = 4096
 
 
 def linear_logprob_ref(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, inv_temperature: float | Tensor = 1.0,
-    need_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    hidden: Tensor, weight: Tensor, target: Tensor, *, inv_temperature: float | Tensor = 1.0, need_entropy: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The definition: hidden [N, H], weight [V, H], target [N] -> logprobs [N], entropy [N] or None, lse [N].
 
     Computed in at least float32 (float64 stays float64), with all logits alive.
@@ -176,9 +175,15 @@ def part(inv_temperature: float | Tensor, rows: slice) -> float | Tensor:
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, inv_temperature: float | Tensor = 1.0,
-    need_entropy: bool = False, weight_grad: Tensor | None = None, triton: bool | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    inv_temperature: float | Tensor = 1.0,
+    need_entropy: bool = False,
+    weight_grad: Tensor | None = None,
+    triton: bool | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """hidden [N, H], weight [V, H] of one dtype, target [N] in [0, V) -> logprobs, entropy, lse, each [N], nats.
 
     Outputs are float32 (float64 for float64 inputs); entropy is None unless asked for. All three are differentiable in
@@ -197,9 +202,15 @@ def linear_logprob(
 
 
 def check_head(
-    operation: str, hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float | Tensor, *,
-    weight_grad: Tensor | None, triton: bool,
-) -> None:  # fmt: skip
+    operation: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    *,
+    weight_grad: Tensor | None,
+    triton: bool,
+) -> None:
     """Raise ValueError unless the inputs of an operation on the head fit each other."""
     if hidden.ndim != 2 or target.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(

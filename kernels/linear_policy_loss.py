@@ -54,9 +54,14 @@ class LinearLoss(NamedTuple):
 
 
 def linear_policy_loss_ref(
-    loss: TokenLoss, hidden: Tensor, weight: Tensor, target: Tensor, vectors: TokenVectors, *,
+    loss: TokenLoss,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    vectors: TokenVectors,
+    *,
     inv_temperature: float | Tensor = 1.0,
-) -> LinearLoss:  # fmt: skip
+) -> LinearLoss:
     """The definition: linear_logprob_ref, policy_loss_ref, and autograd between them, with all logits alive."""
     ignored = target < 0
     w = torch.where(ignored, torch.zeros_like(vectors.w), vectors.w)
@@ -95,9 +100,16 @@ class Saved(torch.autograd.Function):
 
 
 def linear_policy_loss(
-    loss: TokenLoss, hidden: Tensor, weight: Tensor, target: Tensor, vectors: TokenVectors, *,
-    inv_temperature: float | Tensor = 1.0, weight_grad: Tensor | None = None, triton: bool | None = None,
-) -> LinearLoss:  # fmt: skip
+    loss: TokenLoss,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    vectors: TokenVectors,
+    *,
+    inv_temperature: float | Tensor = 1.0,
+    weight_grad: Tensor | None = None,
+    triton: bool | None = None,
+) -> LinearLoss:
     """hidden [N, H], weight [V, H] of one dtype; target [N], negative where w = 0 is meant.
 
     weight_grad [V, H] float32 is added to in place; without it the result holds a new one. inv_temperature, triton: as
@@ -127,9 +139,13 @@ def linear_policy_loss(
 
 
 def in_chunks(
-    loss: TokenLoss, chunks: TritonChunks | TorchChunks, target: Tensor, vectors: TokenVectors,
-    inv_temperature: float | Tensor, weight_grad: Tensor,
-) -> LinearLoss:  # fmt: skip
+    loss: TokenLoss,
+    chunks: TritonChunks | TorchChunks,
+    target: Tensor,
+    vectors: TokenVectors,
+    inv_temperature: float | Tensor,
+    weight_grad: Tensor,
+) -> LinearLoss:
     hidden, weight, triton = chunks.hidden, chunks.weight, isinstance(chunks, TritonChunks)
     logprobs, lse, entropy = torch.empty(3, len(hidden), dtype=torch.float32, device=hidden.device)
     hidden_grad = torch.empty_like(hidden)

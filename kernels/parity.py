@@ -29,9 +29,11 @@ def head_fault(weight: Tensor) -> str:
             )
             (logprobs * upstream[0] + 0.1 * entropy * upstream[1]).sum().backward()
         return {
-            "logprobs": logprobs.detach(), "entropy": entropy.detach(), "hidden gradient": leaf.grad.float(),
+            "logprobs": logprobs.detach(),
+            "entropy": entropy.detach(),
+            "hidden gradient": leaf.grad.float(),
             "weight gradient": gradient,
-        }  # fmt: skip
+        }
 
     expected = run(triton=False)
     try:

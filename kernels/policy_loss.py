@@ -136,9 +136,15 @@ def policy_loss_ref(
 
 
 def policy_loss(
-    loss: TokenLoss, logprobs: Tensor, old_logprobs: Tensor | None, advantage: Tensor, w: Tensor,
-    ref_logprobs: Tensor | None = None, *, triton: bool | None = None,
-) -> PolicyLoss:  # fmt: skip
+    loss: TokenLoss,
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantage: Tensor,
+    w: Tensor,
+    ref_logprobs: Tensor | None = None,
+    *,
+    triton: bool | None = None,
+) -> PolicyLoss:
     """Vectors [N] float32, contiguous, on one device -> coef [N], loss [] and stats; nats.
 
     old_logprobs None: on-policy, ratio 1. Nothing is differentiable: coef is the gradient. triton: whether to launch

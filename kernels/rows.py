@@ -24,10 +24,23 @@ SLAB_ELEMENTS = SLAB_ROWS * SLAB_WORDS  # float32 logits alive while only log-pr
 
 @triton.jit
 def row_forward_kernel(
-    z_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, lse_ptr, entropy_ptr, state_ptr, z_stride_n, V, first_word,
-    inv_temperature, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, RESUME: tl.constexpr, FINISH: tl.constexpr,
+    z_ptr,
+    target_ptr,
+    inv_temperature_ptr,
+    logprob_ptr,
+    lse_ptr,
+    entropy_ptr,
+    state_ptr,
+    z_stride_n,
+    V,
+    first_word,
+    inv_temperature,
+    ENTROPY: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    RESUME: tl.constexpr,
+    FINISH: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):  # fmt: skip
+):
     n = tl.program_id(0).to(tl.int64)  # int64: rows times vocabulary passes 2^31 at 16k rows and a 152k vocabulary
     row_ptr = z_ptr + n * z_stride_n
     target = tl.load(target_ptr + n).to(tl.int64) - first_word
@@ -75,10 +88,24 @@ def row_forward_kernel(
 
 @triton.jit
 def row_gradient_kernel(
-    z_ptr, dz_ptr, target_ptr, inv_temperature_ptr, lse_ptr, entropy_ptr, dlogprob_ptr, dlse_ptr, dentropy_ptr,
-    z_stride_n, dz_stride_n, V, inv_temperature, HAS_DLSE: tl.constexpr, HAS_DENTROPY: tl.constexpr,
-    PER_TOKEN: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    dz_ptr,
+    target_ptr,
+    inv_temperature_ptr,
+    lse_ptr,
+    entropy_ptr,
+    dlogprob_ptr,
+    dlse_ptr,
+    dentropy_ptr,
+    z_stride_n,
+    dz_stride_n,
+    V,
+    inv_temperature,
+    HAS_DLSE: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     # dz lies over z: block b is read at bytes [4bB, 4(b+1)B) and written, as bfloat16, at [2bB, 2(b+1)B), so ascending
     # blocks write only what was read before; the barrier makes "before" hold for all threads of the program
     n = tl.program_id(0).to(tl.int64)
@@ -126,9 +153,17 @@ def logits_into(workspace: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def row_forward(
-    z: Tensor, target: Tensor, inv_temperature: float | Tensor, logprobs: Tensor, lse: Tensor, entropy: Tensor | None,
-    *, state: Tensor | None = None, first_word: int = 0, finish: bool = True,
-) -> None:  # fmt: skip
+    z: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    logprobs: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    *,
+    state: Tensor | None = None,
+    first_word: int = 0,
+    finish: bool = True,
+) -> None:
     """z [n, V] with contiguous rows -> logprobs, lse, entropy [n] float32, written in place; nats.
 
     z may be the columns from first_word on of a larger vocabulary, taken in order: `state` [n, 4] float32 then carries
@@ -137,17 +172,36 @@ def row_forward(
     per_token = isinstance(inv_temperature, Tensor)
     block = min(BLOCK_V, max(SLAB_WORDS, triton.next_power_of_2(z.shape[1])))
     row_forward_kernel[(len(z),)](
-        z, target, inv_temperature if per_token else None, logprobs, lse, entropy, state, z.stride(0), z.shape[1],
-        first_word, 1.0 if per_token else inv_temperature, ENTROPY=entropy is not None, PER_TOKEN=per_token,
-        RESUME=first_word > 0, FINISH=finish, BLOCK_V=block, num_warps=max(1, block * NUM_WARPS // BLOCK_V),
+        z,
+        target,
+        inv_temperature if per_token else None,
+        logprobs,
+        lse,
+        entropy,
+        state,
+        z.stride(0),
+        z.shape[1],
+        first_word,
+        1.0 if per_token else inv_temperature,
+        ENTROPY=entropy is not None,
+        PER_TOKEN=per_token,
+        RESUME=first_word > 0,
+        FINISH=finish,
+        BLOCK_V=block,
+        num_warps=max(1, block * NUM_WARPS // BLOCK_V),
         enable_fp_fusion=True,
-    )  # fmt: skip
+    )
 
 
 def slab_forward(
-    hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float | Tensor, logprobs: Tensor, lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    logprobs: Tensor,
+    lse: Tensor,
     entropy: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """hidden [n, H], weight [V, H] -> logprobs, lse, entropy [n] float32 in place, 64 MiB of logits alive at a time.
 
     Rows stay and columns move: each slab of weight is read once, and hidden, which is small, once per slab.
@@ -162,15 +216,29 @@ def slab_forward(
         own = None if entropy is None else entropy[rows]
         for word in range(0, len(weight), width):
             row_forward(
-                logits_into(z, hidden[rows], weight[word : word + width]), target[rows], scale, logprobs[rows],
-                lse[rows], own, state=state, first_word=word, finish=word + width >= len(weight),
-            )  # fmt: skip
+                logits_into(z, hidden[rows], weight[word : word + width]),
+                target[rows],
+                scale,
+                logprobs[rows],
+                lse[rows],
+                own,
+                state=state,
+                first_word=word,
+                finish=word + width >= len(weight),
+            )
 
 
 def row_gradient(
-    z: Tensor, target: Tensor, inv_temperature: float | Tensor, lse: Tensor, entropy: Tensor | None, dlogprobs: Tensor,
-    dlse: Tensor | None, dentropy: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    z: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    dlogprobs: Tensor,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """z [n, V], vectors [n] -> dz [n, V] of `dtype`, which is z's or half as wide, over the same memory; z is gone."""
     dz = z
     if dtype != z.dtype:
@@ -178,11 +246,26 @@ def row_gradient(
         dz = whole[:, : z.shape[1]]
     per_token = isinstance(inv_temperature, Tensor)
     row_gradient_kernel[(len(z),)](
-        z, dz, target, inv_temperature if per_token else None, lse, entropy, dlogprobs, dlse, dentropy, z.stride(0),
-        dz.stride(0), z.shape[1], 1.0 if per_token else inv_temperature, HAS_DLSE=dlse is not None,
-        HAS_DENTROPY=dentropy is not None, PER_TOKEN=per_token, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        z,
+        dz,
+        target,
+        inv_temperature if per_token else None,
+        lse,
+        entropy,
+        dlogprobs,
+        dlse,
+        dentropy,
+        z.stride(0),
+        dz.stride(0),
+        z.shape[1],
+        1.0 if per_token else inv_temperature,
+        HAS_DLSE=dlse is not None,
+        HAS_DENTROPY=dentropy is not None,
+        PER_TOKEN=per_token,
+        BLOCK_V=BLOCK_V,
+        num_warps=NUM_WARPS,
         enable_fp_fusion=True,
-    )  # fmt: skip
+    )
     return dz
 
 

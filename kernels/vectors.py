@@ -18,10 +18,29 @@ NO_DUAL_CLIP = 1e30  # finite: 0 * inf is NaN
 
 @triton.jit
 def policy_loss_kernel(
-    logprobs_ptr, old_ptr, ref_ptr, advantage_ptr, w_ptr, coef_ptr, partials_ptr, N, kl_coef, low_edge, high_edge,
-    dual_clip, cap, kl_cap, CISPO: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    K1: tl.constexpr, K3: tl.constexpr, K3_GRADIENT: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    logprobs_ptr,
+    old_ptr,
+    ref_ptr,
+    advantage_ptr,
+    w_ptr,
+    coef_ptr,
+    partials_ptr,
+    N,
+    kl_coef,
+    low_edge,
+    high_edge,
+    dual_clip,
+    cap,
+    kl_cap,
+    CISPO: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    K1: tl.constexpr,
+    K3: tl.constexpr,
+    K3_GRADIENT: tl.constexpr,
+    NUM_STATS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     n = program * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     w = tl.load(w_ptr + n, mask=n < N, other=0.0)
@@ -85,27 +104,61 @@ def policy_loss_kernel(
 
 
 def policy_loss_tokens(
-    loss: TokenLoss, logprobs: Tensor, old_logprobs: Tensor | None, advantage: Tensor, w: Tensor,
-    ref_logprobs: Tensor | None, coef: Tensor, kl_cap: float,
-) -> Tensor:  # fmt: skip
+    loss: TokenLoss,
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantage: Tensor,
+    w: Tensor,
+    ref_logprobs: Tensor | None,
+    coef: Tensor,
+    kl_cap: float,
+) -> Tensor:
     """float32 [N], N > 0 -> coef [N] in place, and a row of sums per program, float32 [programs, NUM_STATS]."""
     programs = triton.cdiv(len(logprobs), BLOCK_N)
     partials = torch.empty(programs, NUM_STATS, dtype=torch.float32, device=logprobs.device)
     policy_loss_kernel[(programs,)](
-        logprobs, old_logprobs, ref_logprobs, advantage, w, coef, partials, len(logprobs), loss.kl, 1 - loss.clip_low,
-        1 + loss.clip_high, NO_DUAL_CLIP if loss.dual_clip is None else loss.dual_clip, loss.log_ratio_cap, kl_cap,
-        CISPO=loss.surrogate == "cispo", HAS_OLD=old_logprobs is not None, HAS_REF=ref_logprobs is not None,
-        K1=loss.kl_type == "k1", K3=loss.kl_type in ("k3", "k3+"), K3_GRADIENT=loss.kl_type == "k3",
-        NUM_STATS=NUM_STATS, BLOCK_N=BLOCK_N, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+        logprobs,
+        old_logprobs,
+        ref_logprobs,
+        advantage,
+        w,
+        coef,
+        partials,
+        len(logprobs),
+        loss.kl,
+        1 - loss.clip_low,
+        1 + loss.clip_high,
+        NO_DUAL_CLIP if loss.dual_clip is None else loss.dual_clip,
+        loss.log_ratio_cap,
+        kl_cap,
+        CISPO=loss.surrogate == "cispo",
+        HAS_OLD=old_logprobs is not None,
+        HAS_REF=ref_logprobs is not None,
+        K1=loss.kl_type == "k1",
+        K3=loss.kl_type in ("k3", "k3+"),
+        K3_GRADIENT=loss.kl_type == "k3",
+        NUM_STATS=NUM_STATS,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     return partials
 
 
 @triton.jit
 def apo_loss_kernel(
-    logprobs_ptr, ref_ptr, mask_ptr, target_ptr, loss_ptr, residual_ptr, u_ptr, coef_ptr, beta2, S,
+    logprobs_ptr,
+    ref_ptr,
+    mask_ptr,
+    target_ptr,
+    loss_ptr,
+    residual_ptr,
+    u_ptr,
+    coef_ptr,
+    beta2,
+    S,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     b = tl.program_id(0).to(tl.int64)
     first = b * S
     # a sum per lane, and a tree over lanes at the end: a running float32 sum drifts over thousands of tokens
@@ -129,11 +182,29 @@ def apo_loss_kernel(
 
 
 def apo_loss_completions(
-    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, target: Tensor, beta2: float, loss: Tensor,
-    residual: Tensor, u: Tensor, coef: Tensor,
-) -> None:  # fmt: skip
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    target: Tensor,
+    beta2: float,
+    loss: Tensor,
+    residual: Tensor,
+    u: Tensor,
+    coef: Tensor,
+) -> None:
     """Rows [B, S], B and S > 0, targets [B] -> loss, residual, u [B] and coef [B, S] in place."""
     apo_loss_kernel[(len(target),)](
-        logprobs, ref_logprobs, mask.view(torch.uint8), target, loss, residual, u, coef, beta2, logprobs.shape[1],
-        BLOCK_N=BLOCK_N, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+        logprobs,
+        ref_logprobs,
+        mask.view(torch.uint8),
+        target,
+        loss,
+        residual,
+        u,
+        coef,
+        beta2,
+        logprobs.shape[1],
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

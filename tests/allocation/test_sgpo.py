@@ -103,8 +103,9 @@ def test_a_phase_takes_each_problem_once_before_any_twice():
     allocation = started([10, 0, 0, 4, 5, 0, 0, 0, 0], steps=50)
     taken = [p.id for _ in range(5) for p, _ in allocation.take(8)]  # 4 groups of 2 a step: two passes over 10
     for start in (0, 10):
-        assert sorted(taken[start : start + 10]) == sorted([f"3-{i}" for i in range(4)] + [f"4-{i}" for i in range(5)]
-                                                           + [allocation.unsolved[0].id])  # fmt: skip
+        assert sorted(taken[start : start + 10]) == sorted(
+            [f"3-{i}" for i in range(4)] + [f"4-{i}" for i in range(5)] + [allocation.unsolved[0].id]
+        )
     assert taken[:10] != taken[10:]
 
 
@@ -166,14 +167,15 @@ def test_resuming_continues_anywhere(schedule):
         plan = allocation.take(16)
         groups = [
             RolloutGroup(
-                problem=p, policy_version=0,
+                problem=p,
+                policy_version=0,
                 completions=[
                     Completion(token_ids=[], rollout_logprobs=[], finish_reason="stop", reward=float(t * 7 % 5 > k % 4))
                     for k in range(size)
                 ],
             )
             for p, size in plan
-        ]  # fmt: skip
+        ]
         allocation.observe(groups)
         return [(p.id, size) for p, size in plan]
 
@@ -233,14 +235,15 @@ def test_advantages_of_groups_of_several_sizes_are_those_of_each_alone():
     rewards = [[1.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0] + [0.0] * 7, [1.0, 1.0]]
     groups = [
         RolloutGroup(
-            problem=Problem(id=str(k), prompt="", answer="", prompt_ids=[1]), policy_version=0,
+            problem=Problem(id=str(k), prompt="", answer="", prompt_ids=[1]),
+            policy_version=0,
             completions=[
                 Completion(token_ids=[2] * (1 + i), rollout_logprobs=[0.0] * (1 + i), finish_reason="stop", reward=r)
                 for i, r in enumerate(values)
             ],
         )
         for k, values in enumerate(rewards)
-    ]  # fmt: skip
+    ]
     batch = make_batch(groups, GRPO().credit, pad_id=0, max_new_tokens=8)
     # unbiased std of one success in G: sqrt(1/G). G = 2: (1 - 1/2) / .7071; 4: (1 - 1/4) / .5; 8: (1 - 1/8) / .35355
     expected = [0.70711, -0.70711, -0.5, -0.5, 1.5, -0.5, 2.47487, *[-0.35355] * 7, 0, 0]

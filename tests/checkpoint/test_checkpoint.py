@@ -62,9 +62,17 @@ def test_loading_gives_back_every_tensor_and_generator(saved):
 
 
 FILES = [
-    "MANIFEST.json", "optim-rank0.safetensors", "state.json", "config.json", "generation_config.json",
-    "model.safetensors", "rng-rank0.json", "rng-rank0.safetensors", "tokenizer.json", "tokenizer_config.json",
-]  # fmt: skip
+    "MANIFEST.json",
+    "optim-rank0.safetensors",
+    "state.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "rng-rank0.json",
+    "rng-rank0.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 
 
 def damages(original: bytes, other: bytes, rng: random.Random) -> list[bytes | None]:

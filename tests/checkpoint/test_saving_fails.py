@@ -38,9 +38,15 @@ def disk(tmp_path):
 def save(folder, step, write_model=lambda path: None, weights=None, state=None, say=print):
     tensors = [("master", torch.zeros(MIB))]  # 4 MiB
     return checkpoint.save(
-        folder, step, write_model=write_model, tensors=tensors, weights=weights, state=state or {"step": step}, keep=2,
+        folder,
+        step,
+        write_model=write_model,
+        tensors=tensors,
+        weights=weights,
+        state=state or {"step": step},
+        keep=2,
         say=say,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.promise("A6", trials=10)
@@ -91,9 +97,10 @@ def test_a_tokenizer_that_finds_no_room_is_an_error_of_the_disk(disk, tmp_path):
     "fault",
     mostly_later(
         ["x=0@save.free:2", "full@save.optim:2", "full@save.model:2", "full@save.sync:2", "full@save.rename:2"],
-        "x=0@save.free:2", "full@save.model:2",
+        "x=0@save.free:2",
+        "full@save.model:2",
     ),
-)  # fmt: skip
+)
 def test_the_run_goes_on_and_the_next_interval_saves(fault, pieces, tmp_path):
     code, said = pieces.run(tmp_path, 4, fault)
     assert code == 0 and said.count("warning:") == 1

@@ -29,9 +29,9 @@ def test_a_kill_at_any_point_of_a_save(point, number, pieces, tmp_path):
     found = checkpoint.newest(tmp_path / "checkpoints")
     kept = (step, step - 1, step - 2) if point == "renamed" else (step, step - 1)  # the third was to be removed next
     assert [p.name for p in found] == [f"step-{n}" for n in kept if n > 0]
-    assert leftovers(tmp_path / "checkpoints") == {
-        "renamed": [], "pruned": [f".del-step-{number}"],
-    }.get(point, [f".tmp-step-{number}"])  # fmt: skip
+    assert leftovers(tmp_path / "checkpoints") == {"renamed": [], "pruned": [f".del-step-{number}"]}.get(
+        point, [f".tmp-step-{number}"]
+    )
     assert pieces.check(tmp_path) == step
     assert pieces.run(tmp_path, step + 1, "kill@generate")[0] == -9  # before it could save
     assert leftovers(tmp_path / "checkpoints") == []

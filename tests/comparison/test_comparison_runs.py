@@ -54,14 +54,21 @@ def listed(tmp_path):
 def test_a_grid_per_tuned_method_and_a_control_at_the_rate_of_what_it_controls(listed):
     plan = read_plan([listed(), "--seeds", "2", "--target", "0.7"])
     assert [(r.method, r.lr, r.seed) for r in plan.grid(1000)] == [
-        ("sfpo", 5e-5, 1000), ("sfpo", 2e-4, 1000), ("grpo", 1e-4, 1000), ("grpo", 4e-4, 1000),
-    ]  # fmt: skip
+        ("sfpo", 5e-5, 1000),
+        ("sfpo", 2e-4, 1000),
+        ("grpo", 1e-4, 1000),
+        ("grpo", 4e-4, 1000),
+    ]
     runs = plan.reported({"grpo": 1e-4, "sfpo": 2e-4}, {"grpo": 9.0, "sfpo": 30.0})
     # what was never timed comes first, then the longest
     assert [(r.method, r.lr, r.seed) for r in runs] == [
-        ("grpo-lr", 6.8e-4, 0), ("grpo-lr", 6.8e-4, 1), ("sfpo", 2e-4, 0), ("sfpo", 2e-4, 1), ("grpo", 1e-4, 0),
+        ("grpo-lr", 6.8e-4, 0),
+        ("grpo-lr", 6.8e-4, 1),
+        ("sfpo", 2e-4, 0),
+        ("sfpo", 2e-4, 1),
+        ("grpo", 1e-4, 0),
         ("grpo", 1e-4, 1),
-    ]  # fmt: skip
+    ]
     args = " ".join(runs[2].args)
     assert args.startswith("--eval arithmetic --eval-every 1 --steps 4 --update sfpo --stop-at-accuracy 0.7 ")
     assert "--optim.lr 0.0002 --seed 0 --threads 1" in args
@@ -74,8 +81,9 @@ def test_a_rate_is_tried_again_only_where_it_can_still_win(listed):
         rates = {"sfpo": (5e-5, 2e-4), "grpo": (1e-4, 4e-4)}
         tried = [
             {"method": name, "lr": lr, "reached": ok}
-            for name, oks in reached.items() for lr, ok in zip(rates[name], oks, strict=True)
-        ]  # fmt: skip
+            for name, oks in reached.items()
+            for lr, ok in zip(rates[name], oks, strict=True)
+        ]
         return {(r.method, r.lr, r.seed) for r in plan.grid(1001, tried)}
 
     both = {("grpo", 1e-4, 1001), ("grpo", 4e-4, 1001)}
@@ -164,11 +172,13 @@ def test_a_run_is_finished_when_it_ended_by_itself_with_these_arguments(tmp_path
     (tmp_path / "manifest.json").write_text(json.dumps({"argv": ["--steps", "4", "--out", "elsewhere"]}))
     assert not run.finished() and run.same_arguments()
     for status, ended in (
-        ({"reason": "target", "exit_code": 0}, True), ({"reason": "collapsed", "exit_code": 0}, True),
-        ({"reason": "done", "exit_code": 0}, True), ({"reason": "NumericsError", "exit_code": 4}, True),
+        ({"reason": "target", "exit_code": 0}, True),
+        ({"reason": "collapsed", "exit_code": 0}, True),
+        ({"reason": "done", "exit_code": 0}, True),
+        ({"reason": "NumericsError", "exit_code": 4}, True),
         ({"reason": "stopped", "exit_code": 75}, False),
         ({"reason": "DataError", "exit_code": 3}, False),
-    ):  # fmt: skip
+    ):
         (tmp_path / "status.json").write_text(json.dumps(status))
         assert run.finished() == ended, status
     (tmp_path / "status.json").write_text('{"reason": "done", "exit_code": 0}')
@@ -202,12 +212,12 @@ def test_two_variants_end_to_end(run_fastrl, tmp_path):
     assert "| grpo-2passes | 0.0001 | 0 of 2 | > 64 [-, -] | > 4 [-, -] |" in report
     rows = json.loads((folder / "rows.json").read_text())
     assert [(r["method"], r["seed"], r["update"], r["reached"]) for r in rows] == [
-        ("grpo", 0, "single", False), ("grpo", 1, "single", False), ("grpo-2passes", 0, "single", False),
+        ("grpo", 0, "single", False),
+        ("grpo", 1, "single", False),
+        ("grpo-2passes", 0, "single", False),
         ("grpo-2passes", 1, "single", False),
-    ]  # fmt: skip
-    assert [r["settings"] for r in rows][1:3] == [
-        {"update.epochs_per_batch": 1}, {"update.epochs_per_batch": 2},
-    ]  # fmt: skip
+    ]
+    assert [r["settings"] for r in rows][1:3] == [{"update.epochs_per_batch": 1}, {"update.epochs_per_batch": 2}]
     assert json.loads((folder / "summary.json").read_text())["common_settings"]["optim.lr"] == 1e-4
     # the first step of the same seed samples the same completions
     one, two = (logged(folder / m / "lr-0.0001" / "seed-1") for m in ("grpo", "grpo-2passes"))
@@ -225,9 +235,12 @@ def test_two_variants_end_to_end(run_fastrl, tmp_path):
 def test_sigterm_saves_what_runs_so_that_the_same_command_goes_on(tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY.replace("--steps 2", "--steps 1000"))
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastrl.compare", "tiny.toml", "--jobs", "1", "--only", "grpo"], cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "fastrl.compare", "tiny.toml", "--jobs", "1", "--only", "grpo"],
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     folder = tmp_path / "runs" / "compare-tiny" / "grpo" / "lr-0.0001" / "seed-0"
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len(logged(folder)) < 3:

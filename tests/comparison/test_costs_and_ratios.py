@@ -21,9 +21,14 @@ def write_log(folder, records: list[dict]) -> None:
 def step(number: int, seconds: float, reward: float = 0.5) -> dict:
     """A step of 8 completions of 10 tokens and 2 passes."""
     return {
-        "step": number, "reward": reward, "step_time": seconds, "num_rollouts": 8 * number, "num_tokens": 80 * number,
-        "num_backward_passes": 2 * number, "memory/host_mib": 100.0 + number,
-    }  # fmt: skip
+        "step": number,
+        "reward": reward,
+        "step_time": seconds,
+        "num_rollouts": 8 * number,
+        "num_tokens": 80 * number,
+        "num_backward_passes": 2 * number,
+        "memory/host_mib": 100.0 + number,
+    }
 
 
 def evaluation(number: int, accuracy: float, name: str = "sums") -> dict:
@@ -38,20 +43,39 @@ def row(method: str, seed: int, cost: float | None, spent: float = 0, **more) ->
     """A result whose every cost is `cost`; None: not reached."""
     costs = ("rollouts", "backward_passes", "seconds", "tokens")
     return {
-        "method": method, "seed": seed, "lr": 1e-4, "reached": cost is not None, "accuracy": 0.5, "steps": 10,
-        "spent": dict.fromkeys(costs, spent or cost), "ended": "target" if cost else "done", "commit": "abc",
+        "method": method,
+        "seed": seed,
+        "lr": 1e-4,
+        "reached": cost is not None,
+        "accuracy": 0.5,
+        "steps": 10,
+        "spent": dict.fromkeys(costs, spent or cost),
+        "ended": "target" if cost else "done",
+        "commit": "abc",
         **dict.fromkeys(costs, cost),
-    } | more  # fmt: skip
+    } | more
 
 
 # what a run cost
 
 
 def test_costs_are_those_of_the_steps_before_the_first_evaluation_at_the_target(tmp_path):
-    write_log(tmp_path, [
-        evaluation(0, 0.2), evaluation(0, 0.9, "other"), step(1, 1.5), step(2, 0.5, reward=0.7), evaluation(2, 0.4),
-        evaluation(2, 0.9, "other"), step(3, 1.0), step(4, 2.0), evaluation(4, 0.8), step(5, 9.0), evaluation(5, 0.9),
-    ])  # fmt: skip
+    write_log(
+        tmp_path,
+        [
+            evaluation(0, 0.2),
+            evaluation(0, 0.9, "other"),
+            step(1, 1.5),
+            step(2, 0.5, reward=0.7),
+            evaluation(2, 0.4),
+            evaluation(2, 0.9, "other"),
+            step(3, 1.0),
+            step(4, 2.0),
+            evaluation(4, 0.8),
+            step(5, 9.0),
+            evaluation(5, 0.9),
+        ],
+    )
     got = measure(run_in(tmp_path), 0.8)
     # 4 steps: 32 completions, 8 passes, 320 tokens, 1.5 + 0.5 + 1 + 2 s; the 50 s of each evaluation are left out
     assert (got["rollouts"], got["backward_passes"], got["tokens"], got["seconds"]) == (32, 8, 320, 5.0)
@@ -107,8 +131,10 @@ def test_the_learning_rate_is_that_of_the_lowest_headline_cost():
 
 def test_median_and_range_with_runs_that_missed():
     assert summarize([row("m", s, c) for s, c in enumerate((10, 30, 20))], "rollouts") == {
-        "median": 20, "min": 10, "max": 30,
-    }  # fmt: skip
+        "median": 20,
+        "min": 10,
+        "max": 30,
+    }
     one_missed = [row("m", 0, 10), row("m", 1, None, spent=15), row("m", 2, 20)]
     assert summarize(one_missed, "seconds") == {"median": 20, "min": 10, "max": None}  # 10, 20, infinity
     two_missed = [row("m", 0, 10), row("m", 1, None, spent=15), row("m", 2, None, spent=15)]
@@ -159,13 +185,16 @@ def test_censored_runs_bound_the_ratio():
 
 
 METHODS = [
-    Method(name="grpo"), Method(name="sfpo", args="--update sfpo"),
+    Method(name="grpo"),
+    Method(name="sfpo", args="--update sfpo"),
     Method(name="grpo-lr", control_of="sfpo", lr_from="sfpo", lr_factor=3.4),
-]  # fmt: skip
+]
 CLAIMS = [
-    Claim(method="sfpo", cost="rollouts", at_most=0.45), Claim(method="sfpo", cost="seconds", at_most=0.3),
-    Claim(method="sfpo", cost="passes_per_step", at_most=4), Claim(method="sfpo", cost="tokens"),
-]  # fmt: skip
+    Claim(method="sfpo", cost="rollouts", at_most=0.45),
+    Claim(method="sfpo", cost="seconds", at_most=0.3),
+    Claim(method="sfpo", cost="passes_per_step", at_most=4),
+    Claim(method="sfpo", cost="tokens"),
+]
 
 
 def results() -> list[dict]:
@@ -223,26 +252,37 @@ def test_claims_are_met_missed_or_open():
     none = [row(r["method"], r["seed"], None, spent=100) for r in rows]
     found = ratios(none, compared_pairs(METHODS, CLAIMS, "grpo"))
     assert judge(CLAIMS[0], none, found, "grpo") == {
-        "text": "open: sfpo needs ? [0.00, inf] of the rollouts of grpo; at most 0.45 was wanted", "met": None,
-    }  # fmt: skip
+        "text": "open: sfpo needs ? [0.00, inf] of the rollouts of grpo; at most 0.45 was wanted",
+        "met": None,
+    }
 
 
 def test_weak_points_are_named():
     tuning = [row("grpo", 9, 10, lr=lr) for lr in (1e-4, 2e-4, 4e-4)] + [row("sfpo", 9, None, spent=5, commit="def")]
     found = weak_points(tuning, results(), {"grpo": 4e-4, "sfpo": 1e-4}, jobs=2, threads=2, cores=2)
     assert [text.partition(":")[0].partition(";")[0] for text in found] == [
-        "grpo took the largest learning rate of its grid, 0.0004", "sfpo", "2 runs of 2 threads shared 2 cores",
-        "Runs were made at different commits", "Fewer than five seeds",
-    ]  # fmt: skip
-    assert not weak_points([row("grpo", 9, 10, lr=lr) for lr in (1, 2, 3)], [row("m", s, 1) for s in range(5)],
-                           {"grpo": 2}, jobs=1, threads=1, cores=1)  # fmt: skip
+        "grpo took the largest learning rate of its grid, 0.0004",
+        "sfpo",
+        "2 runs of 2 threads shared 2 cores",
+        "Runs were made at different commits",
+        "Fewer than five seeds",
+    ]
+    assert not weak_points(
+        [row("grpo", 9, 10, lr=lr) for lr in (1, 2, 3)],
+        [row("m", s, 1) for s in range(5)],
+        {"grpo": 2},
+        jobs=1,
+        threads=1,
+        cores=1,
+    )
 
 
 def test_curves_hold_their_last_value():
     def point(accuracy, rollouts):
         return Point(step=0, accuracy=accuracy, reward=0, spent={"rollouts": rollouts})
 
-    spent, values = over_seeds([[point(0.2, 0), point(0.9, 8)], [point(0.4, 0), point(0.5, 10), point(0.8, 20)]],
-                               "rollouts", "accuracy")  # fmt: skip
+    spent, values = over_seeds(
+        [[point(0.2, 0), point(0.9, 8)], [point(0.4, 0), point(0.5, 10), point(0.8, 20)]], "rollouts", "accuracy"
+    )
     assert spent.tolist() == [0, 9, 20]  # (8 + 10) / 2, then the second run alone
     assert values.tolist() == [[0.2, 0.9, 0.9], [0.4, 0.5, 0.8]]

@@ -264,18 +264,33 @@ def test_a_named_data_set_says_what_is_missing_and_which_flag(tmp_path):
 
 # file of the README table: rows, of which bad (an empty answer)
 TABLE = {
-    "gsm8k/train.jsonl": (7473, 0), "gsm8k/test.jsonl": (1319, 0), "math/train.jsonl": (7500, 2),
-    "math500/test.jsonl": (500, 0), "aime24/test.jsonl": (30, 0), "amc23/test.jsonl": (40, 0),
-    "minerva/test.jsonl": (272, 0), "olympiadbench/test.jsonl": (675, 0), "hmmt_feb_2024/test.jsonl": (30, 0),
-    "arith/svamp.jsonl": (1000, 0), "arith/asdiv.jsonl": (2215, 0), "arith/mawps.jsonl": (2065, 0),
-    "countdown/tinyzero_train.jsonl": (8001, 0), "countdown/tinyzero_test.jsonl": (2001, 0),
+    "gsm8k/train.jsonl": (7473, 0),
+    "gsm8k/test.jsonl": (1319, 0),
+    "math/train.jsonl": (7500, 2),
+    "math500/test.jsonl": (500, 0),
+    "aime24/test.jsonl": (30, 0),
+    "amc23/test.jsonl": (40, 0),
+    "minerva/test.jsonl": (272, 0),
+    "olympiadbench/test.jsonl": (675, 0),
+    "hmmt_feb_2024/test.jsonl": (30, 0),
+    "arith/svamp.jsonl": (1000, 0),
+    "arith/asdiv.jsonl": (2215, 0),
+    "arith/mawps.jsonl": (2065, 0),
+    "countdown/tinyzero_train.jsonl": (8001, 0),
+    "countdown/tinyzero_test.jsonl": (2001, 0),
     "dsr_sub/train.jsonl": (1209, 1),
-}  # fmt: skip
+}
 NAMED = {
-    ("gsm8k", "train"): 7473, ("gsm8k", "test"): 1319, ("math", "train"): 7500 - 38, ("math500", "test"): 500,
-    ("aime24", "test"): 30, ("amc23", "test"): 40, ("minerva", "test"): 272, ("olympiadbench", "test"): 675,
+    ("gsm8k", "train"): 7473,
+    ("gsm8k", "test"): 1319,
+    ("math", "train"): 7500 - 38,
+    ("math500", "test"): 500,
+    ("aime24", "test"): 30,
+    ("amc23", "test"): 40,
+    ("minerva", "test"): 272,
+    ("olympiadbench", "test"): 675,
     ("hmmt", "test"): 30,
-}  # fmt: skip
+}
 
 
 @pytest.mark.realdata

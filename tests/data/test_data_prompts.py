@@ -53,9 +53,11 @@ BASE = make_tokenizer(chat_template=None)
 
 def encode(prompt, tokenizer=TOKENIZER, instruction="", **options):
     kept, dropped = encode_prompts(
-        [Problem(id="p", prompt=prompt, answer="4")], tokenizer,
-        instruction=instruction, **{"max_prompt_tokens": 10_000} | options,
-    )  # fmt: skip
+        [Problem(id="p", prompt=prompt, answer="4")],
+        tokenizer,
+        instruction=instruction,
+        **{"max_prompt_tokens": 10_000} | options,
+    )
     assert len(kept) == 1 and not dropped
     return kept[0].prompt_ids
 

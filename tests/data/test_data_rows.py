@@ -239,12 +239,22 @@ def test_nesting_deeper_than_python_recurses_is_data():
 def hostile_lines(good: int, bad: int) -> tuple[list[bytes], list[int]]:
     """JSON lines with `bad` unusable ones spread among them, and their line numbers."""
     evil = [
-        b'{"prompt": "a"}', b'{"answer": "2"}', b'{"prompt": null, "answer": "2"}', b'{"prompt": "a", "answer": null}',
-        b"7", b"[]", b"null", b'{"prompt": "' + b"x" * 10_000_000 + b'", "answer": "2"}',
-        b'{"prompt": "a\\u0000", "answer": "2"}', b'{"prompt": "\\ud83d", "answer": "2"}', b'{"prompt": "a", "ans',
-        b'{"prompt": "\xff", "answer": "2"}', b"[" * 100_000, b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "a"}',
+        b'{"answer": "2"}',
+        b'{"prompt": null, "answer": "2"}',
+        b'{"prompt": "a", "answer": null}',
+        b"7",
+        b"[]",
+        b"null",
+        b'{"prompt": "' + b"x" * 10_000_000 + b'", "answer": "2"}',
+        b'{"prompt": "a\\u0000", "answer": "2"}',
+        b'{"prompt": "\\ud83d", "answer": "2"}',
+        b'{"prompt": "a", "ans',
+        b'{"prompt": "\xff", "answer": "2"}',
+        b"[" * 100_000,
+        b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}",
         b'{"prompt": "  ", "answer": "2"}',
-    ]  # fmt: skip
+    ]
     total = good + bad
     numbers = [1 + i * total // bad for i in range(bad)]
     lines = [b'{"prompt": "What is %d+1?", "answer": %d}' % (i, i + 1) for i in range(total)]
@@ -264,10 +274,25 @@ def test_985_of_1000_rows_are_kept_and_15_listed(tmp_path):
     reasons = [row.reason for row in loaded.bad_rows]
     for reason, pattern in zip(
         reasons,
-        ["no answer", "columns are answer", "null", "null", "type int", "an empty list", "null", "longer than 1000000",
-         "NUL", "surrogate", "invalid JSON at character", "UTF-8", "recursion", "digits", "empty"],
+        [
+            "no answer",
+            "columns are answer",
+            "null",
+            "null",
+            "type int",
+            "an empty list",
+            "null",
+            "longer than 1000000",
+            "NUL",
+            "surrogate",
+            "invalid JSON at character",
+            "UTF-8",
+            "recursion",
+            "digits",
+            "empty",
+        ],
         strict=True,
-    ):  # fmt: skip
+    ):
         assert re.search(pattern, reason), (pattern, reason)
     by_line = {problem.id: problem for problem in loaded.problems}
     assert by_line["rows.jsonl:1000"].answer == "1000" and "rows.jsonl:1" not in by_line

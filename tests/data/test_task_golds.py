@@ -72,10 +72,23 @@ def test_user_functions_refuse_no_gold(tmp_path):
         assert gradable("x", problems(1, 1), rewards)[1] == []
 
 
-SETS = [(name, split) for name in DATASETS for split in ("train", "test")
-        if name not in ("arithmetic", "math") and (name, split) in {
-            ("gsm8k", "train"), ("gsm8k", "test"), ("math500", "test"), ("aime24", "test"), ("amc23", "test"),
-            ("minerva", "test"), ("olympiadbench", "test"), ("hmmt", "test")}]  # fmt: skip
+SETS = [
+    (name, split)
+    for name in DATASETS
+    for split in ("train", "test")
+    if name not in ("arithmetic", "math")
+    and (name, split)
+    in {
+        ("gsm8k", "train"),
+        ("gsm8k", "test"),
+        ("math500", "test"),
+        ("aime24", "test"),
+        ("amc23", "test"),
+        ("minerva", "test"),
+        ("olympiadbench", "test"),
+        ("hmmt", "test"),
+    }
+]
 
 
 @pytest.mark.soak

@@ -76,7 +76,7 @@ BREAKS = [
     (too_long, "returned 11 tokens in a completion, at most 10 were allowed"),
     (aborted, "returned a completion that ended by 'abort', expected stop or length"),
     (words, "returned tokens or log-probabilities that are not numbers .*'a'"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

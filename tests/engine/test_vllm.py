@@ -21,9 +21,17 @@ from fastrl.weights.buffer import FlatParams
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 WORDS, TOKENS = 70, 67  # of the model, no multiple of 64; and of its tokenizer
 COMMON = dict(
-    vocab_size=WORDS, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, bos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=WORDS,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    eos_token_id=1,
+    bos_token_id=2,
+    pad_token_id=0,
+)
 FAMILIES = {
     "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**COMMON, tie_word_embeddings=False, head_dim=32),
@@ -31,18 +39,28 @@ FAMILIES = {
 }
 # the longer ones fill blocks of the cache (32 tokens on a CPU), which is what a stale prefix needs
 PROMPTS = [
-    [3, 4, 10, 5], [20, 21, 22, 23, 24], list(range(2, 52)), [5] * 40, [9, 8, 7], list(range(60, 2, -1)),
-    [(i * 7 + 3) % 50 for i in range(200)], [(i * 5 + 1) % 50 for i in range(200)],
-]  # fmt: skip
+    [3, 4, 10, 5],
+    [20, 21, 22, 23, 24],
+    list(range(2, 52)),
+    [5] * 40,
+    [9, 8, 7],
+    list(range(60, 2, -1)),
+    [(i * 7 + 3) % 50 for i in range(200)],
+    [(i * 5 + 1) % 50 for i in range(200)],
+]
 GREEDY = Sampling(temperature=0.0, max_new_tokens=32)
 
 
 def process_state() -> list:
     """What else in the process depends on: generators, threads, precision."""
     return [
-        random.getstate(), numpy.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist(),
-        torch.get_num_threads(), torch.set_num_threads, torch.get_float32_matmul_precision(),
-    ]  # fmt: skip
+        random.getstate(),
+        numpy.random.get_state()[1].tolist(),
+        torch.random.get_rng_state().tolist(),
+        torch.get_num_threads(),
+        torch.set_num_threads,
+        torch.get_float32_matmul_precision(),
+    ]
 
 
 class Pair:
@@ -57,9 +75,15 @@ class Pair:
         self.flat = FlatParams(self.model)
         self.before = process_state()
         self.vllm = VllmEngine(
-            self.model, self.flat, VllmConfig(), eos_ids=(1,), num_tokens=TOKENS, max_model_len=256,
-            max_num_seqs=64, kv_bytes=1 << 30,
-        )  # fmt: skip
+            self.model,
+            self.flat,
+            VllmConfig(),
+            eos_ids=(1,),
+            num_tokens=TOKENS,
+            max_model_len=256,
+            max_num_seqs=64,
+            kv_bytes=1 << 30,
+        )
         self.after = process_state()
         self.hf = HFEngine(self.model, eos_ids=(1,), pad_id=0, num_tokens=TOKENS)
 

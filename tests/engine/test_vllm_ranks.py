@@ -85,7 +85,19 @@ def test_two_ranks_sample_what_one_does_and_train_like_one(tmp_path):
 def test_two_ranks_make_a_profile_and_stay_two(tmp_path):
     """The engine is closed in the middle of the program, which goes on with collectives."""
     done = torchrun(
-        2, "-m", "fastrl.profile", "--engine", "vllm", "--limit", 8, "--num-completions", 4, "--reward-workers", 1,
-        "--out", "profile.jsonl", cwd=tmp_path,
-    )  # fmt: skip
+        2,
+        "-m",
+        "fastrl.profile",
+        "--engine",
+        "vllm",
+        "--limit",
+        8,
+        "--num-completions",
+        4,
+        "--reward-workers",
+        1,
+        "--out",
+        "profile.jsonl",
+        cwd=tmp_path,
+    )
     assert done.stdout.count("pass@1") == 1  # rank 0 alone speaks

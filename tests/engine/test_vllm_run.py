@@ -80,10 +80,15 @@ def raw_logprobs(engine):
 @pytest.mark.parametrize(
     "fault, steps",
     [
-        (swap_layers, 0), (ignored_temperature, 0), (raw_logprobs, 0), (emptied_weights, 0), (rounded_head, 0),
-        (copied_weights, 1), (kept_prefixes, 1),
+        (swap_layers, 0),
+        (ignored_temperature, 0),
+        (raw_logprobs, 0),
+        (emptied_weights, 0),
+        (rounded_head, 0),
+        (copied_weights, 1),
+        (kept_prefixes, 1),
     ],
-)  # fmt: skip
+)
 def test_a_fault_is_caught_within_one_step(make, fault, steps):
     """Before the first rollout, or where only an update brings it out, before the one after."""
     trainer = make("--temperature", 0.7, "--lr", 1e-3)

@@ -34,9 +34,25 @@ def kernels(tmp_path_factory):
 extern "C" void run(void (*kernel)(Arguments), const Arguments* a, int grid) { run_blocks(kernel, *a, grid, kThreads); }
 """
     subprocess.run(
-        [compiler, "-O1", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", f"-I{SUPPORT}",
-         f"-I{nvrtc.source().parent}", "-xc++", "-", "-o", path], input=program, text=True, check=True,
-    )  # fmt: skip
+        [
+            compiler,
+            "-O1",
+            "-std=c++20",
+            "-ffp-contract=off",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            f"-I{SUPPORT}",
+            f"-I{nvrtc.source().parent}",
+            "-xc++",
+            "-",
+            "-o",
+            path,
+        ],
+        input=program,
+        text=True,
+        check=True,
+    )
     return ctypes.CDLL(str(path))
 
 
@@ -78,8 +94,16 @@ def wanted(mode, theta, anchor, alpha, given, threshold=None, segment=None, dtyp
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("halves", [False, True])
-@pytest.mark.parametrize("mode, limits", [("interpolate", False), ("gradients", False), ("gradients", True),
-                                          ("displacements", False), ("displacements", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, limits",
+    [
+        ("interpolate", False),
+        ("gradients", False),
+        ("gradients", True),
+        ("displacements", False),
+        ("displacements", True),
+    ],
+)
 def test_kernels_do_what_the_definitions_say(mode, limits, halves, n, kernels):
     theta, anchor, given = shards(n, mode)
     blocks = -(-n // 1024)

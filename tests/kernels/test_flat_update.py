@@ -81,8 +81,15 @@ def test_extrapolation(backend, limits, displacements, n):
         options["segment"] = torch.arange(blocks, device=DEVICE) // 2
         options["threshold"] = torch.linspace(0.1, 1.0, blocks // 2 + 1, device=DEVICE)
     first, second = (u0, None) if displacements else (x0, x1)
-    exact, truth = extrapolated(theta, anchor, first, second, "torch", torch.float64, **(
-        options | ({"threshold": options["threshold"].double()} if limits else {})))  # fmt: skip
+    exact, truth = extrapolated(
+        theta,
+        anchor,
+        first,
+        second,
+        "torch",
+        torch.float64,
+        **(options | ({"threshold": options["threshold"].double()} if limits else {})),
+    )
     plain, _ = extrapolated(theta, anchor, first, second, "torch", **options)
     ours, stats = extrapolated(theta, anchor, first, second, backend, **options)
     if n:
@@ -307,18 +314,42 @@ def compiled(tmp_path_factory):
         pytest.skip("no nvcc on PATH, so csrc/flat_update.cu cannot be compiled")
     path = tmp_path_factory.mktemp("csrc") / library.NAME
     said = subprocess.run(
-        [nvcc, "-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", "-cudart", "static", "-Xptxas", "-v", "-gencode",
-         "arch=compute_90,code=sm_90", "-o", path, SOURCE, "--keep", "--keep-dir", path.parent],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            "--shared",
+            "-Xcompiler",
+            "-fPIC",
+            "-cudart",
+            "static",
+            "-Xptxas",
+            "-v",
+            "-gencode",
+            "arch=compute_90,code=sm_90",
+            "-o",
+            path,
+            SOURCE,
+            "--keep",
+            "--keep-dir",
+            path.parent,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return path, said.stderr
 
 
 # vectors that each reads
 KERNELS = {
-    "fastrl_interpolate_kernel": 2, "fastrl_gradients_kernel": 4, "fastrl_displacements_kernel": 3,
-    "fastrl_interpolate_split_kernel": 3, "fastrl_gradients_split_kernel": 5, "fastrl_displacements_split_kernel": 4,
-}  # fmt: skip
+    "fastrl_interpolate_kernel": 2,
+    "fastrl_gradients_kernel": 4,
+    "fastrl_displacements_kernel": 3,
+    "fastrl_interpolate_split_kernel": 3,
+    "fastrl_gradients_split_kernel": 5,
+    "fastrl_displacements_split_kernel": 4,
+}
 
 
 @pytest.mark.slow

@@ -59,9 +59,7 @@ class Work(TorchDispatchMode):
 @pytest.fixture
 def launches(monkeypatch):
     made = {}
-    for module, name in (
-        (rows, "row_forward_kernel"), (rows, "row_gradient_kernel"), (vectors, "policy_loss_kernel"),
-    ):  # fmt: skip
+    for module, name in ((rows, "row_forward_kernel"), (rows, "row_gradient_kernel"), (vectors, "policy_loss_kernel")):
         made[name] = Launches()
         monkeypatch.setattr(module, name, made[name])
     torch.use_deterministic_algorithms(False)  # filling a fresh tensor would be work

@@ -227,16 +227,28 @@ def test_temperature():
 def test_extreme_distributions(triton):
     # equal logits: entropy ln V, and its gradient is zero
     up = {"entropy": torch.tensor([1.5])}
-    equal = run(linear_logprob, torch.ones(1, 2), torch.full((7, 2), 3.0), torch.tensor([4]), up, need_entropy=True,
-                triton=triton)  # fmt: skip
+    equal = run(
+        linear_logprob,
+        torch.ones(1, 2),
+        torch.full((7, 2), 3.0),
+        torch.tensor([4]),
+        up,
+        need_entropy=True,
+        triton=triton,
+    )
     assert equal["entropy"].item() == pytest.approx(math.log(7), rel=1e-6)
     assert equal["logprobs"].item() == pytest.approx(-math.log(7), rel=1e-6)
     assert equal["dhidden"].abs().max() < 1e-5  # 7 terms of size 1.5 * 3 that cancel
     # one logit 1e4 above the rest: certain, no gradient
     sure = run(
-        linear_logprob, torch.ones(1, 2), torch.tensor([[0.0, 0.0], [1e4, 0.0], [-1.0, 0.5]]), torch.tensor([1]),
-        {name: torch.tensor([1.5]) for name in ("logprobs", "entropy")}, need_entropy=True, triton=triton,
-    )  # fmt: skip
+        linear_logprob,
+        torch.ones(1, 2),
+        torch.tensor([[0.0, 0.0], [1e4, 0.0], [-1.0, 0.5]]),
+        torch.tensor([1]),
+        {name: torch.tensor([1.5]) for name in ("logprobs", "entropy")},
+        need_entropy=True,
+        triton=triton,
+    )
     assert (sure["logprobs"].item(), sure["entropy"].item(), sure["lse"].item()) == (0.0, 0.0, 1e4)
     assert not sure["dhidden"].any() and not sure["dweight"].any()
 
@@ -258,9 +270,13 @@ def test_order_of_rows_changes_nothing():
     order = torch.tensor([3, 0, 4, 2, 1])
     given = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True)
     moved = run(
-        linear_logprob, hidden[order], weight, target[order], {name: up[order] for name, up in upstream.items()},
+        linear_logprob,
+        hidden[order],
+        weight,
+        target[order],
+        {name: up[order] for name, up in upstream.items()},
         need_entropy=True,
-    )  # fmt: skip
+    )
     for name in (*NAMES, "dhidden"):
         torch.testing.assert_close(moved[name], given[name][order], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(moved["dweight"], given["dweight"], rtol=1e-5, atol=1e-6)
@@ -328,16 +344,39 @@ def test_refuses_what_does_not_fit(change, message):
 def test_temperature_of_each_token(triton):
     hidden, weight, target, upstream = inputs(5, 300, torch.float32)
     inv_temperature = torch.tensor([1 / 0.3, 1.0, 0.5, 2.0, 0.7])
-    truth = run(linear_logprob_ref, hidden.double(), weight.double(), target, upstream, need_entropy=True,
-                inv_temperature=inv_temperature.double())  # fmt: skip
-    ours = run(linear_logprob, hidden, weight, target, upstream, need_entropy=True, inv_temperature=inv_temperature,
-               triton=triton)  # fmt: skip
+    truth = run(
+        linear_logprob_ref,
+        hidden.double(),
+        weight.double(),
+        target,
+        upstream,
+        need_entropy=True,
+        inv_temperature=inv_temperature.double(),
+    )
+    ours = run(
+        linear_logprob,
+        hidden,
+        weight,
+        target,
+        upstream,
+        need_entropy=True,
+        inv_temperature=inv_temperature,
+        triton=triton,
+    )
     for name in NAMES:
         torch.testing.assert_close(ours[name].double(), truth[name], rtol=1e-6, atol=2e-5)
     for name in ("dhidden", "dweight"):
         assert (ours[name].double() - truth[name]).norm() < 2e-6 * truth[name].norm()
-    alone = run(linear_logprob, hidden[2:3], weight, target[2:3], {n: u[2:3] for n, u in upstream.items()},
-                need_entropy=True, inv_temperature=0.5, triton=triton)  # fmt: skip
+    alone = run(
+        linear_logprob,
+        hidden[2:3],
+        weight,
+        target[2:3],
+        {n: u[2:3] for n, u in upstream.items()},
+        need_entropy=True,
+        inv_temperature=0.5,
+        triton=triton,
+    )
     torch.testing.assert_close(ours["dhidden"][2:3], alone["dhidden"], rtol=1e-5, atol=1e-6)
 
 

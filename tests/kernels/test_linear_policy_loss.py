@@ -41,10 +41,12 @@ def problem(N, V, dtype, seed=0, shift=0.0):
     target = torch.randint(0, V, (N,), generator=g)
     logp = (hidden.float() @ weight.float().T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     vectors = dict(
-        advantage=torch.randn(N, generator=g), w=(torch.rand(N, generator=g) > 0.2) / max(N, 1),
-        old_logprobs=logp + 0.4 * torch.randn(N, generator=g), ref_logprobs=logp + 0.4 * torch.randn(N, generator=g),
+        advantage=torch.randn(N, generator=g),
+        w=(torch.rand(N, generator=g) > 0.2) / max(N, 1),
+        old_logprobs=logp + 0.4 * torch.randn(N, generator=g),
+        ref_logprobs=logp + 0.4 * torch.randn(N, generator=g),
         per_token=0.5 + torch.rand(N, generator=g),
-    )  # fmt: skip
+    )
     return [x.to(DEVICE) for x in (hidden, weight, target)], {k: v.float().to(DEVICE) for k, v in vectors.items()}
 
 
@@ -82,8 +84,11 @@ def distance(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_paths_are_the_definition(triton, settings, dtype, monkeypatch):
     inputs, vectors = problem(7, 1003, dtype)
-    truth = run(linear_policy_loss_ref, [x.double() if x.is_floating_point() else x for x in inputs],
-                settled(vectors, settings, torch.float64))  # fmt: skip
+    truth = run(
+        linear_policy_loss_ref,
+        [x.double() if x.is_floating_point() else x for x in inputs],
+        settled(vectors, settings, torch.float64),
+    )
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 3)  # three chunks, the last of one row
     ours = run(linear_policy_loss, inputs, settled(vectors, settings), triton=triton)
     alive = vectors["w"] != 0
@@ -108,8 +113,11 @@ def test_sizes_around_a_block(triton, N, V):
     inputs, vectors = problem(N, V, torch.float32, seed=V)
     vectors["w"] = torch.ones_like(vectors["w"])
     options = settled(vectors, SETTINGS["entropy"])
-    truth = run(linear_policy_loss_ref, [x.double() if x.is_floating_point() else x for x in inputs],
-                settled(vectors, SETTINGS["entropy"], torch.float64))  # fmt: skip
+    truth = run(
+        linear_policy_loss_ref,
+        [x.double() if x.is_floating_point() else x for x in inputs],
+        settled(vectors, SETTINGS["entropy"], torch.float64),
+    )
     ours = run(linear_policy_loss, inputs, options, triton=triton)
     torch.testing.assert_close(ours.logprobs.double(), truth.logprobs, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours.entropy.double(), truth.entropy, rtol=0, atol=2e-5)
@@ -124,8 +132,11 @@ def test_weight_gradients_add_up_in_place_in_float32(triton):
     buffer[300:] = 0.25
     for _ in range(64):
         run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton, weight_grad=buffer[:300])
-    truth = run(linear_policy_loss_ref, [x.double() if x.is_floating_point() else x for x in inputs],
-                settled(vectors, {}, torch.float64))  # fmt: skip
+    truth = run(
+        linear_policy_loss_ref,
+        [x.double() if x.is_floating_point() else x for x in inputs],
+        settled(vectors, {}, torch.float64),
+    )
     assert distance(buffer[:300], 64 * truth.weight_grad) < 6e-3
     assert (buffer[300:] == 0.25).all()
 
@@ -142,8 +153,12 @@ def test_chunks_and_order_change_nothing(triton, monkeypatch):
         cut = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     moved = {k: v[order] for k, v in vectors.items()}
-    other = run(linear_policy_loss, [inputs[0][order], inputs[1], inputs[2][order]],
-                settled(moved, SETTINGS["entropy"]), triton=triton)  # fmt: skip
+    other = run(
+        linear_policy_loss,
+        [inputs[0][order], inputs[1], inputs[2][order]],
+        settled(moved, SETTINGS["entropy"]),
+        triton=triton,
+    )
     for variant, take in ((cut, slice(None)), (other, order)):
         torch.testing.assert_close(variant.logprobs, whole.logprobs[take], rtol=0, atol=1e-6)
         torch.testing.assert_close(variant.hidden_grad, whole.hidden_grad[take], rtol=1e-5, atol=1e-6)
@@ -158,8 +173,13 @@ def test_one_denominator_makes_accumulation_exact(triton):
     buffer, losses, hidden = torch.zeros(300, H, device=DEVICE), 0.0, []
     for first in range(0, 8, 2):
         part = slice(first, first + 2)
-        out = run(linear_policy_loss, [inputs[0][part], inputs[1], inputs[2][part]],
-                  settled({k: v[part] for k, v in vectors.items()}, {}), triton=triton, weight_grad=buffer)  # fmt: skip
+        out = run(
+            linear_policy_loss,
+            [inputs[0][part], inputs[1], inputs[2][part]],
+            settled({k: v[part] for k, v in vectors.items()}, {}),
+            triton=triton,
+            weight_grad=buffer,
+        )
         losses, hidden = losses + out.loss.item(), [*hidden, out.hidden_grad]
     assert losses == pytest.approx(whole.loss.item(), rel=1e-5)
     torch.testing.assert_close(torch.cat(hidden), whole.hidden_grad, rtol=1e-6, atol=1e-7)
@@ -171,8 +191,11 @@ def test_one_denominator_makes_accumulation_exact(triton):
 @pytest.mark.parametrize("shift", [-20.0, -120.0, 300.0])
 def test_shifted_logits(triton, dtype, shift):
     inputs, vectors = problem(5, 1003, dtype, shift=shift)
-    truth = run(linear_policy_loss_ref, [x.double() if x.is_floating_point() else x for x in inputs],
-                settled(vectors, SETTINGS["entropy"], torch.float64))  # fmt: skip
+    truth = run(
+        linear_policy_loss_ref,
+        [x.double() if x.is_floating_point() else x for x in inputs],
+        settled(vectors, SETTINGS["entropy"], torch.float64),
+    )
     ours = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton)
     allowed = 2e-5 + 1e-6 * abs(shift)
     assert (ours.logprobs.double() - truth.logprobs).abs().max() < allowed
@@ -201,8 +224,9 @@ def test_equal_rewards_give_exactly_nothing(triton):
     out = run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton)
     assert out.loss == 0 and not out.hidden_grad.any() and not out.weight_grad.any()
     # the entropy has a gradient where the advantage has none, and two runs agree to the bit
-    first, again = (run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton)
-                    for _ in range(2))  # fmt: skip
+    first, again = (
+        run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton) for _ in range(2)
+    )
     assert first.hidden_grad.any() and torch.equal(first.weight_grad, again.weight_grad)
 
 
@@ -228,8 +252,12 @@ def test_ignored_tokens_and_an_empty_mask(triton):
     kept = torch.tensor([0, 2, 3, 5], device=DEVICE)
     vectors["w"] = torch.full((6,), 0.25, device=DEVICE)
     out = run(linear_policy_loss, [hidden, weight, target], settled(vectors, SETTINGS["entropy"]), triton=triton)
-    alone = run(linear_policy_loss, [hidden[kept], weight, target[kept]],
-                settled({k: v[kept] for k, v in vectors.items()}, SETTINGS["entropy"]), triton=triton)  # fmt: skip
+    alone = run(
+        linear_policy_loss,
+        [hidden[kept], weight, target[kept]],
+        settled({k: v[kept] for k, v in vectors.items()}, SETTINGS["entropy"]),
+        triton=triton,
+    )
     assert out.loss.item() == pytest.approx(alone.loss.item(), rel=1e-6)
     torch.testing.assert_close(out.hidden_grad[kept], alone.hidden_grad, rtol=1e-6, atol=1e-7)
     assert not out.hidden_grad[[1, 4]].any() and not out.logprobs[[1, 4]].any() and not out.entropy[[1, 4]].any()
@@ -313,9 +341,14 @@ def test_entropy_is_of_the_scaled_logits():
     hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [math.log(4) / 2]])
     for triton in (False, True):
         out = linear_policy_loss(
-            TokenLoss(), hidden.to(DEVICE), weight.to(DEVICE), torch.tensor([1], device=DEVICE),
-            TokenVectors(*torch.ones(2, 1, device=DEVICE)), inv_temperature=2.0, triton=triton,
-        )  # fmt: skip
+            TokenLoss(),
+            hidden.to(DEVICE),
+            weight.to(DEVICE),
+            torch.tensor([1], device=DEVICE),
+            TokenVectors(*torch.ones(2, 1, device=DEVICE)),
+            inv_temperature=2.0,
+            triton=triton,
+        )
         assert out.entropy.item() == pytest.approx(-(0.2 * math.log(0.2) + 0.8 * math.log(0.8)), abs=1e-6)
         # d(-logp)/dz = p - onehot, times the inverse temperature: 2 (0.2, -0.2)
         assert out.weight_grad[:, 0].tolist() == pytest.approx([0.4, -0.4], abs=1e-6)
@@ -342,8 +375,11 @@ def test_vocabularies_of_real_models(monkeypatch, V):
     monkeypatch.setattr(rows, "BLOCK_V", 8192)
     inputs, vectors = problem(2, V, torch.float32, seed=1)
     vectors["w"] = torch.ones(2, device=DEVICE)
-    truth = run(linear_policy_loss_ref, [x.double() if x.is_floating_point() else x for x in inputs],
-                settled(vectors, SETTINGS["entropy"], torch.float64))  # fmt: skip
+    truth = run(
+        linear_policy_loss_ref,
+        [x.double() if x.is_floating_point() else x for x in inputs],
+        settled(vectors, SETTINGS["entropy"], torch.float64),
+    )
     ours = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=True)
     torch.testing.assert_close(ours.logprobs.double(), truth.logprobs, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours.entropy.double(), truth.entropy, rtol=0, atol=2e-5)
@@ -375,9 +411,14 @@ def test_tied_embeddings_get_the_gradients_of_both_ends(triton):
     embedding.grad = torch.zeros_like(weight)
     hidden = torch.nn.functional.embedding(words, embedding).tanh()
     linear_policy_loss(
-        TokenLoss(), hidden, embedding.detach(), target, settled(vectors, dict(on_policy=True))["vectors"],
-        weight_grad=embedding.grad, triton=triton,
-    ).loss.backward()  # fmt: skip
+        TokenLoss(),
+        hidden,
+        embedding.detach(),
+        target,
+        settled(vectors, dict(on_policy=True))["vectors"],
+        weight_grad=embedding.grad,
+        triton=triton,
+    ).loss.backward()
     truth = weight.double().requires_grad_()
     logp = (truth[words].tanh() @ truth.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     (-vectors["advantage"] * vectors["w"] * logp).sum().backward()

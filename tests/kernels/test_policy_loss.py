@@ -42,10 +42,7 @@ def call(function, vectors, **settings):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_kernel_is_its_definition(settings, N):
     vectors = tokens(N, seed=N)
-    ours, truth = (
-        call(kernel, vectors, **settings),
-        call(policy_loss_ref, [v.double() for v in vectors], **settings),
-    )
+    ours, truth = (call(kernel, vectors, **settings), call(policy_loss_ref, [v.double() for v in vectors], **settings))
     assert ours.coef.dtype == torch.float32 and ours.coef.shape == (N,)
     near = torch.zeros(N, dtype=torch.bool, device=DEVICE)  # the edges of the clip, where one rounding decides
     if N and not settings.get("on_policy"):

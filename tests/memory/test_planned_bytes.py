@@ -27,8 +27,15 @@ from fastrl.weights.optim import OptimConfig
 from support.programs import together
 from support.trainers import make_trainer
 
-TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=500, max_position_embeddings=4096)  # fmt: skip
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=500,
+    max_position_embeddings=4096,
+)
 ARCHITECTURES = {
     "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
     "llama": dict(model_type="llama", tie_word_embeddings=False, head_dim=16),
@@ -87,15 +94,21 @@ class Allocated:
         flat, master = self.policy.flat, state.pop("master")
         apart = master.data_ptr() != flat.weights.data_ptr()
         return {
-            "weights": size(flat.weights), "gradients": size(flat.grads), "master": apart * size(master),
-            "optimizer": sum(map(size, state.values())), "snapshots": self.snapshots,
-        }  # fmt: skip
+            "weights": size(flat.weights),
+            "gradients": size(flat.grads),
+            "master": apart * size(master),
+            "optimizer": sum(map(size, state.values())),
+            "snapshots": self.snapshots,
+        }
 
 
 def planned_parts(shape, rule, optimizer, **changes):
-    plan = plan_memory(shape, settings(
-        optimizer=optimizer, copies=rule.copies, holds_state=rule.holds_state, dtype=torch.bfloat16, **changes,
-    ))  # fmt: skip
+    plan = plan_memory(
+        shape,
+        settings(
+            optimizer=optimizer, copies=rule.copies, holds_state=rule.holds_state, dtype=torch.bfloat16, **changes
+        ),
+    )
     return {name: plan.parts[name]["step"] for name in ("weights", "gradients", "master", "optimizer", "snapshots")}
 
 
@@ -209,11 +222,23 @@ def test_the_peak_of_a_backward_is_near_the_planned_one(architecture, checkpoint
 
 # the design's tables, GiB on one GPU without sharding, 16384 tokens, full checkpointing
 DESIGN = {
-    "qwen2.5-1.5b": dict(weights=2.9, state=(5.8, 2.9, 3.0), kv_kib=28, D=(15.5, 21.0, 141, 274),
-                         E=(12.7, 18.1, 148, 281), F=(6.8, 18.1, 161, 294)),
-    "qwen2.5-7b": dict(weights=14.2, state=(28.4, 14.2, 14.6), kv_kib=56, D=(61.5, 81.8, 18, 85),
-                       E=(47.4, 67.6, 34, 101), F=(18.6, 67.6, 67, 134)),
-}  # fmt: skip
+    "qwen2.5-1.5b": dict(
+        weights=2.9,
+        state=(5.8, 2.9, 3.0),
+        kv_kib=28,
+        D=(15.5, 21.0, 141, 274),
+        E=(12.7, 18.1, 148, 281),
+        F=(6.8, 18.1, 161, 294),
+    ),
+    "qwen2.5-7b": dict(
+        weights=14.2,
+        state=(28.4, 14.2, 14.6),
+        kv_kib=56,
+        D=(61.5, 81.8, 18, 85),
+        E=(47.4, 67.6, 34, 101),
+        F=(18.6, 67.6, 67, 134),
+    ),
+}
 
 
 @pytest.mark.parametrize("design", "DEF")
@@ -221,10 +246,16 @@ DESIGN = {
 def test_the_designs_tables(name, design):
     shape, expected = known_shapes()[name], DESIGN[name]
     s = MemorySettings(
-        context=16384, tokens_per_microbatch=16384, sequences=256, max_num_seqs=256, optimizer="adamw8bit",
-        master="float32" if design == "D" else "split", grad_dtype=torch.bfloat16, checkpoint="full",
+        context=16384,
+        tokens_per_microbatch=16384,
+        sequences=256,
+        max_num_seqs=256,
+        optimizer="adamw8bit",
+        master="float32" if design == "D" else "split",
+        grad_dtype=torch.bfloat16,
+        checkpoint="full",
         offload=("optimizer",) if design == "F" else (),
-    )  # fmt: skip
+    )
     plan, (fixed, peak, on_h100, on_h200) = plan_memory(shape, s), expected[design]
     assert plan.parts["weights"]["generate"] / GIB == pytest.approx(expected["weights"], abs=0.05)
     assert plan.parts["master"]["step"] / GIB == pytest.approx(expected["state"][design != "D"], abs=0.05)
@@ -268,10 +299,12 @@ def test_hand_worked_parts_of_a_large_model():
 def test_what_update_rules_hold():
     """Bytes per parameter: an anchor of 4; anchor, probe and two moments 16, or with 8-bit moments 4 + 4 + 2."""
     expected = {
-        ("--update", "single"): 0, ("--update", "sfpo"): 4, ("--update", "gxpo"): 16,
+        ("--update", "single"): 0,
+        ("--update", "sfpo"): 4,
+        ("--update", "gxpo"): 16,
         ("--update", "gxpo", "--opt-state", "keep"): 8,
         ("--update", "gxpo", "--ratio", "tensor", "--optim.name", "adamw8bit"): 10,
-    }  # fmt: skip
+    }
     for args, per_parameter in expected.items():
         plan = memory_plan(configure(args), torch.bfloat16, 1)
         parameters = plan.parts["weights"]["step"] / 2
@@ -350,8 +383,10 @@ def test_on_a_gpu_pages_that_were_given_back_cancel(monkeypatch):
 
     for kv, used in ((0, 10), (3, 10)):  # its pages are not among the used ones
         fake = SimpleNamespace(
-            mem_get_info=lambda device, used=used: (100 - used, 100), memory_reserved=lambda device, kv=kv: 7 + kv,
-            max_memory_allocated=lambda device, kv=kv: 5 + kv, reset_peak_memory_stats=lambda device: None,
-        )  # fmt: skip
+            mem_get_info=lambda device, used=used: (100 - used, 100),
+            memory_reserved=lambda device, kv=kv: 7 + kv,
+            max_memory_allocated=lambda device, kv=kv: 5 + kv,
+            reset_peak_memory_stats=lambda device: None,
+        )
         monkeypatch.setattr(watch, "torch", SimpleNamespace(cuda=fake))
         assert watch.measure("cuda:0") == 8

@@ -97,10 +97,19 @@ def strange_config(folder):
 
 # the first of the acceptance list, the others beside it
 ATTACKS = [
-    code_in_config, code_in_tokenizer, pickles_only, shard_outside, code_in_config_of_a_known_model,
-    code_of_another_repository, old_pickles_only, absolute_shard, pickled_shard, missing_shard, strange_index,
+    code_in_config,
+    code_in_tokenizer,
+    pickles_only,
+    shard_outside,
+    code_in_config_of_a_known_model,
+    code_of_another_repository,
+    old_pickles_only,
+    absolute_shard,
+    pickled_shard,
+    missing_shard,
+    strange_index,
     strange_config,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)

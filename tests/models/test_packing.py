@@ -64,9 +64,11 @@ def sliding(tmp_path):
     source = model_path("embedded")
     config = json.loads(open(f"{source}/config.json").read())
     config |= {
-        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 0,
         "layer_types": ["full_attention", "sliding_attention"] * 2,
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).write_bytes(open(f"{source}/{name}", "rb").read())

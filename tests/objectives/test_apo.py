@@ -130,10 +130,7 @@ def test_the_optimal_policy_has_no_loss_and_a_bandit_finds_it():
 
 
 BAD = [
-    (
-        dict(beta1=0.0),
-        "--objective.beta1 must be above 0 and at most 1e6, got 0.0; for the mean or the maximum",
-    ),
+    (dict(beta1=0.0), "--objective.beta1 must be above 0 and at most 1e6, got 0.0; for the mean or the maximum"),
     (dict(beta2=-1.0), "--objective.beta2 must be above 0, got -1.0"),
     (dict(entropy=-1.0), "--objective.entropy must be at least 0"),
 ]

@@ -57,7 +57,7 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
         ("mis", [[2.0, 0.0], [0.5]]),
         ("mask", [[1.0, 0.0], [1.0]]),
         ("seq-mask", [[0.0, 0.0], [0.5]]),
-    ],  # fmt: skip
+    ],
 )
 def test_correction_for_the_engines_distribution(kind, weights):
     objective = GRPO(is_correction=kind, is_cap=3.0)

@@ -22,16 +22,21 @@ EXTREME = st.sampled_from([1e4, -1e4, math.inf, 1e30, 700.0, -700.0, 88.8, 20.00
 RATIOS = st.lists(st.one_of(EXTREME, st.floats(-30, 30, width=32)), min_size=6, max_size=6)
 ADVANTAGES = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.5, 2.0]), min_size=2, max_size=2)
 OBJECTIVES = {
-    "clip": GRPO(kl=0.1), "no dual clip": GRPO(dual_clip=None), "cispo": GRPO(surrogate="cispo"),
-    "sequence": GRPO(ratio_level="sequence", dual_clip=None), "ppo": PPO(),
+    "clip": GRPO(kl=0.1),
+    "no dual clip": GRPO(dual_clip=None),
+    "cispo": GRPO(surrogate="cispo"),
+    "sequence": GRPO(ratio_level="sequence", dual_clip=None),
+    "ppo": PPO(),
     **{f"corrected {kind}": GRPO(is_correction=kind) for kind in ("tis", "mis", "mask", "seq-mask")},
-}  # fmt: skip
+}
 
 
 def cases(count: int, later: int):
     """Fewer of hypothesis' examples in `make test` than in `make soak`: two sets of marks for one test."""
-    return [pytest.param(count, marks=pytest.mark.promise("B4", trials=count)),
-            pytest.param(later, marks=[pytest.mark.soak, pytest.mark.promise("B4", trials=later)])]  # fmt: skip
+    return [
+        pytest.param(count, marks=pytest.mark.promise("B4", trials=count)),
+        pytest.param(later, marks=[pytest.mark.soak, pytest.mark.promise("B4", trials=later)]),
+    ]
 
 
 def batch_of(log_ratios: list[float], advantages: list[float]):
@@ -77,9 +82,13 @@ def test_so_does_the_fused_loss_in_its_definition_and_as_it_is_called(count, fun
         assert stats["capped"] == ((-1 - old).abs() > CAP).sum()
 
     examples(
-        check, count, surrogate=st.sampled_from(["clip", "cispo"]), log_ratios=RATIOS, advantages=ADVANTAGES,
+        check,
+        count,
+        surrogate=st.sampled_from(["clip", "cispo"]),
+        log_ratios=RATIOS,
+        advantages=ADVANTAGES,
         dual_clip=st.sampled_from([None, 3.0]),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("count", cases(10, 30))

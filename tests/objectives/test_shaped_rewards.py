@@ -25,14 +25,19 @@ def make(lengths, reward, group, *, truncated=None, max_new_tokens=8, **logprobs
         return torch.full((B, S), math.nan).masked_scatter(mask, flat)
 
     return TrainBatch(
-        input_ids=torch.zeros(B, S, dtype=torch.int64), attention_mask=column < end, response_mask=mask,
-        rollout_logprobs=torch.zeros(B, S), group=group, reward=rewards,
+        input_ids=torch.zeros(B, S, dtype=torch.int64),
+        attention_mask=column < end,
+        response_mask=mask,
+        rollout_logprobs=torch.zeros(B, S),
+        group=group,
+        reward=rewards,
         credit=torch.cat([GRPO().credit(rewards[group == g]) for g in group.unique()]),
-        truncated=torch.tensor(truncated or [False] * B), prompt_lengths=torch.ones(B, dtype=torch.int64),
+        truncated=torch.tensor(truncated or [False] * B),
+        prompt_lengths=torch.ones(B, dtype=torch.int64),
         group_size=(group[:, None] == group).sum(dim=1),
         max_new_tokens=max_new_tokens,
         **{name: spread(rows) for name, rows in logprobs.items()},
-    )  # fmt: skip
+    )
 
 
 def test_kl_in_the_reward():

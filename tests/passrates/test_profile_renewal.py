@@ -19,9 +19,22 @@ from support.trainers import make_trainer
 # every step moves the weights: with seeds 0 to 5 the smallest gradient norm was 0.19, and 6 to 15 of the 24 problems
 # had another group size in a new profile
 RENEWED = [
-    *SMALL_PROFILE, "--problems-per-step", 4, "--unsolved-keep-frac", 0, "--reprofile-every", 2, "--steps", 6,
-    "--save-every", 1, "--keep", 9, "--lr", 1e-3,
-]  # fmt: skip
+    *SMALL_PROFILE,
+    "--problems-per-step",
+    4,
+    "--unsolved-keep-frac",
+    0,
+    "--reprofile-every",
+    2,
+    "--steps",
+    6,
+    "--save-every",
+    1,
+    "--keep",
+    9,
+    "--lr",
+    1e-3,
+]
 
 
 @pytest.fixture(scope="module")

@@ -106,10 +106,13 @@ def test_the_seeds_are_those_of_stream_problem_and_number(run):
 
 
 OTHER = {
-    "model": ("ffff", "--model"), "prompts": ("ffff", "--data"), "verifier": ({"math": 0.5}, "--reward"),
+    "model": ("ffff", "--model"),
+    "prompts": ("ffff", "--data"),
+    "verifier": ({"math": 0.5}, "--reward"),
     "sampling": ({"temperature": 0.7, "max_new_tokens": 10, "grade_truncated": False}, "--temperature"),
-    "seed": (7, "--seed"), "num_completions": (5, "--num-profile-completions"),
-}  # fmt: skip
+    "seed": (7, "--seed"),
+    "num_completions": (5, "--num-profile-completions"),
+}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -135,14 +138,17 @@ def test_fewer_completions_than_stored_are_the_first_ones(run, key, tmp_path):
 def test_the_key_sees_what_rewards_depend_on(run, key, tmp_path):
     problems = run.profiler.problems
     settings = {
-        "model": "embedded", "problems": problems, "rewards": ["last_character"], "sampling": run.rollout.sampling,
-        "grade_truncated": False, "seed": 0, "num_completions": 4,
-    }  # fmt: skip
+        "model": "embedded",
+        "problems": problems,
+        "rewards": ["last_character"],
+        "sampling": run.rollout.sampling,
+        "grade_truncated": False,
+        "seed": 0,
+        "num_completions": 4,
+    }
     assert ProfileKey.of(**settings) == key
     p = problems[0]
-    for other in (
-        replace(p, id="z"), replace(p, answer="z"), replace(p, prompt_ids=p.prompt_ids[:-1]),
-    ):  # fmt: skip
+    for other in (replace(p, id="z"), replace(p, answer="z"), replace(p, prompt_ids=p.prompt_ids[:-1])):
         changed = ProfileKey.of(**settings | {"problems": [other, *problems[1:]]})
         assert changed.prompts != key.prompts and changed.digest != key.digest
     assert ProfileKey.of(**settings | {"grade_truncated": True}).sampling != key.sampling
@@ -247,10 +253,13 @@ def test_summary_by_hand():
         "pass@1 0.458  pass@2 0.556  pass@4 0.667",
     ]
     assert profile.metrics() == {
-        "profile/num_rollouts": 24, "profile/num_tokens": 99, "profile/seconds": 2.0,
-        "profile/pass_rate": pytest.approx(2.75 / 6), "profile/frac_never_solved": pytest.approx(1 / 3),
+        "profile/num_rollouts": 24,
+        "profile/num_tokens": 99,
+        "profile/seconds": 2.0,
+        "profile/pass_rate": pytest.approx(2.75 / 6),
+        "profile/frac_never_solved": pytest.approx(1 / 3),
         "profile/frac_always_solved": pytest.approx(1 / 3),
-    }  # fmt: skip
+    }
 
 
 def test_right_is_the_first_verifiers_word_or_the_reward_itself(run):
@@ -323,8 +332,19 @@ def test_a_signal_while_the_first_profile_is_made(tmp_path):
 @pytest.mark.soak
 def test_two_ranks_make_the_same_profile(tmp_path):
     for world in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m",
-                   "fastrl.profile", "--limit", "15", "--out", f"{world}.jsonl"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            "-m",
+            "fastrl.profile",
+            "--limit",
+            "15",
+            "--out",
+            f"{world}.jsonl",
+        ]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("pass@1") == 1  # rank 0 alone speaks

@@ -131,8 +131,21 @@ def test_broken_rows_are_listed_and_too_many_end_the_run(program, tmp_path):
     good = [json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) for i in range(9)]
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join([*good * 4, "{not json"]) + "\n")
-    code, out, _ = program(train, "--data", few, "--reward", "exact", "--instruction", "", "--steps", "1",
-                           "--problems-per-step", "2", "--eval-limit", "4")  # fmt: skip
+    code, out, _ = program(
+        train,
+        "--data",
+        few,
+        "--reward",
+        "exact",
+        "--instruction",
+        "",
+        "--steps",
+        "1",
+        "--problems-per-step",
+        "2",
+        "--eval-limit",
+        "4",
+    )
     assert code == 0 and "dropped 1 rows that cannot be used: few.jsonl:37" in out
     many = tmp_path / "many.jsonl"
     many.write_text("\n".join([*good, '{"prompt": "1+1="}', "[]"]) + "\n")
@@ -179,8 +192,21 @@ def test_evaluate_says_what_is_wrong(program):
 
 
 def test_evaluate_scores_the_embedded_model(program):
-    code, out, _ = program(evaluate, "--data", "arithmetic", "--limit", "16", "--k", "4", "--max-new-tokens", "10",
-                           "--max-prompt-tokens", "32", "--out", "scores.json")  # fmt: skip
+    code, out, _ = program(
+        evaluate,
+        "--data",
+        "arithmetic",
+        "--limit",
+        "16",
+        "--k",
+        "4",
+        "--max-new-tokens",
+        "10",
+        "--max-prompt-tokens",
+        "32",
+        "--out",
+        "scores.json",
+    )
     assert code == 0
     scores = json.loads(out.splitlines()[-1])
     assert scores == json.loads(open("scores.json").read())

@@ -26,8 +26,9 @@ def test_the_package_asks_for_no_version_with_a_known_hole():
     asked = lowest([*project["dependencies"], *project["optional-dependencies"]["vllm"]])
     assert {name: release(asked[name]) >= release(least) for name, least in SAFE.items()} == dict.fromkeys(SAFE, True)
     assert lowest(["a>=1", "torch<3,>=2.10 ; extra == 'x'", "vllm[cpu]==0.26.1", "safetensors"]) == {
-        "torch": "2.10", "vllm": "0.26.1",
-    }  # fmt: skip
+        "torch": "2.10",
+        "vllm": "0.26.1",
+    }
 
 
 @pytest.mark.promise("D3", trials=1)

@@ -16,12 +16,30 @@ from fastrl.base.texts import secret_in
 from fastrl.settings.run import configure
 
 SECRETS = {
-    "HF_TOKEN": "hf_CANARYaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "WANDB_API_KEY": "0123canary456789abcdef0123456789abcdef0",
-    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYCANARY", "OPENAI_API_KEY": "sk-canary-cccccccccccccccc",
-    "GITHUB_TOKEN": "ghp_canarydddddddddddddddddd", "DB_PASSWORD": "canary-correct-horse", "MY_SECRET": "canary-mine",
-}  # fmt: skip
-SHORT = ["--steps", "2", "--problems-per-step", "4", "--group-size", "4", "--eval-limit", "4", "--save-every", "1",
-         "--rollouts-every", "1", "--sample-every", "1"]  # fmt: skip
+    "HF_TOKEN": "hf_CANARYaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "WANDB_API_KEY": "0123canary456789abcdef0123456789abcdef0",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYCANARY",
+    "OPENAI_API_KEY": "sk-canary-cccccccccccccccc",
+    "GITHUB_TOKEN": "ghp_canarydddddddddddddddddd",
+    "DB_PASSWORD": "canary-correct-horse",
+    "MY_SECRET": "canary-mine",
+}
+SHORT = [
+    "--steps",
+    "2",
+    "--problems-per-step",
+    "4",
+    "--group-size",
+    "4",
+    "--eval-limit",
+    "4",
+    "--save-every",
+    "1",
+    "--rollouts-every",
+    "1",
+    "--sample-every",
+    "1",
+]
 # the trainer, and what its own Python has asked of sockets
 WATCHED = """
 import sys

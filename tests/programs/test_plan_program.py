@@ -96,10 +96,17 @@ def test_more_of_anything_never_takes_less(attention, checkpoint, engine):
         context=2048, checkpoint=checkpoint, attention=attention, engine=engine, reference=True, scores=True
     )
     more = [
-        dict(context=4096), dict(context=65536), dict(tokens_per_microbatch=32768), dict(max_num_seqs=1024),
-        dict(sequences=512), dict(copies=2), dict(holds_state=True), dict(critic_optimizer="adamw"),
-        dict(least_rows=16), dict(max_num_batched_tokens=16384),
-    ]  # fmt: skip
+        dict(context=4096),
+        dict(context=65536),
+        dict(tokens_per_microbatch=32768),
+        dict(max_num_seqs=1024),
+        dict(sequences=512),
+        dict(copies=2),
+        dict(holds_state=True),
+        dict(critic_optimizer="adamw"),
+        dict(least_rows=16),
+        dict(max_num_batched_tokens=16384),
+    ]
     plan = plan_memory(shape, base)
     for change in more:
         other = plan_memory(shape, replace(base, **change))
@@ -126,10 +133,12 @@ def test_searches_find_the_last_that_fits():
     assert best_tokens(shape, replace(s, context=20000)) >= 20480
     assert best_tokens(shape, replace(s, context=20000, capacity=GIB)) == 20480  # what cannot be cut, fit or not
     small = largest_model(known_shapes(), replace(s, context=1024))
-    fits = {n: plan_memory(m, replace(s, context=1024, tokens_per_microbatch=1024)).fits
-            for n, m in known_shapes().items()}  # fmt: skip
-    assert fits[small] and not any(fits[n] for n, m in known_shapes().items()
-                                   if m.parameters > known_shapes()[small].parameters)  # fmt: skip
+    fits = {
+        n: plan_memory(m, replace(s, context=1024, tokens_per_microbatch=1024)).fits for n, m in known_shapes().items()
+    }
+    assert fits[small] and not any(
+        fits[n] for n, m in known_shapes().items() if m.parameters > known_shapes()[small].parameters
+    )
     assert largest_model(known_shapes(), replace(s, capacity=GIB)) == ""
 
 
@@ -148,9 +157,28 @@ def test_the_kv_cache_is_what_is_left():
 def test_a_plan_is_the_command_of_a_run(capsys, tmp_path):
     out = tmp_path / "plan.json"
     lines, found = run(
-        capsys, "--model", "embedded", "--objective", "ppo", "--update", "gxpo", "--kl", "0.1", "--group-size", 4,
-        "--problems-per-step", 6, "--max-new-tokens", 100, "--max-prompt-tokens", 28, "--gpus", 3, "--out", out,
-    )  # fmt: skip
+        capsys,
+        "--model",
+        "embedded",
+        "--objective",
+        "ppo",
+        "--update",
+        "gxpo",
+        "--kl",
+        "0.1",
+        "--group-size",
+        4,
+        "--problems-per-step",
+        6,
+        "--max-new-tokens",
+        100,
+        "--max-prompt-tokens",
+        28,
+        "--gpus",
+        3,
+        "--out",
+        out,
+    )
     s = found["settings"]
     assert (s["context"], s["sequences"], s["ranks"], s["copies"]) == (128, 8, 3, 2)
     assert s["reference"] and s["critic_optimizer"] == "adamw" and s["scores"]
@@ -165,8 +193,9 @@ def test_a_plan_is_the_command_of_a_run(capsys, tmp_path):
 
 
 def test_groups_that_cannot_be_split_come_whole(capsys):
-    _, found = run(capsys, "--model", "qwen2.5-0.5b", "--objective", "rebel", "--paired", "--context", 2048,
-                   "--group-size", 2)  # fmt: skip
+    _, found = run(
+        capsys, "--model", "qwen2.5-0.5b", "--objective", "rebel", "--paired", "--context", 2048, "--group-size", 2
+    )
     assert found["settings"]["least_rows"] == 2 and found["tokens_per_microbatch"] >= 4096
 
 
@@ -179,15 +208,18 @@ def test_a_config_file_and_its_folder_are_enough(capsys, tmp_path):
     assert known["model"]["parameters"] == 1_543_714_304
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    (dict(model_type="qwen3_moe", num_experts=8), "it has experts"),
-    (dict(model_type="mixtral", num_local_experts=8), "it has experts"),
-    (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "it is quantised"),
-    (dict(model_type="deepseek_v3"), "it has experts"),
-    (dict(model_type="mamba", state_size=16), "layers of linear_attention"),
-    (dict(model_type="t5"), "it has an encoder"),
-    (dict(model_type="nothing_known"), "nothing_known"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(model_type="qwen3_moe", num_experts=8), "it has experts"),
+        (dict(model_type="mixtral", num_local_experts=8), "it has experts"),
+        (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "it is quantised"),
+        (dict(model_type="deepseek_v3"), "it has experts"),
+        (dict(model_type="mamba", state_size=16), "layers of linear_attention"),
+        (dict(model_type="t5"), "it has an encoder"),
+        (dict(model_type="nothing_known"), "nothing_known"),
+    ],
+)
 def test_models_that_have_no_plan(changes, said, tmp_path, monkeypatch, capsys):
     base = json.loads((Path(__file__).parents[2] / "fastrl/assets/tiny/config.json").read_text())
     for name in ("layer_types", "architectures"):
@@ -203,16 +235,19 @@ def test_models_that_have_no_plan(changes, said, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err == f"fastrl: error: {error.value}\n"
 
 
-@pytest.mark.parametrize(("args", "said"), [
-    (["--card", "a100x"], "--card a100x: it is h100 or h200, or GiB such as 80"),
-    (["--card", "-3"], "--card -3"),
-    (["--gpus", "0"], "--gpus must be at least 1, got 0"),
-    (["--context", "-1"], "--context must be at least 0, got -1"),
-    (["--model", "qwen2.5-8b"], "known by name: qwen2.5-0.5b, "),
-    (["--model", "./nowhere"], "no such folder"),
-    (["--offload", "weights"], "--offload"),
-    (["--cart", "h100"], "did you mean --card"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--card", "a100x"], "--card a100x: it is h100 or h200, or GiB such as 80"),
+        (["--card", "-3"], "--card -3"),
+        (["--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--context", "-1"], "--context must be at least 0, got -1"),
+        (["--model", "qwen2.5-8b"], "known by name: qwen2.5-0.5b, "),
+        (["--model", "./nowhere"], "no such folder"),
+        (["--offload", "weights"], "--offload"),
+        (["--cart", "h100"], "did you mean --card"),
+    ],
+)
 def test_errors_say_what_to_write(args, said, monkeypatch):
     def lost(name):
         raise ValueError(f"--model {name}: no such folder")
@@ -225,9 +260,21 @@ def test_errors_say_what_to_write(args, said, monkeypatch):
 def test_shapes_are_listed_by_size():
     counts = [shape.parameters for shape in known_shapes().values()]
     assert all(later > 0.99 * earlier for earlier, later in zip(counts, counts[1:], strict=False))
-    published = {"qwen2.5-0.5b": 0.494, "qwen2.5-3b": 3.09, "qwen2.5-14b": 14.8, "qwen2.5-32b": 32.8,
-                 "qwen3-0.6b": 0.596, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-32b": 32.8,
-                 "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "qwen2.5-7b": 7.62}  # fmt: skip
+    published = {
+        "qwen2.5-0.5b": 0.494,
+        "qwen2.5-3b": 3.09,
+        "qwen2.5-14b": 14.8,
+        "qwen2.5-32b": 32.8,
+        "qwen3-0.6b": 0.596,
+        "qwen3-1.7b": 1.72,
+        "qwen3-4b": 4.02,
+        "qwen3-8b": 8.19,
+        "qwen3-32b": 32.8,
+        "llama-3.2-1b": 1.24,
+        "llama-3.2-3b": 3.21,
+        "llama-3.1-8b": 8.03,
+        "qwen2.5-7b": 7.62,
+    }
     for name, billions in published.items():
         assert known_shapes()[name].parameters / 1e9 == pytest.approx(billions, rel=0.005), name
     assert set(published) < set(KNOWN)
@@ -260,8 +307,6 @@ def test_the_planned_ratios_of_the_documents(capsys):
     totals = []
     for flags, _ in rows:
         common = ["--context", 1280, "--gpus", 4, "--checkpoint-activations", "full", *flags.split()]
-        totals.append([
-            run(capsys, "--model", model, *common)[1]["totals"]["backward"] for model in TABLE
-        ])  # fmt: skip
+        totals.append([run(capsys, "--model", model, *common)[1]["totals"]["backward"] for model in TABLE])
     for (flags, said), own in zip(rows, totals, strict=True):
         assert " / ".join(f"{a / b:.2f}" for a, b in zip(own, totals[0], strict=True)) == said, flags

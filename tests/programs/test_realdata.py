@@ -28,18 +28,40 @@ def random_model(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, eos_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 def test_training_on_gsm8k(run_fastrl, random_model, data_dir, tmp_path):
     done = run_fastrl(
-        "train", "--model", random_model, "--data", data_dir / "gsm8k/train.jsonl", "--steps", 3, "--problems-per-step",
-        4, "--group-size", 4, "--max-new-tokens", 32, "--kl", 0.01, "--minibatches", 2,
-    )  # fmt: skip
+        "train",
+        "--model",
+        random_model,
+        "--data",
+        data_dir / "gsm8k/train.jsonl",
+        "--steps",
+        3,
+        "--problems-per-step",
+        4,
+        "--group-size",
+        4,
+        "--max-new-tokens",
+        32,
+        "--kl",
+        0.01,
+        "--minibatches",
+        2,
+    )
     assert done.returncode == 0, done.stderr
     assert "7473 problems" in done.stdout and "<|im_start|>assistant" in done.stdout
     steps = [r for r in rows(tmp_path / "runs/default") if "reward" in r]
@@ -51,9 +73,20 @@ def test_training_on_gsm8k(run_fastrl, random_model, data_dir, tmp_path):
 @pytest.mark.parametrize("name", ["gsm8k", "math500", "minerva"])
 def test_evaluation_on_real_sets(name, run_fastrl, random_model, data_dir):
     done = run_fastrl(
-        "evaluate", "--model", random_model, "--data", data_dir / name / "test.jsonl", "--k", 2, "--limit", 20,
-        "--max-new-tokens", 16, "--max-prompt-tokens", 3000,
-    )  # fmt: skip
+        "evaluate",
+        "--model",
+        random_model,
+        "--data",
+        data_dir / name / "test.jsonl",
+        "--k",
+        2,
+        "--limit",
+        20,
+        "--max-new-tokens",
+        16,
+        "--max-prompt-tokens",
+        3000,
+    )
     assert done.returncode == 0, done.stderr
     scores = json.loads(done.stdout.splitlines()[-1])
     assert 18 <= scores["num_problems"] <= 20  # some golds of Minerva cannot be read, and are listed

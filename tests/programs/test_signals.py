@@ -21,9 +21,15 @@ SMALL = """
 """.split()
 # visits: generate, grade and eval begin with the first evaluation; data is read once for training, once for evaluation
 VISITS = {
-    "dataset": (1, 2, 1), "generate": (1, 2, 5), "grade": (1, 3, 6), "forward": (1, 3, 5), "optimizer": (1, 3, 5),
-    "allgather": (1, 2, 5), "save.model": (1, 2, 1), "eval": (1, 2, 1),
-}  # fmt: skip
+    "dataset": (1, 2, 1),
+    "generate": (1, 2, 5),
+    "grade": (1, 3, 6),
+    "forward": (1, 3, 5),
+    "optimizer": (1, 3, 5),
+    "allgather": (1, 2, 5),
+    "save.model": (1, 2, 1),
+    "eval": (1, 2, 1),
+}
 CASES = [(phase, name, trial) for phase in VISITS for name in ("term", "int") for trial in range(3)]
 NOW = [("generate", "int", 1)]
 
@@ -115,9 +121,22 @@ def test_a_second_signal_is_heard_in_a_collective_that_never_ends(tmp_path):
 def test_torchrun_waits_for_a_save_of_45_seconds(trial, tmp_path):
     """Two ranks, and a signal to the launcher; its own patience is 30 s."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout",
-        "600", "-m", "fastrl.train", *SMALL, "--steps", "100000", "--save-every", "0",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--shutdown-timeout",
+        "600",
+        "-m",
+        "fastrl.train",
+        *SMALL,
+        "--steps",
+        "100000",
+        "--save-every",
+        "0",
+    ]
     environment = {**os.environ, "FASTRL_FAULT": "sleep=45@save.model:rank0"}
     with (tmp_path / "said.txt").open("w") as said:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said)

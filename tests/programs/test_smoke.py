@@ -50,9 +50,20 @@ def test_the_default_run_leaves_what_it_promises(run_fastrl, tmp_path):
 
     # a checkpoint is a model that the other program reads
     scored = run_fastrl(
-        "evaluate", "--model", folder / "checkpoints" / "step-1", "--data", "arithmetic", "--limit", 8, "--k", 2,
-        "--max-new-tokens", 10, "--max-prompt-tokens", 32,
-    )  # fmt: skip
+        "evaluate",
+        "--model",
+        folder / "checkpoints" / "step-1",
+        "--data",
+        "arithmetic",
+        "--limit",
+        8,
+        "--k",
+        2,
+        "--max-new-tokens",
+        10,
+        "--max-prompt-tokens",
+        32,
+    )
     assert scored.returncode == 0 and json.loads(scored.stdout.splitlines()[-1])["num_problems"] == 8
 
 

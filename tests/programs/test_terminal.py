@@ -41,12 +41,27 @@ def hostile(tmp_path):
     text = (model / "tokenizer.json").read_text()
     (model / "tokenizer.json").write_text(text.replace('"7"', '"\\u011b"'))  # how a byte-level vocabulary writes 0x1b
     data.mkdir()
-    rows = [{"prompt": p.prompt.replace("7", "\x1b"), "answer": p.answer.replace("7", "\x1b")}
-            for p in Arithmetic().load("train") if "7" in p.prompt][:40]  # fmt: skip
+    rows = [
+        {"prompt": p.prompt.replace("7", "\x1b"), "answer": p.answer.replace("7", "\x1b")}
+        for p in Arithmetic().load("train")
+        if "7" in p.prompt
+    ][:40]
     lines = [json.dumps(row) for row in rows] + ['{"prompt": "\\u001b[2J", "answer": null}']
     (data / "train-\x1b[31mred.jsonl").write_text("\n".join(lines))
-    return ["--model", model, "--data", data, "--split", "train", "--reward", "last_character", "--instruction", "",
-            "--max-new-tokens", "10"]  # fmt: skip
+    return [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--split",
+        "train",
+        "--reward",
+        "last_character",
+        "--instruction",
+        "",
+        "--max-new-tokens",
+        "10",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,8 +82,9 @@ def test_printable(text, shown):
 
 @pytest.mark.promise("D9", trials=1)
 def test_a_run_of_hostile_texts_writes_no_control_character(program, hostile):
-    code, said = program(train, *hostile, "--steps", 2, "--problems-per-step", 4, "--sample-every", 1,
-                         "--rollouts-every", 1)  # fmt: skip
+    code, said = program(
+        train, *hostile, "--steps", 2, "--problems-per-step", 4, "--sample-every", 1, "--rollouts-every", 1
+    )
     assert code == 0 and said.count("  sample  ") == 2
     assert "train-\\x1b[31mred.jsonl:41: the answer is null" in said and "first prompt" in said
     assert STEERING.findall(said) == []

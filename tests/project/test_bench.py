@@ -125,8 +125,9 @@ def test_rates_by_hand():
     assert head == {"useful_tflops": pytest.approx(300.0), "of_bare": 2.0}
     # 2e9 bytes in 2 ms are 1000 GB/s, and the copy makes 3e9 in 1 ms
     assert timing.rates(timing.Provider(lambda: None, moved=2e9), 2.0, bare, 1.0) == {
-        "gb_per_s": pytest.approx(1000.0), "of_copy": pytest.approx(1 / 3)
-    }  # fmt: skip
+        "gb_per_s": pytest.approx(1000.0),
+        "of_copy": pytest.approx(1 / 3),
+    }
 
 
 def test_every_provider_has_a_row_and_only_what_is_right_a_time(monkeypatch):
@@ -161,14 +162,24 @@ def test_every_provider_has_a_row_and_only_what_is_right_a_time(monkeypatch):
     assert list(rows) == list(made()) and all(row["N"] == 3 for row in rows.values())
     assert sampled == ["fastrl", "rival", "bare"]
     assert {name: row["note"] for name, row in rows.items() if "note" in row} == {
-        "fastrl, large": "out of memory", "wrong rival": "Wrong: off by 2.50e-01, allowed 1e-01",
-        "NaN rival": "Wrong: off by nan, allowed 1e-01", "failing rival": "RuntimeError: another GPU",
-    }  # fmt: skip
+        "fastrl, large": "out of memory",
+        "wrong rival": "Wrong: off by 2.50e-01, allowed 1e-01",
+        "NaN rival": "Wrong: off by nan, allowed 1e-01",
+        "failing rival": "RuntimeError: another GPU",
+    }
     assert all(("ms" in row) != ("note" in row) for row in rows.values())
     assert rows["rival"] | {"useful_tflops": 0} == {
-        "N": 3, "provider": "rival", "error": 0.05, "peak_mib": 5.0, "ms": 2.0, "ms_20": 1.0, "ms_80": 3.0,
-        "issue_ms": 0.1, "useful_tflops": 0, "of_bare": 1.0,
-    }  # fmt: skip
+        "N": 3,
+        "provider": "rival",
+        "error": 0.05,
+        "peak_mib": 5.0,
+        "ms": 2.0,
+        "ms_20": 1.0,
+        "ms_80": 3.0,
+        "issue_ms": 0.1,
+        "useful_tflops": 0,
+        "of_bare": 1.0,
+    }
     with pytest.raises(SystemExit, match="b: fastrl is off by 2.00e-01, allowed 1e-01: no times"):
         timing.measure("b", partial(made, off=0.2), made, yardstick="bare", case={})
     broken = {"fastrl": timing.Provider(fails, error=lambda found: 0.0)}
@@ -233,13 +244,31 @@ def test_peak_memory_without_a_gpu_is_planned(monkeypatch, capsys):
 @pytest.mark.slow
 def test_peak_memory_runs_the_program_on_random_weights(tmp_path):
     """As on a GPU, which alone has measurements: a model in a known shape, its tokenizer, two steps."""
-    config = dict(model_type="qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=1, vocab_size=1000, tie_word_embeddings=True)  # fmt: skip
+    config = dict(
+        model_type="qwen2",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=1000,
+        tie_word_embeddings=True,
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     peak_memory.make_model(str(tmp_path / "config.json"), tmp_path / "model", "cpu")
     peak_memory.make_problems(tmp_path / "problems.jsonl", 16, 8)
-    cpu = ["--engine", "hf", "--dtype", "float32", "--max-prompt-tokens", "8", "--max-new-tokens", "4",
-           "--reward-workers", "1"]  # fmt: skip
+    cpu = [
+        "--engine",
+        "hf",
+        "--dtype",
+        "float32",
+        "--max-prompt-tokens",
+        "8",
+        "--max-new-tokens",
+        "4",
+        "--reward-workers",
+        "1",
+    ]
     arguments = (tmp_path / "model", tmp_path / "problems.jsonl", "math")
     row = peak_memory.measured_row("GRPO", *arguments, tmp_path / "run", cpu)
     assert row.get("note") is None and row["step_s"] > 0

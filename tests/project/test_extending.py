@@ -27,7 +27,7 @@ SHOWN = {
         "tests/run/test_rules_on_ranks.py::test_a_rule_goes_on_with_what_it_keeps[averaged]",
     ],
     "An allocation": [
-        "tests/run/test_combinations.py::test_five_steps_the_last_two_again_from_a_checkpoint[grpo-single-short_first]",
+        "tests/run/test_combinations.py::test_five_steps_the_last_two_again_from_a_checkpoint[grpo-single-short_first]"
     ],
     "A kernel": ["tests/project/test_bench.py::test_without_a_gpu_there_are_only_figures_of_a_model[row_mean]"],
 }

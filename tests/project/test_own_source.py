@@ -13,10 +13,24 @@ SOURCES = sorted(p for folder in ("fastrl", "kernels", "bench") for p in (ROOT /
 RULES = "S102,S301,S302,S306,S307,S310,S323,S501,S506,S602,S604,S605,S609"
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml", "telnetlib"}
 CALLS = {
-    "eval", "exec", "compile", "__import__", "torch.load", "torch.save", "torch.hub.load", "torch.jit.load",
-    "yaml.load", "yaml.unsafe_load", "os.system", "os.popen", "numpy.load", "np.load", "subprocess.getoutput",
-    "subprocess.getstatusoutput", "input",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "torch.load",
+    "torch.save",
+    "torch.hub.load",
+    "torch.jit.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "os.system",
+    "os.popen",
+    "numpy.load",
+    "np.load",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "input",
+}
 # keyword -> the only value that may be written
 KEYWORDS = dict(trust_remote_code=False, weights_only=True, allow_pickle=False, shell=False, use_safetensors=True)
 # where a lint of security is switched off, and why that is right

@@ -38,8 +38,22 @@ def count(tmp_path):
 
     def run(*args: str) -> dict[str, tuple[int, int]]:
         file = tmp_path / "counted.json"
-        command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path),
-                   "-p", "no:cacheprovider", "--reliability", str(file), *args, str(tmp_path)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            "--rootdir",
+            str(tmp_path),
+            "-p",
+            "no:cacheprovider",
+            "--reliability",
+            str(file),
+            *args,
+            str(tmp_path),
+        ]
         subprocess.run(command, capture_output=True, cwd=tmp_path)
         return {row["id"]: (row["passed"], row["run"]) for row in json.loads(file.read_text())}
 

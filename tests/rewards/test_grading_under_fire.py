@@ -20,9 +20,17 @@ pytestmark = pytest.mark.timeout(1800)
 
 # answers that run for minutes, fill the memory, or cannot be interrupted, none of them right
 POISON = [
-    r"9^{9^{9^{9}}}", "100000000!", "9!!!!", r"7^{1000000000}", r"\binom{10^9}{5\cdot 10^8}", r"(10^{10^{10}})!",
-    r"\cos(10^{1000000})", r"\sqrt[1000000007]{2^{1000000000}}", r"\prod_{i=1}^{10^7} i", r"2^{2^{2^{2^{2^{2}}}}}",
-]  # fmt: skip
+    r"9^{9^{9^{9}}}",
+    "100000000!",
+    "9!!!!",
+    r"7^{1000000000}",
+    r"\binom{10^9}{5\cdot 10^8}",
+    r"(10^{10^{10}})!",
+    r"\cos(10^{1000000})",
+    r"\sqrt[1000000007]{2^{1000000000}}",
+    r"\prod_{i=1}^{10^7} i",
+    r"2^{2^{2^{2^{2^{2}}}}}",
+]
 
 
 def healthy(count: int, seed: int) -> list[tuple[str, str, str]]:
@@ -32,16 +40,18 @@ def healthy(count: int, seed: int) -> list[tuple[str, str, str]]:
         a, b = rng.randint(2, 60), rng.randint(2, 60)
         off = i % 3 == 0
         end = "]" if off else ")"
-        gold, answer = rng.choice([
-            (str(a), str(a + off)),
-            (str(a), f"{a + off}.0"),
-            (rf"\frac{{{a}}}{{{b}}}", rf"\frac{{{2 * a + off}}}{{{2 * b}}}"),
-            (rf"\frac{{{a}}}{{{b}}}", f"{3 * a + off}/{3 * b}"),
-            (rf"{a}\sqrt{{{b}}}", rf"\sqrt{{{a * a * b + off}}}"),
-            (f"({a},{b})", f"({a}, {b + off})"),
-            (f"(x+{a})^2", f"x^2+{2 * a}x+{a * a + off}"),
-            (f"[{a},{a + b})", f"[{a},{a + b}{end}"),
-        ])  # fmt: skip
+        gold, answer = rng.choice(
+            [
+                (str(a), str(a + off)),
+                (str(a), f"{a + off}.0"),
+                (rf"\frac{{{a}}}{{{b}}}", rf"\frac{{{2 * a + off}}}{{{2 * b}}}"),
+                (rf"\frac{{{a}}}{{{b}}}", f"{3 * a + off}/{3 * b}"),
+                (rf"{a}\sqrt{{{b}}}", rf"\sqrt{{{a * a * b + off}}}"),
+                (f"({a},{b})", f"({a}, {b + off})"),
+                (f"(x+{a})^2", f"x^2+{2 * a}x+{a * a + off}"),
+                (f"[{a},{a + b})", f"[{a},{a + b}{end}"),
+            ]
+        )
         text = f"{'so ' * rng.randint(1, 300)}\\boxed{{{answer}}}."
         cases.append((gold, text, "wrong" if off else "right"))
     return cases

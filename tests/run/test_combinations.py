@@ -16,9 +16,29 @@ from fastrl.updates import UPDATES
 from support.trainers import make_trainer
 
 SMALL = [
-    "--reward", "last_character", "--instruction", "", "--problems-per-step", 4, "--eval-limit", 2, "--eval-k", 1,
-    "--num-profile-completions", 4, "--seed", 5, "--lr", 1e-3, "--rollouts-every", 0, "--sample-every", 0, "--steps", 5,
-]  # fmt: skip
+    "--reward",
+    "last_character",
+    "--instruction",
+    "",
+    "--problems-per-step",
+    4,
+    "--eval-limit",
+    2,
+    "--eval-k",
+    1,
+    "--num-profile-completions",
+    4,
+    "--seed",
+    5,
+    "--lr",
+    1e-3,
+    "--rollouts-every",
+    0,
+    "--sample-every",
+    0,
+    "--steps",
+    5,
+]
 # gates that trip within five steps
 UPDATE = {
     "single": ["--epochs-per-batch", 2],

@@ -81,11 +81,14 @@ def other_reference(folder):
 
 
 DRIFTS = {
-    "problems": (other_answer, []), "tokenizer": (other_tokenizer, []), "reference": (other_reference, []),
+    "problems": (other_answer, []),
+    "tokenizer": (other_tokenizer, []),
+    "reference": (other_reference, []),
     "allocation.group_size": (lambda folder: None, ["--group-size", 2]),
-    "optim.lr": (lambda folder: None, ["--lr", 3e-4]), "temperature": (lambda folder: None, ["--temperature", 0.9]),
+    "optim.lr": (lambda folder: None, ["--lr", 3e-4]),
+    "temperature": (lambda folder: None, ["--temperature", 0.9]),
     "reward": (lambda folder: None, ["--reward", "exact"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.promise("A11")

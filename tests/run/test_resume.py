@@ -168,14 +168,26 @@ def stale(path, early, item: str) -> None:
 
 # what a resumed run would forget, and the part of it that the promise names
 ITEMS = {
-    "step": "scheduler", "num_rollouts": "", "num_tokens": "", "num_backward_passes": "",
-    "allocator.epoch": "sampler epoch", "allocator.position": "data position", "guard.skipped": "skip counters",
-    "tensor:master": "optimizer", "tensor:optimizer.exp_avg": "", "tensor:optimizer.exp_avg_sq": "",
-    "tensor:optimizer.step": "", "file:rng-rank0.safetensors": "torch and device generators",
-    "generator:python": "python generator", "generator:numpy": "numpy generator", "update.since": "alpha schedule",
-    "update.watch.values": "entropy buffer", "update.watch.seen": "switch-off gate", "guard.window": "spike window",
+    "step": "scheduler",
+    "num_rollouts": "",
+    "num_tokens": "",
+    "num_backward_passes": "",
+    "allocator.epoch": "sampler epoch",
+    "allocator.position": "data position",
+    "guard.skipped": "skip counters",
+    "tensor:master": "optimizer",
+    "tensor:optimizer.exp_avg": "",
+    "tensor:optimizer.exp_avg_sq": "",
+    "tensor:optimizer.step": "",
+    "file:rng-rank0.safetensors": "torch and device generators",
+    "generator:python": "python generator",
+    "generator:numpy": "numpy generator",
+    "update.since": "alpha schedule",
+    "update.watch.values": "entropy buffer",
+    "update.watch.seen": "switch-off gate",
+    "guard.window": "spike window",
     "identity.reference": "reference",
-}  # fmt: skip
+}
 NOW = {"step", "allocator.position", "tensor:optimizer.exp_avg", "file:rng-rank0.safetensors", "update.since"}
 
 

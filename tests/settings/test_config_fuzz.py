@@ -26,8 +26,13 @@ from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig, configure
 SIGNED = {"ratio-min", "ratio-max", "gate-threshold"}
 ENDLESS = {"ratio-min", "ratio-max", "scale-max"}
 SENSIBLE = [
-    ["--steps", "7"], ["--lr", "3e-5"], ["--eval-limit", "8"], ["--seed", "11"], ["--problems-per-step", "16"], [],
-]  # fmt: skip
+    ["--steps", "7"],
+    ["--lr", "3e-5"],
+    ["--eval-limit", "8"],
+    ["--seed", "11"],
+    ["--problems-per-step", "16"],
+    [],
+]
 NO_NUMBER = [
     "",
     " ",
@@ -87,8 +92,11 @@ def bad_settings(draw) -> tuple[list[str], dict, str]:
         return [*SENSIBLE[0], f"--{axis}", draw(UNHEARD) + "?"], {}, f"--{axis}"
     kind_of = {flag: kinds(hint) for flag, hint in flags.items()}
     if what == "extra":
-        flag = draw(st.sampled_from([f for f, k in kind_of.items() if k & {int, float} and "betas" not in f
-                                     and "group-sizes" not in f]))  # fmt: skip
+        flag = draw(
+            st.sampled_from(
+                [f for f, k in kind_of.items() if k & {int, float} and "betas" not in f and "group-sizes" not in f]
+            )
+        )
         return [*args, flag, "1", "more"], {}, flag
     if what == "choice":
         flag = draw(st.sampled_from([f for f, kind in kind_of.items() if typing.Literal in kind]))
@@ -157,9 +165,13 @@ def check(case, folder) -> None:
 
 def fuzz(examples: int, folder, **options) -> None:
     @settings(
-        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate], **options,  # a case is short, and shrinking it takes longer than reading it
-    )  # fmt: skip
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+        **options,  # a case is short, and shrinking it takes longer than reading it
+    )
     @given(bad_settings())
     def run(case):
         check(case, folder)
@@ -170,12 +182,19 @@ def fuzz(examples: int, folder, **options) -> None:
 @pytest.mark.parametrize(
     "value, hint, said",
     [
-        ("1e-6", float, "a number, got '1e-6'"), (1.5, int, "a whole number, got 1.5"), (True, int, "a whole number"),
-        (1, bool, "true or false, got 1"), (7, str, "text in quotes, got 7"), ([1, "x"], tuple[int, ...], "got 'x'"),
-        ("--steps", str, "not begin with --"), ("x", float | None, "a number"), ([1], int, "a whole number, got [1]"),
-        (3, typing.Literal["a"], "text in quotes"), ({"a": 1}, int, "a whole number"),
+        ("1e-6", float, "a number, got '1e-6'"),
+        (1.5, int, "a whole number, got 1.5"),
+        (True, int, "a whole number"),
+        (1, bool, "true or false, got 1"),
+        (7, str, "text in quotes, got 7"),
+        ([1, "x"], tuple[int, ...], "got 'x'"),
+        ("--steps", str, "not begin with --"),
+        ("x", float | None, "a number"),
+        ([1], int, "a whole number, got [1]"),
+        (3, typing.Literal["a"], "text in quotes"),
+        ({"a": 1}, int, "a whole number"),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_a_recipe_has_its_fields_type(value, hint, said):
     with pytest.raises(ValueError, match=f"^r.toml: --x must {'be .*' * (said[0] != 'n')}{re.escape(said)}"):
         check_type("r.toml: --x", value, hint)

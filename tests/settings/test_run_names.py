@@ -8,8 +8,25 @@ from fastrl.base.exits import exit_code
 from fastrl.settings.run import configure
 
 # the first six of the acceptance list, others beside them
-NAMES = ["../x", "/etc/x", "a/b", "", "x" * 300, "..", ".", "...", "a b", "a\x00b", "a\n", "\u00e4", "a\\b", "~",
-         "$HOME", "a:b", "x" * 101]  # fmt: skip
+NAMES = [
+    "../x",
+    "/etc/x",
+    "a/b",
+    "",
+    "x" * 300,
+    "..",
+    ".",
+    "...",
+    "a b",
+    "a\x00b",
+    "a\n",
+    "\u00e4",
+    "a\\b",
+    "~",
+    "$HOME",
+    "a:b",
+    "x" * 101,
+]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -30,13 +47,18 @@ def test_plain_names_are_taken(name):
 @pytest.mark.parametrize(
     "out, said",
     [
-        (".", "--out .: name a folder of the run's own"), ("..", "--out ..: name a folder"), ("/", "--out /: name"),
-        ("a/..", "--out a/..: name a folder"), (str(Path.home()), "name a folder of the run's own"),
-        ("file", "--out file: there is a file of this name"), ("file/deeper", "there is a file of this name"),
-        ("x" * 300, "--out is too long"), ("a\x1b[2J", "--out has a control character"),
+        (".", "--out .: name a folder of the run's own"),
+        ("..", "--out ..: name a folder"),
+        ("/", "--out /: name"),
+        ("a/..", "--out a/..: name a folder"),
+        (str(Path.home()), "name a folder of the run's own"),
+        ("file", "--out file: there is a file of this name"),
+        ("file/deeper", "there is a file of this name"),
+        ("x" * 300, "--out is too long"),
+        ("a\x1b[2J", "--out has a control character"),
     ],
     ids=ascii,
-)  # fmt: skip
+)
 def test_a_folder_that_cannot_be_the_runs_own_is_refused(out, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")

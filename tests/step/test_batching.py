@@ -28,11 +28,16 @@ def contents(batch):
     for b, n in enumerate(batch.lengths().tolist()):
         rows.append(
             (
-                batch.input_ids[b, :n].tolist(), batch.response_mask[b, :n].tolist(),
-                batch.rollout_logprobs[b, :n].tolist(), batch.ref_logprobs[b, :n].tolist(), batch.group[b].item(),
-                batch.reward[b].item(), batch.credit[b].item(), batch.truncated[b].item(),
+                batch.input_ids[b, :n].tolist(),
+                batch.response_mask[b, :n].tolist(),
+                batch.rollout_logprobs[b, :n].tolist(),
+                batch.ref_logprobs[b, :n].tolist(),
+                batch.group[b].item(),
+                batch.reward[b].item(),
+                batch.credit[b].item(),
+                batch.truncated[b].item(),
             )
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -64,13 +64,21 @@ def uneven(completions, level, **columns):
     return [0.5 if odd % 2 else sum(map(ord, text)) % 3 / 2 for text, odd in zip(completions, level)]
 """
 OBJECTIVE = [
-    ["--drop-zero-std"], ["--overlong", "mask"], ["--overlong", "penalty", "--adv-norm", "batch", "--drop-zero-std"],
-    ["--kl", 0.01, "--loss-agg", "seq"], ["--objective", "ppo"], ["--objective", "rebel"],
-    ["--objective", "rebel", "--paired"], ["--objective", "apo"],
-]  # fmt: skip
+    ["--drop-zero-std"],
+    ["--overlong", "mask"],
+    ["--overlong", "penalty", "--adv-norm", "batch", "--drop-zero-std"],
+    ["--kl", 0.01, "--loss-agg", "seq"],
+    ["--objective", "ppo"],
+    ["--objective", "rebel"],
+    ["--objective", "rebel", "--paired"],
+    ["--objective", "apo"],
+]
 UPDATE = [
-    ["--epochs-per-batch", 2], ["--update", "sfpo"], ["--update", "gxpo"], ["--update", "gxpo", "--ratio", "tensor"],
-]  # fmt: skip
+    ["--epochs-per-batch", 2],
+    ["--update", "sfpo"],
+    ["--update", "gxpo"],
+    ["--update", "gxpo", "--ratio", "tensor"],
+]
 ALLOCATION = [["--group-size", 2], ["--group-size", 3], ["--allocation", "sgpo"], ["--allocation", "apo_filter"]]
 
 
@@ -81,12 +89,37 @@ def trial(draw: random.Random) -> list:
         allocation = [*allocation, "--group-size", 2]
     problems = draw.choice([3, 5, 7])
     return [
-        *allocation, *objective, *draw.choice(UPDATE), "--problems-per-step", problems,
-        "--minibatches", draw.randint(1, problems // 2), "--tokens-per-microbatch", draw.choice([16, 40, 100]),
-        "--max-new-tokens", draw.choice([2, 6]), "--eval-limit", draw.choice([1, 3]), "--seed", draw.randrange(1000),
-        "--steps", 2, "--eval-k", 1, "--eval-every", 1, "--grade-truncated", "--sample-every", 0, "--rollouts-every", 0,
-        "--num-profile-completions", 4, "--reward-workers", 1,
-    ]  # fmt: skip
+        *allocation,
+        *objective,
+        *draw.choice(UPDATE),
+        "--problems-per-step",
+        problems,
+        "--minibatches",
+        draw.randint(1, problems // 2),
+        "--tokens-per-microbatch",
+        draw.choice([16, 40, 100]),
+        "--max-new-tokens",
+        draw.choice([2, 6]),
+        "--eval-limit",
+        draw.choice([1, 3]),
+        "--seed",
+        draw.randrange(1000),
+        "--steps",
+        2,
+        "--eval-k",
+        1,
+        "--eval-every",
+        1,
+        "--grade-truncated",
+        "--sample-every",
+        0,
+        "--rollouts-every",
+        0,
+        "--num-profile-completions",
+        4,
+        "--reward-workers",
+        1,
+    ]
 
 
 def run(folder: Path, seeds: list[int]) -> list[list[dict]]:
@@ -99,9 +132,15 @@ def run(folder: Path, seeds: list[int]) -> list[list[dict]]:
     (folder / "problems.jsonl").write_text("\n".join(rows))
     (folder / "uneven.py").write_text(REWARD)
     data = [
-        "--data", folder / "problems.jsonl", "--eval", folder / "problems.jsonl", "--instruction", "",
-        "--reward", f"{folder / 'uneven.py'}:uneven",
-    ]  # fmt: skip
+        "--data",
+        folder / "problems.jsonl",
+        "--eval",
+        folder / "problems.jsonl",
+        "--instruction",
+        "",
+        "--reward",
+        f"{folder / 'uneven.py'}:uneven",
+    ]
     trials = [[*map(str, [*data, *trial(random.Random(seed))])] for seed in seeds]
     (folder / "trials.json").write_text(json.dumps(trials))
     paths = dict(folder=str(folder / "runs"), out=str(folder / "out.json"))

@@ -20,21 +20,30 @@ from support.trainers import make_trainer
 
 EOS, LONGEST = 0, 10
 FORMS = st.sampled_from(["empty", "end", "one", "cut", "longest", "usual"])
-ROWS = st.lists(st.lists(st.tuples(FORMS, st.sampled_from([0.0, 1.0, 0.25])), min_size=2, max_size=3), min_size=1,
-                max_size=3)  # fmt: skip
-SETTINGS = st.fixed_dictionaries({
-    "loss_agg": st.sampled_from(["token", "seq", "const"]), "adv_norm": st.sampled_from(["group", "none"]),
-    "drop_zero_std": st.booleans(), "overlong": st.sampled_from(["keep", "mask"]),
-    "entropy": st.sampled_from([0.0, 0.01]),
-})  # fmt: skip
+ROWS = st.lists(
+    st.lists(st.tuples(FORMS, st.sampled_from([0.0, 1.0, 0.25])), min_size=2, max_size=3), min_size=1, max_size=3
+)
+SETTINGS = st.fixed_dictionaries(
+    {
+        "loss_agg": st.sampled_from(["token", "seq", "const"]),
+        "adv_norm": st.sampled_from(["group", "none"]),
+        "drop_zero_std": st.booleans(),
+        "overlong": st.sampled_from(["keep", "mask"]),
+        "entropy": st.sampled_from([0.0, 0.01]),
+    }
+)
 
 
 def completion(form: str, reward: float, salt: int) -> Completion:
     words = [1 + (salt * 7 + i * 3) % 13 for i in range(LONGEST)]
     ids = {
-        "empty": [], "end": [EOS], "one": words[:1], "cut": words, "longest": [*words[:-1], EOS],
+        "empty": [],
+        "end": [EOS],
+        "one": words[:1],
+        "cut": words,
+        "longest": [*words[:-1], EOS],
         "usual": [*words[:3], EOS],
-    }[form]  # fmt: skip
+    }[form]
     reason = "length" if form in ("cut", "one", "empty") else "stop"
     return Completion(token_ids=ids, rollout_logprobs=[-1.0] * len(ids), finish_reason=reason, reward=reward)
 
@@ -43,11 +52,12 @@ def groups_of(rows: list) -> list[RolloutGroup]:
     salt = iter(range(99))
     return [
         RolloutGroup(
-            problem=Problem(id=str(g), prompt="", answer="", prompt_ids=[2 + g, 3, 5][: 1 + g]), policy_version=0,
+            problem=Problem(id=str(g), prompt="", answer="", prompt_ids=[2 + g, 3, 5][: 1 + g]),
+            policy_version=0,
             completions=[completion(form, reward, next(salt)) for form, reward in members],
         )
         for g, members in enumerate(rows)
-    ]  # fmt: skip
+    ]
 
 
 def plainly(trainer, objective: GRPO, groups: list[RolloutGroup]) -> torch.Tensor:

@@ -25,9 +25,20 @@ def test_nothing_moves_but_the_data(name, tmp_path):
     reward, flags = SETTINGS[name]
     (tmp_path / "same.py").write_text(f"def same(completions, **columns):\n    return [{reward}] * len(completions)\n")
     trainer = make_trainer(
-        tmp_path / "run", "--reward", f"{tmp_path / 'same.py'}:same", "--problems-per-step", 4, "--group-size", 3,
-        "--eval-limit", 2, "--grade-truncated", "--weight-decay", 0.1, *flags,
-    )  # fmt: skip
+        tmp_path / "run",
+        "--reward",
+        f"{tmp_path / 'same.py'}:same",
+        "--problems-per-step",
+        4,
+        "--group-size",
+        3,
+        "--eval-limit",
+        2,
+        "--grade-truncated",
+        "--weight-decay",
+        0.1,
+        *flags,
+    )
     before = {tensor: value.clone() for tensor, value in trainer.learner.state_tensors()}
     seen = []
     for _ in range(2):

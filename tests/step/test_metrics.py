@@ -206,13 +206,6 @@ def test_evaluation_by_hand():
 def test_pass_at_k_of_a_k_that_is_no_power_of_two():
     metrics = evaluation_metrics(torch.tensor([[6.0, 3, 1, 12, 0], [6, 1, 0, 18, 3]], dtype=torch.float64))
     names = [n for n in metrics if "@" in n and "/" not in n]
-    assert names == [
-        "avg@6",
-        "pass@1",
-        "pass@2",
-        "pass@4",
-        "pass@6",
-        "maj@6",
-    ]
+    assert names == ["avg@6", "pass@1", "pass@2", "pass@4", "pass@6", "maj@6"]
     assert metrics["pass@4"] == pytest.approx((1 + 4 / 6) / 2)  # 6 - 3 < 4; 1 - C(5,4)/C(6,4) = 1 - 5/15
     assert metrics["length"] == pytest.approx(30 / 12) and metrics["clipped_ratio"] == pytest.approx(3 / 12)

@@ -21,10 +21,11 @@ SETTINGS = {
 @pytest.mark.parametrize(
     "name, where",
     mostly_later(
-        [(name, where) for name in SETTINGS for where in ("forward", "backward")], ("grpo", "backward"),
+        [(name, where) for name in SETTINGS for where in ("forward", "backward")],
+        ("grpo", "backward"),
         ("rebel", "forward"),
     ),
-)  # fmt: skip
+)
 def test_a_run_out_of_memory_equals_one_with_small_microbatches(name, where, tmp_path, float64_norms, capsys):
     flags = [*SETTINGS[name], "--tokens-per-microbatch"]
     calm, expected = limited_steps(tmp_path / "calm", *flags, 64)

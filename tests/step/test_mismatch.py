@@ -42,8 +42,9 @@ def test_each_kind_is_warned_of_once():
     watch = MismatchWatch()
     first = watch.observe(metrics(0.04, 0.06, 0.06))  # mean of exp: 1.055; k3: 0.0015
     assert [line.split(": ")[2].split()[0] for line in first] == [
-        "sampling/token_mult_prob_error/mean", "sampling/mismatch_kl",
-    ]  # fmt: skip
+        "sampling/token_mult_prob_error/mean",
+        "sampling/mismatch_kl",
+    ]
     assert "1.05" in first[0] and "--is-correction tis" in first[0]
     assert watch.observe(metrics(0.04, 0.06, 0.06)) == []
 

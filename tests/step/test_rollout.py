@@ -38,9 +38,19 @@ def test_a_user_function_sees_the_columns_of_its_rows(tmp_path):
         "    return [l / 10 for l in level]\n"
     )
     trainer = make_trainer(
-        tmp_path / "run", "--data", tmp_path / "p.jsonl", "--reward", f"{tmp_path / 'f.py'}:f", "--instruction", "",
-        "--problems-per-step", 6, "--eval-limit", 4, "--grade-truncated",
-    )  # fmt: skip
+        tmp_path / "run",
+        "--data",
+        tmp_path / "p.jsonl",
+        "--reward",
+        f"{tmp_path / 'f.py'}:f",
+        "--instruction",
+        "",
+        "--problems-per-step",
+        6,
+        "--eval-limit",
+        4,
+        "--grade-truncated",
+    )
     for group in trainer.rollout.run(trainer.allocator.take(48), 0):
         assert {c.reward for c in group.completions} == {group.problem.columns["level"] / 10}
 

@@ -15,8 +15,18 @@ def planned(completions, **columns):
     return [float(n < share * len(completions)) for n in range(len(completions))]
 """
 ARGS = [
-    "--problems-per-step", 4, "--eval-limit", 8, "--eval-k", 2, "--eval-every", 1, "--steps", 6, "--grade-truncated",
-]  # fmt: skip
+    "--problems-per-step",
+    4,
+    "--eval-limit",
+    8,
+    "--eval-k",
+    2,
+    "--eval-every",
+    1,
+    "--steps",
+    6,
+    "--grade-truncated",
+]
 
 
 def make(folder, *args):

@@ -32,16 +32,26 @@ REGISTERS = 65536  # of a multiprocessor
 def policy_loss():
     types = dict.fromkeys(("logprobs_ptr", "advantage_ptr", "w_ptr", "coef_ptr", "partials_ptr"), VECTOR)
     types |= dict.fromkeys(("kl_coef", "low_edge", "high_edge", "dual_clip", "cap", "kl_cap"), "fp32") | {"N": "i32"}
-    estimators = {"k1": (True, False, False), "k2": (False, False, False), "k3": (False, True, True),
-                  "k3+": (False, True, False)}  # fmt: skip
+    estimators = {
+        "k1": (True, False, False),
+        "k2": (False, False, False),
+        "k3": (False, True, True),
+        "k3+": (False, True, False),
+    }
     for mode in ("clip", "cispo"):
         for old, ref in ((False, ""), (True, ""), *((True, k) for k in (estimators if mode == "clip" else ("k3",)))):
             given = ({"old_ptr": VECTOR} if old else {}) | ({"ref_ptr": VECTOR} if ref else {})
             k1, k3, k3_gradient = estimators[ref or "k3"]
             constants = dict(
-                CISPO=mode == "cispo", HAS_OLD=old, HAS_REF=bool(ref), K1=k1, K3=k3,
-                K3_GRADIENT=k3_gradient, NUM_STATS=vectors.NUM_STATS, BLOCK_N=vectors.BLOCK_N,
-            )  # fmt: skip
+                CISPO=mode == "cispo",
+                HAS_OLD=old,
+                HAS_REF=bool(ref),
+                K1=k1,
+                K3=k3,
+                K3_GRADIENT=k3_gradient,
+                NUM_STATS=vectors.NUM_STATS,
+                BLOCK_N=vectors.BLOCK_N,
+            )
             name = "-".join(["policy_loss", mode, *(["old"] if old else []), *([ref] if ref else [])])
             yield name, (vectors.policy_loss_kernel, types | given, constants, 4)
 
@@ -90,9 +100,14 @@ def flat():
             given = types | dict.fromkeys(pointers, VECTOR) | limits
             given |= dict.fromkeys(("theta_ptr", "low_ptr"), "*i16") if halves else {"out_bf16_ptr": "*bf16"}
             constants = dict(
-                EXTRAPOLATE=bool(pointers), GRADIENTS=len(pointers) == 2, HAS_LOW=halves, HAS_BF16=not halves,
-                HAS_THRESHOLD=bool(limits), NUM_STATS=flat_update.NUM_STATS, BLOCK=flat_update.BLOCK,
-            )  # fmt: skip
+                EXTRAPOLATE=bool(pointers),
+                GRADIENTS=len(pointers) == 2,
+                HAS_LOW=halves,
+                HAS_BF16=not halves,
+                HAS_THRESHOLD=bool(limits),
+                NUM_STATS=flat_update.NUM_STATS,
+                BLOCK=flat_update.BLOCK,
+            )
             yield f"flat_update-{name}" + "-split" * halves, (flat_update.flat_update_kernel, given, constants, 4)
 
 
@@ -102,9 +117,10 @@ def compiled_by_triton(kernel, types, constants, warps) -> dict[str, int]:
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     # what a launch finds out by itself: pointers, strides and the vocabulary of real models are multiples of 16
     attrs = {
-        (at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names)
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or signature[name] in ("i32", "i64") and name != "lookahead"
-    }  # fmt: skip
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     made = triton.compile(source, target=TARGET, options=dict(num_warps=warps, enable_fp_fusion=True))
     (used,) = usage(made.asm["cubin"]).values()
@@ -154,9 +170,11 @@ def usage(cubin: bytes) -> dict[str, dict[str, int]]:
 def accesses(ptx: str) -> dict[str, int]:
     wide = r"\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)"
     return {
-        "loads_128": len(re.findall(r"\bld" + wide, ptx)), "stores_128": len(re.findall(r"\bst" + wide, ptx)),
-        "f64": len(re.findall(r"\.f64", ptx)), "barrier": int("bar.sync" in ptx),
-    }  # fmt: skip
+        "loads_128": len(re.findall(r"\bld" + wide, ptx)),
+        "stores_128": len(re.findall(r"\bst" + wide, ptx)),
+        "f64": len(re.findall(r"\.f64", ptx)),
+        "barrier": int("bar.sync" in ptx),
+    }
 
 
 def occupancy(registers: int, threads: int) -> dict[str, int]:
@@ -165,13 +183,7 @@ def occupancy(registers: int, threads: int) -> dict[str, int]:
 
 
 # a generator of (name, (kernel, types of its arguments, constants, warps)) for each family of kernels
-FAMILIES = [
-    policy_loss,
-    apo_loss,
-    row_forward,
-    row_gradient,
-    flat,
-]
+FAMILIES = [policy_loss, apo_loss, row_forward, row_gradient, flat]
 
 
 def everything(*names: str) -> dict[str, dict[str, int]]:

@@ -2,9 +2,23 @@
 
 # a few short steps, with an evaluation and checkpoints
 SHORT_RUN = [
-    "--problems-per-step", "4", "--group-size", "4", "--eval-limit", "4", "--eval-k", "2", "--sample-every", "0",
-    "--threads", "1", "--reward-workers", "1", "--save-every", "2",
-]  # fmt: skip
+    "--problems-per-step",
+    "4",
+    "--group-size",
+    "4",
+    "--eval-limit",
+    "4",
+    "--eval-k",
+    "2",
+    "--sample-every",
+    "0",
+    "--threads",
+    "1",
+    "--reward-workers",
+    "1",
+    "--save-every",
+    "2",
+]
 
 
 SMALL_STEPS = ["--problems-per-step", 6, "--group-size", 4, "--eval-limit", 4]

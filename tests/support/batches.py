@@ -25,13 +25,19 @@ def make(lengths, credit=None, *, reward=None, group=None, max_new_tokens=8, tru
         return out
 
     return TrainBatch(
-        input_ids=torch.zeros(B, S, dtype=torch.int64), attention_mask=column < PROMPT + length, response_mask=mask,
-        rollout_logprobs=torch.zeros(B, S), group=torch.tensor(group or [0] * B), reward=torch.tensor(reward or zeros),
-        credit=torch.tensor(credit or zeros), truncated=torch.tensor(truncated or [False] * B),
+        input_ids=torch.zeros(B, S, dtype=torch.int64),
+        attention_mask=column < PROMPT + length,
+        response_mask=mask,
+        rollout_logprobs=torch.zeros(B, S),
+        group=torch.tensor(group or [0] * B),
+        reward=torch.tensor(reward or zeros),
+        credit=torch.tensor(credit or zeros),
+        truncated=torch.tensor(truncated or [False] * B),
         prompt_lengths=torch.full((B,), PROMPT),
-        group_size=torch.tensor([(group or [0] * B).count(g) for g in group or [0] * B]), max_new_tokens=max_new_tokens,
+        group_size=torch.tensor([(group or [0] * B).count(g) for g in group or [0] * B]),
+        max_new_tokens=max_new_tokens,
         **{name: spread(rows) for name, rows in logprobs.items()},
-    )  # fmt: skip
+    )
 
 
 def loss_and_grad(objective, batch, log_ratio=None, entropy=0.0):
@@ -63,13 +69,19 @@ def numbered(lengths, groups):
     row = torch.arange(B)[:, None]
     real = column < end
     return TrainBatch(
-        input_ids=torch.where(real, row + 1, 0), attention_mask=real, response_mask=real & (column > 0),
-        rollout_logprobs=torch.where(real, -(row + 1.0), torch.nan), group=torch.tensor(groups, dtype=torch.int64),
-        reward=torch.arange(B) / 8, credit=torch.arange(B) / 4, truncated=torch.arange(B) % 3 == 1,
+        input_ids=torch.where(real, row + 1, 0),
+        attention_mask=real,
+        response_mask=real & (column > 0),
+        rollout_logprobs=torch.where(real, -(row + 1.0), torch.nan),
+        group=torch.tensor(groups, dtype=torch.int64),
+        reward=torch.arange(B) / 8,
+        credit=torch.arange(B) / 4,
+        truncated=torch.arange(B) % 3 == 1,
         prompt_lengths=torch.ones(B, dtype=torch.int64),
-        group_size=torch.tensor([groups.count(g) for g in groups], dtype=torch.int64), max_new_tokens=50,
+        group_size=torch.tensor([groups.count(g) for g in groups], dtype=torch.int64),
+        max_new_tokens=50,
         ref_logprobs=torch.where(real, -(row + 2.0), torch.nan),
-    )  # fmt: skip
+    )
 
 
 def prepared_batch(trainer, *, noise: float = 0.05):

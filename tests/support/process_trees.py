@@ -19,8 +19,12 @@ class ProcessTree:
         self.word = f"/{uuid.uuid4().hex}"
         self.out, self.err = folder / "stdout.txt", folder / "stderr.txt"
         torchrun = [
-            "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}",
-        ]  # fmt: skip
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            f"--max-restarts={restarts}",
+        ]
         command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "fastrl.train", *map(str, args)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment, "PATH": f"{os.environ['PATH']}:{self.word}"}
         with self.out.open("w") as out, self.err.open("w") as err:

@@ -15,10 +15,17 @@ import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([
-    "pytest", "fastrl.train", "fastrl.evaluate", "fastrl.compare", "transformers",
-    "transformers.models.qwen2.modeling_qwen2", "matplotlib.pyplot",
-])  # fmt: skip
+CONTEXT.set_forkserver_preload(
+    [
+        "pytest",
+        "fastrl.train",
+        "fastrl.evaluate",
+        "fastrl.compare",
+        "transformers",
+        "transformers.models.qwen2.modeling_qwen2",
+        "matplotlib.pyplot",
+    ]
+)
 
 
 def main(module: str, cwd: str, argv: list[str], environment: dict[str, str], out: str, err: str) -> None:
@@ -92,10 +99,17 @@ def ranks(folder, count: int, *args: object, **environment: str) -> list[Run]:
     port = str(free_port())
     return [
         Run(
-            folder, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port, **environment,
-        ) for rank in range(count)
-    ]  # fmt: skip
+            folder,
+            *args,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            **environment,
+        )
+        for rank in range(count)
+    ]
 
 
 def together(folder: Path, script: str, count: int = 2, timeout: float = 250) -> str:

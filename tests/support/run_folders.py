@@ -33,8 +33,9 @@ def sign_again(path: Path, **changed: object) -> None:
     manifest = json.loads((path / "MANIFEST.json").read_text())
     files = {
         p.name: {"size": p.stat().st_size, "crc32": checkpoint.checksum(p)}
-        for p in sorted(path.iterdir()) if p.is_file() and not p.is_symlink() and p.name != "MANIFEST.json"
-    }  # fmt: skip
+        for p in sorted(path.iterdir())
+        if p.is_file() and not p.is_symlink() and p.name != "MANIFEST.json"
+    }
     manifest |= {"files": files, **changed}
     (path / "MANIFEST.json").write_text(checkpoint.manifest_text(manifest))
 

@@ -55,9 +55,18 @@ class Descent:
             limits["threshold"] = law.active_threshold * first.square().mean().sqrt()[None]
             limits["segment"] = torch.zeros(-(-len(anchor) // BLOCK), dtype=torch.int64)
         stats = extrapolate_(
-            self.master, anchor, law.lookahead, law.alpha, grads=grads, u0=u0, lr=self.lr, ratio_min=law.ratio_min,
-            ratio_max=law.ratio_max, scale_max=law.scale_max, **limits,
-        )  # fmt: skip
+            self.master,
+            anchor,
+            law.lookahead,
+            law.alpha,
+            grads=grads,
+            u0=u0,
+            lr=self.lr,
+            ratio_min=law.ratio_min,
+            ratio_max=law.ratio_max,
+            scale_max=law.scale_max,
+            **limits,
+        )
         return self.checked(stats.named(), anchor, law)
 
     def extrapolate_by_tensor(self, anchor: Tensor, law: Extrapolation, grads) -> dict[str, float]:

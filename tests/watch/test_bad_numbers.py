@@ -36,9 +36,13 @@ lr = 1e-4
 """
 # point -> what is named in bad/step-N.json, besides what follows from it
 POINTS = {
-    "loss": "loss", "grad": "policy gradient", "logits": "logprobs", "reward": "reward", "credit": "credit",
+    "loss": "loss",
+    "grad": "policy gradient",
+    "logits": "logprobs",
+    "reward": "reward",
+    "credit": "credit",
     "ref_logprobs": "ref_logprobs",
-}  # fmt: skip
+}
 ENGINE = ("nan", "none", "-inf")  # what it gives as a log-probability
 RUNS = {
     "nan, where they are used": ("tis", dict.fromkeys(POINTS, "nan")),
@@ -75,9 +79,19 @@ def test_no_rank_takes_a_step_on_a_number_that_is_none(name, rank, tmp_path):
     # logits are made for the reference and for the loss, and with a correction for the old policy
     planned = injections(values, rank, forwards=3 if correction == "tis" else 2)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastrl.train",
-        tmp_path / "run.toml", "--out", tmp_path / "run", "--steps", "19",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "fastrl.train",
+        tmp_path / "run.toml",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        "19",
+    ]
     environment = {**os.environ, "FASTRL_FAULT": ",".join(fault for *_, fault in planned)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -103,9 +117,19 @@ def test_no_rank_takes_a_step_on_a_number_that_is_none(name, rank, tmp_path):
 @pytest.mark.promise("B2")
 def test_a_run_that_stays_broken_ends_with_the_weights_from_before(run_fastrl, tmp_path):
     done = run_fastrl(
-        "train", "--problems-per-step", 4, "--eval-limit", 4, "--steps", 20, "--save-every", 4, "--out", "run",
+        "train",
+        "--problems-per-step",
+        4,
+        "--eval-limit",
+        4,
+        "--steps",
+        20,
+        "--save-every",
+        4,
+        "--out",
+        "run",
         FASTRL_FAULT="nan@grad:5+",
-    )  # fmt: skip
+    )
     assert done.returncode == 4
     assert "3 steps in a row were refused, the last because grad_norm is nan" in done.stderr
     status = json.loads((tmp_path / "run/status.json").read_text())

@@ -15,8 +15,11 @@ from support.trainers import make_trainer
 
 STEPS = 160
 NAMES = {
-    "entropy": "entropy", "one": "completions/one_token_frac", "cut": "completions/clipped_ratio", "reward": "reward",
-}  # fmt: skip
+    "entropy": "entropy",
+    "one": "completions/one_token_frac",
+    "cut": "completions/clipped_ratio",
+    "reward": "reward",
+}
 
 
 def log(seed: int = 0, **series) -> list[dict[str, float]]:
@@ -63,14 +66,19 @@ def learning(n: int) -> float:
 GOOD = {
     "learns": log(1, reward=learning, entropy=lambda n: 0.15 + 0.65 * math.exp(-n / 40), cut=lambda n: 0.3 - n / 600),
     "dips and recovers": log(
-        2, entropy=lambda n: 0.05 if n > 20 and n % 20 else 0.7, one=lambda n: 0.6 if n % 5 else 0.0, cut=lambda n: 0.5,
+        2,
+        entropy=lambda n: 0.05 if n > 20 and n % 20 else 0.7,
+        one=lambda n: 0.6 if n % 5 else 0.0,
+        cut=lambda n: 0.5,
         reward=lambda n: 0.5 + 0.1 * math.sin(n),
     ),
     "rare rewards and broken steps": log(
-        3, reward=lambda n: math.nan if n == 70 else 0.1 if n % 30 == 29 else 0.0,
-        entropy=lambda n: math.nan if n % 7 == 0 else 0.3, cut=lambda n: math.nan if n == 5 else 0.2,
+        3,
+        reward=lambda n: math.nan if n == 70 else 0.1 if n % 30 == 29 else 0.0,
+        entropy=lambda n: math.nan if n % 7 == 0 else 0.3,
+        cut=lambda n: math.nan if n == 5 else 0.2,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.promise("B8")

@@ -12,9 +12,14 @@ from fastrl.weights.optim import OptimConfig, make_optimizer
 
 # 4 heads of 8 and 2 key-value heads: q 32 rows, k and v 16 rows each; 70 words are padded to 128 rows
 SIZES = dict(
-    vocab_size=70, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=70,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 QWEN_LAYER = {
     # tensor: (elements from the start of the layer, shape)
     "self_attn.qkv_proj.weight": (0, (64, 32)),  # 2048 elements

@@ -140,9 +140,20 @@ def test_gradients_a_thousand_times_too_large_are_refused_and_no_others(seed, tm
     broken = (80, 90, 100, 120, 140, 160, 180)
     planned(",".join(f"x=1000@grad:{n}" for n in broken))
     trainer = make_trainer(
-        tmp_path, "--problems-per-step", 8, "--steps", 500, "--eval-limit", 4, "--seed", seed, "--sample-every", 0,
-        "--rollouts-every", 0,
-    )  # fmt: skip
+        tmp_path,
+        "--problems-per-step",
+        8,
+        "--steps",
+        500,
+        "--eval-limit",
+        4,
+        "--seed",
+        seed,
+        "--sample-every",
+        0,
+        "--rollouts-every",
+        0,
+    )
     assert trainer.run() == "done"
     skipped = [step for step, row in enumerate(step_records(tmp_path), 1) if float.fromhex(row["skipped"])]
     assert set(broken) <= set(skipped) and len(skipped) <= len(broken) + 2

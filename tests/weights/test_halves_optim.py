@@ -45,7 +45,7 @@ def small_chunks(monkeypatch):
         ("sfpo restore", (5,)),
         ("gxpo", (5,)),
         ("gxpo tensor", ()),
-    ),  # fmt: skip
+    ),
 )
 def test_the_same_bits_as_a_float32_master(rule, bad, tmp_path):
     """bad: which gradients are not finite."""
@@ -111,11 +111,15 @@ def test_bytes_per_parameter(tmp_path):
 @pytest.mark.parametrize(
     "rule, then, now",
     mostly_later(
-        [(rule, *pair) for rule in ("single", "8 bit")
-         for pair in (("split", "split"), ("split", "float32"), ("float32", "split"))],
-        ("single", "split", "split"), ("8 bit", "split", "float32"),
+        [
+            (rule, *pair)
+            for rule in ("single", "8 bit")
+            for pair in (("split", "split"), ("split", "float32"), ("float32", "split"))
+        ],
+        ("single", "split", "split"),
+        ("8 bit", "split", "float32"),
     ),
-)  # fmt: skip
+)
 def test_a_run_goes_on_with_either_master(rule, then, now, tmp_path):
     first, _ = randomly_updated(tmp_path / "first", RULES[rule], then, steps=2)
     first.save()

@@ -12,8 +12,9 @@ import torch
 from fastrl.weights import library, nvrtc
 
 SOURCE = nvrtc.source()
-KERNELS = [f"fastrl_{mode}{split}_kernel" for mode in ("interpolate", "gradients", "displacements")
-           for split in ("", "_split")]  # fmt: skip
+KERNELS = [
+    f"fastrl_{mode}{split}_kernel" for mode in ("interpolate", "gradients", "displacements") for split in ("", "_split")
+]
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +119,15 @@ void *last_launch(void) { return &last; }
 
 
 class Launch(ctypes.Structure):
-    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
-                ("function", ctypes.c_void_p), ("stream", ctypes.c_void_p), ("extra", ctypes.c_void_p),
-                ("parameter", library.Arguments)]  # fmt: skip
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("function", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+        ("extra", ctypes.c_void_p),
+        ("parameter", library.Arguments),
+    ]
 
 
 @pytest.mark.slow
@@ -130,9 +137,22 @@ def test_a_launch_hands_the_driver_what_the_kernel_expects(nvidia, tmp_path, mon
         pytest.skip("no C compiler to make a stand-in for libcuda with")
     path = tmp_path / "libcuda.so.1"
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-Werror", f"-I{nvidia / 'include'}", "-xc", "-", "-o", path,
-         f"-DSIZE={ctypes.sizeof(library.Arguments)}"], input=DRIVER, text=True, check=True,
-    )  # fmt: skip
+        [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-Werror",
+            f"-I{nvidia / 'include'}",
+            "-xc",
+            "-",
+            "-o",
+            path,
+            f"-DSIZE={ctypes.sizeof(library.Arguments)}",
+        ],
+        input=DRIVER,
+        text=True,
+        check=True,
+    )
     loader = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda name: loader(str(path)) if name == "libcuda.so.1" else loader(name))
     driver = nvrtc.driver.__wrapped__()
@@ -158,6 +178,7 @@ def test_a_launch_hands_the_driver_what_the_kernel_expects(nvidia, tmp_path, mon
 def test_each_update_has_its_kernel():
     names = [
         nvrtc.kernel_name(library.Arguments(x0=x0, x1=x1, low=low))
-        for x0, x1 in ((None, None), (16, 32), (16, None)) for low in (None, 64)
-    ]  # fmt: skip
+        for x0, x1 in ((None, None), (16, 32), (16, None))
+        for low in (None, 64)
+    ]
     assert names == KERNELS

@@ -28,8 +28,9 @@ def test_float32_weights_are_the_master_and_nothing_is_copied(rule, tmp_path):
 
 
 def test_a_refused_move_leaves_the_anchor_in_master_and_weights(tmp_path):
-    trainer = make_trainer(tmp_path, *SMALL_STEPS, "--update", "gxpo", "--min-effective-multiplier", 99,
-                           "--dtype", "bfloat16")  # fmt: skip
+    trainer = make_trainer(
+        tmp_path, *SMALL_STEPS, "--update", "gxpo", "--min-effective-multiplier", 99, "--dtype", "bfloat16"
+    )
     policy = trainer.learner.policy
     anchor = policy.master.clone()
     probe = torch.randn(len(anchor), generator=torch.Generator().manual_seed(0)) * 1e-3

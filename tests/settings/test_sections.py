@@ -14,17 +14,50 @@ from fastrl.settings.run import AXES, SECTIONS, TrainConfig, by_path, configure,
 
 # every word that is a setting of a section, as it was typed before there were sections, and where it is now
 TYPED = {
-    "max_new_tokens": "sampling", "temperature": "sampling", "old_logprobs": "sampling", "profile": "sampling",
-    "grade_truncated": "sampling", "num_profile_completions": "sampling", "reprofile_every": "sampling",
-    "eval": "evaluation", "eval_k": "evaluation", "eval_every": "evaluation", "eval_limit": "evaluation",
-    "stop_at_accuracy": "stopping", "stop_below_accuracy": "stopping", "stop_on_collapse": "stopping",
-    "spike_sigma": "stopping", "hang_timeout": "stopping", "tokens_per_microbatch": "memory", "grad_dtype": "memory",
-    "checkpoint_activations": "memory", "master": "memory", "offload": "memory", "reference_on_host": "memory",
-    "liger": "memory", "engine": "engine", "vllm.kv_gib": "engine", "vllm.kv": "engine", "vllm.cuda_graphs": "engine",
-    "vllm.max_num_batched_tokens": "engine", "vllm.compile": "engine", "max_num_seqs": "engine", "canary": "engine",
-    "steps": "run", "max_minutes": "run", "save_every": "run", "keep": "run", "sample_every": "run", "log": "run",
-    "rollouts_every": "run", "name": "run", "out": "run", "resume": "run", "allow_change": "run", "dry_run": "run",
-}  # fmt: skip
+    "max_new_tokens": "sampling",
+    "temperature": "sampling",
+    "old_logprobs": "sampling",
+    "profile": "sampling",
+    "grade_truncated": "sampling",
+    "num_profile_completions": "sampling",
+    "reprofile_every": "sampling",
+    "eval": "evaluation",
+    "eval_k": "evaluation",
+    "eval_every": "evaluation",
+    "eval_limit": "evaluation",
+    "stop_at_accuracy": "stopping",
+    "stop_below_accuracy": "stopping",
+    "stop_on_collapse": "stopping",
+    "spike_sigma": "stopping",
+    "hang_timeout": "stopping",
+    "tokens_per_microbatch": "memory",
+    "grad_dtype": "memory",
+    "checkpoint_activations": "memory",
+    "master": "memory",
+    "offload": "memory",
+    "reference_on_host": "memory",
+    "liger": "memory",
+    "engine": "engine",
+    "vllm.kv_gib": "engine",
+    "vllm.kv": "engine",
+    "vllm.cuda_graphs": "engine",
+    "vllm.max_num_batched_tokens": "engine",
+    "vllm.compile": "engine",
+    "max_num_seqs": "engine",
+    "canary": "engine",
+    "steps": "run",
+    "max_minutes": "run",
+    "save_every": "run",
+    "keep": "run",
+    "sample_every": "run",
+    "log": "run",
+    "rollouts_every": "run",
+    "name": "run",
+    "out": "run",
+    "resume": "run",
+    "allow_change": "run",
+    "dry_run": "run",
+}
 
 
 def test_every_setting_of_a_section_is_typed_with_and_without_it():
@@ -110,9 +143,11 @@ def test_help_shows_sections_and_short_flags(capsys):
 
 def test_a_run_written_without_sections_is_the_same_run(tmp_path):
     now = as_dict(configure([]))
-    flat = {key: value for name, value in now.items() for key, value in (
-        value.items() if name in SECTIONS else {name: value}.items()
-    )}  # fmt: skip
+    flat = {
+        key: value
+        for name, value in now.items()
+        for key, value in (value.items() if name in SECTIONS else {name: value}.items())
+    }
     assert flat["engine"] == "auto" and flat["vllm"]["kv_gib"] == 0.0 and by_path(flat) == by_path(now)
     check_same(flat, now, set(), tmp_path)
     with pytest.raises(CheckpointError, match="temperature was 0.5 and is now 1.0; .* --allow-change temperature$"):
@@ -123,9 +158,15 @@ def test_what_may_change_is_typed_as_flags_are():
     free = may_change(TrainConfig())
     assert {"steps", "max_num_seqs", "offload", "profile"} <= free and not {"temperature", "optim.lr", "seed"} & free
     for typed, path in {
-        "temperature": "temperature", "sampling.temperature": "temperature", "lr": "optim.lr", "optim": "optim",
-        "kv-gib": "vllm.kv_gib", "tokenizer": "tokenizer", "memory": "grad_dtype", "engine": "engine",
-    }.items():  # fmt: skip
+        "temperature": "temperature",
+        "sampling.temperature": "temperature",
+        "lr": "optim.lr",
+        "optim": "optim",
+        "kv-gib": "vllm.kv_gib",
+        "tokenizer": "tokenizer",
+        "memory": "grad_dtype",
+        "engine": "engine",
+    }.items():
         config = configure(["--allow-change", typed])
         assert path in may_change(config) - free, typed
     with pytest.raises(ValueError, match="--allow-change temprature: there is no such setting; did you mean temper"):
