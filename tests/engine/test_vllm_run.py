@@ -149,13 +149,14 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(make, tmp_path):
 
 
 def test_evaluation_with_vllm_scores_as_with_transformers():
-    """Another sampler of the same distribution: avg@k within its intervals, and greedy completions the same."""
+    """Another sampler of the same distribution: nearly the same avg@k, and greedy completions the same."""
 
     scores = {}
     for engine in ("hf", "vllm"):
         args = ["--engine", engine, "--limit", "40", "--max-new-tokens", "10", "--reward-workers", "1"]
-        scores[engine] = evaluate(parse(EvaluateConfig, [*args, "--k", "4"], {}))
+        scores[engine] = evaluate(parse(EvaluateConfig, [*args, "--k", "32"], {}))["avg@32"]
         greedy = parse(EvaluateConfig, [*args, "--k", "1", "--temperature", "0"], {})
         scores[engine, "greedy"] = evaluate(greedy)["avg@1"]
     assert scores["hf", "greedy"] == scores["vllm", "greedy"]
-    assert scores["hf"]["avg@4/ci95_low"] < scores["vllm"]["avg@4"] < scores["hf"]["avg@4/ci95_high"]
+    # eight seeds of the one give 0.477 to 0.510, deviation 0.01, three of the other 0.491 to 0.503
+    assert scores["hf"] == pytest.approx(scores["vllm"], abs=0.06)

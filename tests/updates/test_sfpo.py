@@ -28,7 +28,7 @@ def test_equation_12_and_the_contraction_of_eigenvectors(K, alpha):
     # e' = (1 - lr lam) (1 - alpha (1 - (1 - lr lam)^K)) e along each eigenvector
     factor = (1 - lr * lam) * (1 - alpha * (1 - (1 - lr * lam) ** K))
     closed = best + Q @ (factor * (Q.T @ (theta - best)))
-    assert (policy.master - closed).abs().max() < 5e-14
+    assert (policy.master - closed).abs().max() < 2e-13  # 3e-14 with three seeds and instruction sets
 
 
 def test_fast_steps_go_over_all_minibatches_before_the_pull_back():
