@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from fastrl.base.log import versions
 from fastrl.memory.watch import MemoryWatch
 from fastrl.models.loading import load_model
-from fastrl.run.build import memory_plan
+from fastrl.run.resolve import resolve
 from fastrl.settings.run import configure
 from fastrl.step.batching import make_batch
 from fastrl.step.trainer import Trainer
@@ -148,7 +148,7 @@ def main() -> None:
                     times.setdefault(f"fastrl {name}", []).append(value)
                 for name, value in rival.items():
                     times.setdefault(f"plain {name}", []).append(value)
-        trainer.memory = MemoryWatch(memory_plan(configure([]), torch.float32, 2048), "cpu", print)
+        trainer.memory = MemoryWatch(resolve(configure([])).plan, "cpu", print)
         used = trainer.step()  # not timed: the tensors that are alive are counted at the end of each phase
         memory = {name.removeprefix("memory/"): mib for name, mib in used.items() if name.startswith("memory/")}
     rows = {name: quantiles(values) for name, values in times.items()}

@@ -67,10 +67,12 @@ def card_gib(card: str) -> float:
 
 
 def settings_for(config: PlanConfig, card: str) -> MemorySettings:
-    """As the run on a GPU; with `tokens_per_microbatch` 0 where they are to be searched for."""
+    """As the run on a GPU that has vLLM; with `tokens_per_microbatch` 0 where they are to be searched for."""
+    engine = config.engine.engine
     return memory_settings(
         config, device="cuda", dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
-        tokens_per_microbatch=config.memory.tokens_per_microbatch, ranks=config.gpus, context=config.context,
+        tokens_per_microbatch=config.memory.tokens_per_microbatch, engine="vllm" if engine == "auto" else engine,
+        ranks=config.gpus, context=config.context,
         capacity=int(card_gib(card) * GIB),
     )  # fmt: skip
 

@@ -26,10 +26,12 @@ from fastrl.base.log import RunLog, printable, say, versions, write_json
 from fastrl.base.spans import Progress, Spans, collector_paused
 from fastrl.base.types import EngineError, NumericsError
 from fastrl.base.versions import check_versions
-from fastrl.run.build import build, memory_lines, open_rewards, profile_plan
+from fastrl.run.build import build
+from fastrl.run.resolve import describe, memory_lines, resolve
 from fastrl.run.resume import resume
+from fastrl.run.sampling import open_rewards, profile_plan
 from fastrl.settings.parse import as_dict
-from fastrl.settings.run import TrainConfig, configure, describe, resolve
+from fastrl.settings.run import TrainConfig, configure
 from fastrl.step.trainer import Stopped, Trainer
 from fastrl.watch.watchdog import Watchdog, longest_wait
 
@@ -127,12 +129,12 @@ def main(argv: list[str]) -> int:
     check_versions()
     config = configure(argv)
     planned = faults.from_environment().planned
-    device, dtype, tokens = resolve(config)
+    resolved = resolve(config)
     rewards = open_rewards(config)
-    lines = describe(config, device, tokens)
+    lines = describe(resolved)
     if config.run.dry_run:
         print(json.dumps(as_dict(config), indent=2))
-        say("\n".join([*lines, *memory_lines(config, dtype, tokens)]))
+        say("\n".join([*lines, *memory_lines(resolved)]))
         with rewards:
             for line in profile_plan(config, rewards):
                 say(line)
@@ -140,7 +142,7 @@ def main(argv: list[str]) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        ranks.start(device, longest_wait(config.stopping.hang_timeout))
+        ranks.start(resolved.device, longest_wait(config.stopping.hang_timeout))
     except EngineError as error:
         return fail(error)
     checkpoint.seed_generators(config.seed + ranks.rank())
@@ -156,7 +158,7 @@ def main(argv: list[str]) -> int:
             log.say(line)
         watchdog.start()
         with collector_paused():
-            trainer = stop.trainer = build(config, log, rewards, stop, spans)
+            trainer = stop.trainer = build(resolved, log, rewards, stop, spans)
         if config.run.resume:
             resume(trainer, config.run.resume, config)
         elif not quiet:

@@ -11,12 +11,7 @@ file of its manifest is there with the right size and checksum, and no other fil
 """
 
 from fastrl.checkpoint.files import VERSION, checksum, manifest_text, newest, step_of
-from fastrl.checkpoint.generators import (
-    generators,
-    generators_kept,
-    restore_generators,
-    seed_generators,
-)
+from fastrl.checkpoint.generators import generators, generators_kept, restore_generators, seed_generators
 from fastrl.checkpoint.reading import load
 from fastrl.checkpoint.state_form import check_form
 from fastrl.checkpoint.writing import remove_leftovers, save, set_aside, tidy

@@ -12,10 +12,10 @@ from fastrl.base.setting import check_bounds, setting
 from fastrl.comparison.costs import contenders
 from fastrl.comparison.methods import Claim, Method, check_names, check_protocol, configuration, from_tables
 from fastrl.comparison.runs import Run
-from fastrl.models.loading import load_tokenizer
+from fastrl.models.loading import load_tokenizer, pick_device
 from fastrl.settings.flags import expand, flags_of
 from fastrl.settings.parse import as_dict, cli, read_toml
-from fastrl.settings.run import TrainConfig, resolve
+from fastrl.settings.run import TrainConfig
 
 PRESETS = {"embedded": Path(__file__).parent.parent / "recipes" / "compare_embedded.toml"}
 
@@ -73,8 +73,8 @@ class Plan:
 
     @cached_property
     def on_gpu(self) -> bool:
-        device, *_ = resolve(self.settings[self.config.baseline])
-        return device.startswith("cuda")
+        baseline = self.settings[self.config.baseline]
+        return pick_device(baseline.device, baseline.dtype)[0].startswith("cuda")
 
     @property
     def jobs(self) -> int:

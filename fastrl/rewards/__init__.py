@@ -106,10 +106,10 @@ class RewardSet:
             ]
         scores.statuses = dict(statuses)
         if self.verifiers:
-            scores.metrics |= self._watch_hacks(scores.each[self.verifiers[0].name], prompts, completions, answers)
+            scores.metrics |= self.watch_hacks(scores.each[self.verifiers[0].name], prompts, completions, answers)
         return scores
 
-    def _watch_hacks(
+    def watch_hacks(
         self, rewards: list[float], prompts: list, completions: list[str], answers: list[str]
     ) -> dict[str, float]:
         """Fractions of the rewarded answers: copied from the prompt; not evaluated. Empty if nothing was rewarded."""

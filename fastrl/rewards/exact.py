@@ -43,9 +43,9 @@ class Exact(Verifier):
 
     def grade(self, completions: list[str], answers: list[str]) -> list[Grade]:
         require_equal_lengths("exact.grade", completions=completions, answers=answers)
-        return [GRADES[self._status(text, answer.strip())] for text, answer in zip(completions, answers, strict=True)]
+        return [GRADES[self.status_of(text, answer.strip())] for text, answer in zip(completions, answers, strict=True)]
 
-    def _status(self, text: str, gold: str) -> str:
+    def status_of(self, text: str, gold: str) -> str:
         found = self.extract(text)
         if found is None:
             return "no_box"

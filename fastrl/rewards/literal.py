@@ -85,9 +85,9 @@ def literal(text: str, *, lenient: bool = False) -> Literal | None:
         return None
     part = match.groupdict()
     unit = part["unit"]
-    if unit and not _is_unit(WORD.findall(unit.lower()), marked=lenient or not part["bare"]):
+    if unit and not is_unit(WORD.findall(unit.lower()), marked=lenient or not part["bare"]):
         return None
-    value = _value(part)
+    value = value_of(part)
     if value is None:
         return None
     plain = part["plain"]
@@ -99,11 +99,11 @@ def literal(text: str, *, lenient: bool = False) -> Literal | None:
     )
 
 
-def _is_unit(words: list[str], marked: bool) -> bool:
+def is_unit(words: list[str], marked: bool) -> bool:
     return SCALES.isdisjoint(words) if marked else UNITS.issuperset(words)
 
 
-def _value(part: dict[str, str | None]) -> Fraction | None:
+def value_of(part: dict[str, str | None]) -> Fraction | None:
     if part["plain"]:
         return number(part["plain"])
     if part["top"]:
@@ -126,10 +126,10 @@ def same_number(gold: Literal, answer: Literal) -> bool:
         return answer.value in (gold.value, gold.value / 100)
     if answer.percent and not gold.percent:
         return gold.value in (answer.value, answer.value / 100)
-    return gold.value == answer.value or _rounds_to(gold, answer) or _rounds_to(answer, gold)
+    return gold.value == answer.value or rounds_to(gold, answer) or rounds_to(answer, gold)
 
 
-def _rounds_to(fraction: Literal, rounded: Literal) -> bool:
+def rounds_to(fraction: Literal, rounded: Literal) -> bool:
     if fraction.decimals is not None or rounded.decimals is None or rounded.decimals < ROUNDED_DECIMALS:
         return False
     return round(fraction.value, rounded.decimals) == rounded.value

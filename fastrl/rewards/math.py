@@ -87,7 +87,7 @@ class Math(Verifier):
     def grade(self, completions: list[str], answers: list[str]) -> list[Grade]:
         require_equal_lengths("math.grade", completions=completions, answers=answers)
         pairs = [(clean(gold), self.extract(text)) for text, gold in zip(completions, answers, strict=True)]
-        return self._grade([(gold, None if found is None else clean(found)) for gold, found in pairs])
+        return self.grade_pairs([(gold, None if found is None else clean(found)) for gold, found in pairs])
 
     def check_golds(self, answers: list[str]) -> list[Grade]:
         """Like grading each gold in a box, but equal text is not enough: math-verify must be able to read it.
@@ -96,9 +96,9 @@ class Math(Verifier):
         millisecond, and which problems a run keeps should not depend on what else the machine does.
         """
         pairs = [(gold, gold) for gold in map(clean, answers)]
-        grades = self._grade(pairs, equal_text=False)
+        grades = self.grade_pairs(pairs, equal_text=False)
         late = [i for i, grade in enumerate(grades) if grade.status == "soft_timeout"]
-        for i, grade in zip(late, self._grade([pairs[i] for i in late], equal_text=False), strict=True):
+        for i, grade in zip(late, self.grade_pairs([pairs[i] for i in late], equal_text=False), strict=True):
             grades[i] = grade
         return grades
 
@@ -121,14 +121,14 @@ class Math(Verifier):
     def close(self) -> None:
         self.workers.close()
 
-    def _grade(self, pairs: list[tuple[str, str | None]], equal_text: bool = True) -> list[Grade]:
-        statuses = [self._decide(gold, found, equal_text) for gold, found in pairs]
+    def grade_pairs(self, pairs: list[tuple[str, str | None]], equal_text: bool = True) -> list[Grade]:
+        statuses = [self.decide(gold, found, equal_text) for gold, found in pairs]
         # each different pair once: a group often agrees on its answer
         hard = list(dict.fromkeys(pair for pair, status in zip(pairs, statuses, strict=True) if status is None))
         replies = dict(zip(hard, self.workers.run(hard), strict=True))
         return [Grade.of(status or replies[pair]) for pair, status in zip(pairs, statuses, strict=True)]
 
-    def _decide(self, gold: str, found: str | None, equal_text: bool) -> str | None:
+    def decide(self, gold: str, found: str | None, equal_text: bool) -> str | None:
         """Status of a cleaned answer, or None if it needs math-verify."""
         if not found or not gold:
             return "no_box"

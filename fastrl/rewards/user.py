@@ -42,7 +42,7 @@ def load_function(path: str, function: str) -> Callable:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"reward {path}:{function}: no file {file.resolve()}; give the path of an existing .py file")
-    module = _load_module(file, f"reward {path}:{function}")
+    module = load_module(file, f"reward {path}:{function}")
     found = getattr(module, function, None)
     if not callable(found):
         names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
@@ -52,7 +52,7 @@ def load_function(path: str, function: str) -> Callable:
     return found
 
 
-def _load_module(file: Path, where: str) -> ModuleType:
+def load_module(file: Path, where: str) -> ModuleType:
     name = f"fastrl_user_reward_{file.stem}_{abs(hash(file.resolve())):x}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -72,18 +72,18 @@ class UserReward:
     def __init__(self, name: str, function: Callable):
         """Raises ValueError if the function takes no completions by name."""
         self.name = name
-        self._function = function
+        self.function = function
         parameters = inspect.signature(function).parameters
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._accepted = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self._required = {name for name in self._accepted if parameters[name].default is inspect.Parameter.empty}
-        self._per_completion = {"solution_str", "ground_truth"} <= self._accepted
-        if not (self._per_completion or self._takes_all or "completions" in self._accepted):
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.accepted = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self.required = {name for name in self.accepted if parameters[name].default is inspect.Parameter.empty}
+        self.per_completion = {"solution_str", "ground_truth"} <= self.accepted
+        if not (self.per_completion or self.takes_all or "completions" in self.accepted):
             raise ValueError(
                 f"reward {name}: it takes ({', '.join(parameters)}); expected f(prompts, completions, **columns) "
                 "or compute_score(data_source, solution_str, ground_truth, extra_info)"
             )
-        self._error_shown = False
+        self.error_shown = False
 
     def score(self, offered: dict[str, list]) -> UserScores:
         """Lists of equal length by name (prompts, completions, answers and every column) -> one reward per completion.
@@ -92,21 +92,21 @@ class UserReward:
         """
         if not offered["completions"]:
             return UserScores([])
-        if self._per_completion:
-            return self._call_each(offered)
-        self._require_parameters(offered)
+        if self.per_completion:
+            return self.call_each(offered)
+        self.require_parameters(offered)
         try:
-            return self._call_batch(offered)
-        except _FunctionError as error:
+            return self.call_batch(offered)
+        except FunctionError as error:
             cause = error.__cause__
         if len(offered["completions"]) == 1:
-            raise self._every_call_failed(1, cause) from cause
-        scores = self._call_each(offered)
+            raise self.every_call_failed(1, cause) from cause
+        scores = self.call_each(offered)
         if not scores.errors:
-            self._show_once(cause, "on the whole batch, but on no completion alone; nothing is lost")
+            self.show_once(cause, "on the whole batch, but on no completion alone; nothing is lost")
         return scores
 
-    def _call_each(self, offered: dict[str, list]) -> UserScores:
+    def call_each(self, offered: dict[str, list]) -> UserScores:
         """One call per completion, so that a completion that makes the function raise costs only its own reward."""
         scores = UserScores([])
         count = len(offered["completions"])
@@ -114,13 +114,13 @@ class UserReward:
         for i in range(count):
             row = {name: values[i : i + 1] for name, values in offered.items()}
             try:
-                one = self._call_one(row) if self._per_completion else self._call_batch(row)
-            except _FunctionError as error:
-                self._show_once(error.__cause__, f"and this completion earns 0: {_short(row['completions'][0])}")
+                one = self.call_one(row) if self.per_completion else self.call_batch(row)
+            except FunctionError as error:
+                self.show_once(error.__cause__, f"and this completion earns 0: {short(row['completions'][0])}")
                 scores.rewards.append(0.0)
                 scores.errors += 1
                 if scores.errors == count:
-                    raise self._every_call_failed(count, error.__cause__) from error.__cause__
+                    raise self.every_call_failed(count, error.__cause__) from error.__cause__
                 continue
             scores.rewards += one.rewards
             for name, value in one.metrics.items():
@@ -128,14 +128,12 @@ class UserReward:
         scores.metrics = {name: sum(values) / len(values) for name, values in sums.items()}
         return scores
 
-    def _call_batch(self, offered: dict[str, list]) -> UserScores:
-        result = self._call(offered if self._takes_all else {k: v for k, v in offered.items() if k in self._accepted})
+    def call_batch(self, offered: dict[str, list]) -> UserScores:
+        result = self.call(offered if self.takes_all else {k: v for k, v in offered.items() if k in self.accepted})
         rewards, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-        return UserScores(
-            self._checked_rewards(rewards, len(offered["completions"])), 0, self._checked_metrics(metrics)
-        )
+        return UserScores(self.checked_rewards(rewards, len(offered["completions"])), 0, self.checked_metrics(metrics))
 
-    def _call_one(self, row: dict[str, list]) -> UserScores:
+    def call_one(self, row: dict[str, list]) -> UserScores:
         columns = {name: values[0] for name, values in row.items()}
         arguments = {
             "data_source": columns.get("data_source", columns.get("source", "")),
@@ -143,73 +141,73 @@ class UserReward:
             "ground_truth": columns["answers"],
             "extra_info": columns.get("extra_info", columns),
         }
-        result = self._call({k: v for k, v in arguments.items() if self._takes_all or k in self._accepted})
+        result = self.call({k: v for k, v in arguments.items() if self.takes_all or k in self.accepted})
         metrics = {}
         if isinstance(result, dict):
             if "score" not in result:
                 raise ValueError(f"reward {self.name}: returned a dict with {sorted(result)}; expected the key 'score'")
             metrics = {k: v for k, v in result.items() if k != "score" and isinstance(v, int | float)}
             result = result["score"]
-        return UserScores(self._checked_rewards([result], 1), 0, self._checked_metrics(metrics))
+        return UserScores(self.checked_rewards([result], 1), 0, self.checked_metrics(metrics))
 
-    def _call(self, arguments: dict):
-        with _process_kept():
+    def call(self, arguments: dict):
+        with process_kept():
             try:
-                result = self._function(**arguments)
-                return _wait_for(result) if inspect.isawaitable(result) else result
+                result = self.function(**arguments)
+                return wait_for(result) if inspect.isawaitable(result) else result
             # exit() in a reward function must not end the training either
             except (Exception, SystemExit) as error:
-                raise _FunctionError from error
+                raise FunctionError from error
 
-    def _require_parameters(self, offered: dict[str, list]) -> None:
-        if missing := self._required - offered.keys():
+    def require_parameters(self, offered: dict[str, list]) -> None:
+        if missing := self.required - offered.keys():
             raise ValueError(
                 f"reward {self.name}: its parameter {', '.join(sorted(missing))} is neither a column of the data "
                 f"nor offered; there are: {', '.join(sorted(offered))}"
             )
 
-    def _checked_rewards(self, rewards: object, count: int) -> list[float | None]:
+    def checked_rewards(self, rewards: object, count: int) -> list[float | None]:
         if hasattr(rewards, "tolist"):  # numpy and torch
             rewards = rewards.tolist()
         if not isinstance(rewards, list | tuple):
             raise ValueError(
-                f"reward {self.name}: returned {_short(rewards)}; expected a list, one float per completion"
+                f"reward {self.name}: returned {short(rewards)}; expected a list, one float per completion"
             )
         if len(rewards) != count:
             raise ValueError(f"reward {self.name}: got {len(rewards)} rewards; expected {count}, one per completion")
-        return [self._checked(reward, f"reward number {i}") for i, reward in enumerate(rewards)]
+        return [self.checked(reward, f"reward number {i}") for i, reward in enumerate(rewards)]
 
-    def _checked(self, value: object, what: str) -> float | None:
+    def checked(self, value: object, what: str) -> float | None:
         if value is None:
             return None
         if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
-            raise ValueError(f"reward {self.name}: {what} is {_short(value)}; expected a finite float or None")
+            raise ValueError(f"reward {self.name}: {what} is {short(value)}; expected a finite float or None")
         return float(value)
 
-    def _checked_metrics(self, metrics: object) -> dict[str, float]:
+    def checked_metrics(self, metrics: object) -> dict[str, float]:
         if not isinstance(metrics, dict):
-            raise ValueError(f"reward {self.name}: metrics are {_short(metrics)}; expected a dict of floats")
-        return {f"{self.name}/{name}": self._checked(value, f"metric {name}") for name, value in metrics.items()}
+            raise ValueError(f"reward {self.name}: metrics are {short(metrics)}; expected a dict of floats")
+        return {f"{self.name}/{name}": self.checked(value, f"metric {name}") for name, value in metrics.items()}
 
-    def _show_once(self, error: BaseException, what: str) -> None:
-        if not self._error_shown:
-            self._error_shown = True
+    def show_once(self, error: BaseException, what: str) -> None:
+        if not self.error_shown:
+            self.error_shown = True
             text = "".join(traceback.format_exception(error))
             logger.warning("reward %s raised %s\n%s", self.name, what, printable(text))
 
-    def _every_call_failed(self, count: int, error: BaseException) -> ValueError:
+    def every_call_failed(self, count: int, error: BaseException) -> ValueError:
         return ValueError(
             f"reward {self.name}: raised {type(error).__name__}: {error} on every one of {count} completions; "
             "fix the function or the columns that it reads"
         )
 
 
-class _FunctionError(Exception):
+class FunctionError(Exception):
     """The user's function raised; its exception is the cause."""
 
 
 @contextmanager
-def _process_kept() -> Iterator[None]:
+def process_kept() -> Iterator[None]:
     """Come back in the folder that was the current one, and only in the process that went in.
 
     A run's paths may be relative. A child that a function has forked would otherwise go on as a second trainer.
@@ -224,7 +222,7 @@ def _process_kept() -> Iterator[None]:
         os.close(folder)
 
 
-def _wait_for(awaitable: Awaitable):
+def wait_for(awaitable: Awaitable):
     async def wait():
         return await awaitable
 
@@ -237,7 +235,7 @@ def _wait_for(awaitable: Awaitable):
         return thread.submit(asyncio.run, wait()).result()
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """ASCII only: a completion may hold terminal escapes."""
     text = ascii(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"

@@ -79,45 +79,45 @@ class Workers:
         if count < 1:
             raise ValueError(f"workers: got {count}; expected at least 1")
         # -P: the folder of the script holds a math.py
-        self._command = [sys.executable, "-P", script, json.dumps(arguments)]
-        self._count, self._wall_s, self._kill_signal = count, wall_s, kill_signal
-        self._workers: list[Worker] = []
-        self._failed_starts = 0
-        self._lock = threading.Lock()
+        self.command = [sys.executable, "-P", script, json.dumps(arguments)]
+        self.count, self.wall_s, self.kill_signal = count, wall_s, kill_signal
+        self.workers: list[Worker] = []
+        self.failed_starts = 0
+        self.lock = threading.Lock()
 
     @property
     def pids(self) -> list[int]:
-        return [worker.process.pid for worker in self._workers]
+        return [worker.process.pid for worker in self.workers]
 
     def run(self, tasks: Sequence[object]) -> list[str]:
         """JSON-able tasks -> the reply to each, or "hard_timeout" or "died".
 
         Raises EngineError if the workers cannot be started.
         """
-        with self._lock:
+        with self.lock:
             try:
-                return self._run(tasks)
+                return self.run_locked(tasks)
             except BaseException:
                 # replies to an abandoned call must not meet the next one
-                self._close()
+                self.close_locked()
                 raise
 
-    def _run(self, tasks: Sequence[object]) -> list[str]:
+    def run_locked(self, tasks: Sequence[object]) -> list[str]:
         replies: list[str | None] = [None] * len(tasks)
         losses = [0] * len(tasks)
         waiting = deque(range(len(tasks)))
         unanswered = len(tasks)
         while unanswered:
-            while len(self._workers) < min(self._count, unanswered):
-                self._workers.append(Worker(self._command))
-            for worker in self._workers:
+            while len(self.workers) < min(self.count, unanswered):
+                self.workers.append(Worker(self.command))
+            for worker in self.workers:
                 if worker.ready and worker.task is None and waiting:
-                    worker.task, worker.deadline = waiting.popleft(), time.monotonic() + self._wall_s
+                    worker.task, worker.deadline = waiting.popleft(), time.monotonic() + self.wall_s
                     try:
                         worker.send(tasks[worker.task])
                     except BrokenPipeError:
                         pass  # its pipe ends too, which is handled below
-            for worker, reply in self._wait():
+            for worker, reply in self.wait():
                 task, worker.task = worker.task, None
                 if task is None:
                     continue  # lost while it was idle or starting
@@ -129,46 +129,46 @@ class Workers:
                     unanswered -= 1
         return replies
 
-    def _wait(self) -> list[tuple[Worker, str]]:
+    def wait(self) -> list[tuple[Worker, str]]:
         """Blocks until something happens -> the workers that replied or were lost, with the reply."""
         events = []
         with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
+            for worker in self.workers:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            first_deadline = min(worker.deadline for worker in self._workers if worker.is_busy)
+            first_deadline = min(worker.deadline for worker in self.workers if worker.is_busy)
             readable = {key.data for key, _ in selector.select(max(0.0, first_deadline - time.monotonic()))}
-        for worker in list(self._workers):
+        for worker in list(self.workers):
             try:
                 if worker in readable and (reply := worker.receive()) is not None:
                     if worker.ready:
                         events.append((worker, reply))
                     else:
-                        worker.ready, self._failed_starts = True, 0
+                        worker.ready, self.failed_starts = True, 0
                 elif worker.is_busy and time.monotonic() > worker.deadline:
-                    events.append((worker, self._lose(worker, "hard_timeout")))
+                    events.append((worker, self.lose(worker, "hard_timeout")))
             except EOFError:
-                events.append((worker, self._lose(worker, "died")))
+                events.append((worker, self.lose(worker, "died")))
         return events
 
-    def _lose(self, worker: Worker, status: str) -> str:
-        self._workers.remove(worker)
+    def lose(self, worker: Worker, status: str) -> str:
+        self.workers.remove(worker)
         exit_code = worker.kill()
         if not worker.ready:
-            self._failed_starts += 1
-            if self._failed_starts >= TRIES * self._count:
+            self.failed_starts += 1
+            if self.failed_starts >= TRIES * self.count:
                 from fastrl.base.types import EngineError  # loads torch, which a program that only grades does not need
 
                 raise EngineError(
-                    f"reward workers: {self._failed_starts} processes in a row ended before they were ready, the last "
-                    f"one with exit code {exit_code}; its error stands above. Try: {' '.join(self._command)}"
+                    f"reward workers: {self.failed_starts} processes in a row ended before they were ready, the last "
+                    f"one with exit code {exit_code}; its error stands above. Try: {' '.join(self.command)}"
                 )
-        return "hard_timeout" if exit_code == -self._kill_signal else status
+        return "hard_timeout" if exit_code == -self.kill_signal else status
 
     def close(self) -> None:
         """Ends all processes. The next `run` starts new ones."""
-        with self._lock:
-            self._close()
+        with self.lock:
+            self.close_locked()
 
-    def _close(self) -> None:
-        while self._workers:
-            self._workers.pop().kill()
+    def close_locked(self) -> None:
+        while self.workers:
+            self.workers.pop().kill()

@@ -1,25 +1,26 @@
 """From a training configuration to its memory plan."""
 
+from typing import Literal
+
 import torch
 
 from fastrl.memory.parts import GIB, MemorySettings
 from fastrl.memory.plan import MemoryPlan, plan_memory
 from fastrl.models.shapes import find_config, model_shape
-from fastrl.settings.run import TrainConfig
+from fastrl.settings.run import TrainConfig, needs_of
 
 
 def memory_settings(
-    config: TrainConfig, *, device: str, dtype: torch.dtype, tokens_per_microbatch: int, ranks: int = 1,
-    context: int = 0, capacity: int = 0,
+    config: TrainConfig, *, device: str, dtype: torch.dtype, tokens_per_microbatch: int, engine: Literal["hf", "vllm"],
+    ranks: int = 1, context: int = 0, capacity: int = 0,
 ) -> MemorySettings:  # fmt: skip
-    """config: of a run, whose `auto` engine is vLLM on a GPU; capacity: bytes of the card, 0 = no limit known.
+    """capacity: bytes of the card, 0 = no limit known.
 
     context: tokens of the longest sequence; 0 = of the longest prompt and completion that the configuration allows.
     """
-    objective, update, needs = config.objective, config.update, config.objective.needs(config.minibatches)
+    objective, update, needs = config.objective, config.update, needs_of(config)
     critic, reference = "values" in needs, "ref_logprobs" in needs
     cuda, memory, vllm = device.startswith("cuda"), config.memory, config.engine.vllm
-    engine = ("vllm" if cuda else "hf") if config.engine.engine == "auto" else config.engine.engine
     return MemorySettings(
         context=context or config.task.max_prompt_tokens + config.sampling.max_new_tokens,
         tokens_per_microbatch=tokens_per_microbatch,

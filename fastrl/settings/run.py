@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from fastrl import __version__
 from fastrl.allocation import ALLOCATORS
 from fastrl.allocation.base import Allocation
 from fastrl.allocation.uniform import Uniform
@@ -21,7 +20,7 @@ from fastrl.objectives import OBJECTIVES
 from fastrl.objectives.grpo import GRPO
 from fastrl.settings.flags import find, paths_of
 from fastrl.settings.job import JobConfig
-from fastrl.settings.parse import as_dict, parse
+from fastrl.settings.parse import parse
 from fastrl.settings.sections import (
     EvaluationSection,
     MemorySection,
@@ -122,6 +121,7 @@ def configure(argv: Sequence[str], cls: type[TrainConfig] = TrainConfig) -> Trai
 def check_combination(config: TrainConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
     check_out(config.run.out)
+    device, dtype = pick_device(config.device, config.dtype)
     needed, given = config.objective.min_group_size, config.allocation.min_group_size
     if given < needed:
         raise ValueError(
@@ -144,10 +144,10 @@ def check_combination(config: TrainConfig) -> None:
             "--attention sdpa, or --checkpoint-activations full"
         )
     if config.memory.liger:
-        liger.check(model_config(config.model).model_type, resolve(config)[0])
-    if config.memory.master == "split" and resolve(config)[1] != torch.bfloat16:
+        liger.check(model_config(config.model).model_type, device)
+    if config.memory.master == "split" and dtype != torch.bfloat16:
         raise ValueError(
-            f"--master split keeps what bfloat16 weights lack of float32, but these are {resolve(config)[1]}; use "
+            f"--master split keeps what bfloat16 weights lack of float32, but these are {dtype}; use "
             "--dtype bfloat16, or --master float32"
         )
     for name in ("stop_at_accuracy", "stop_below_accuracy"):
@@ -181,38 +181,6 @@ def check_profile(config: TrainConfig) -> None:
         )
 
 
-def resolve(config: TrainConfig) -> tuple[str, torch.dtype, int]:
-    """-> device, dtype and tokens per microbatch, with `auto` and 0 decided."""
-    device, dtype = pick_device(config.device, config.dtype)
-    return device, dtype, config.memory.tokens_per_microbatch or (16384 if device.startswith("cuda") else 2048)
-
-
-def describe(config: TrainConfig, device: str, tokens_per_microbatch: int) -> list[str]:
-    """The lines that say what will be trained and how, every constant in force among them."""
-
-    def settings(member: object) -> str:
-        return " ".join(f"{k}={v}" for k, v in as_dict(member).items())
-
-    budget = config.allocation.budget(config.problems_per_step)
-    groups = {budget // size for size in (config.allocation.max_group_size, config.allocation.min_group_size)}
-    name = {
-        axis: next(n for n, cls in members.items() if type(getattr(config, axis)) is cls)
-        for axis, members in AXES.items()
-    }
-    preset = getattr(config.objective, "preset", "none")
-    expanded = config.objective.PRESETS[preset] if preset != "none" else {}
-    said = [f"preset: {preset} sets {' '.join(f'{k}={v}' for k, v in expanded.items())}"] if expanded else []
-    return [
-        f"fastrl {__version__}  device={device}  model={config.model}  data={config.data}  seed={config.seed}",
-        *said,
-        f"objective: {name['objective']}  {settings(config.objective)}",
-        f"update: {name['update']} {settings(config.update)}   allocation: {name['allocation']} "
-        f"{settings(config.allocation)}   optim: {settings(config.optim)}",
-        *([f"critic: passes={config.critic.passes} {settings(config.critic.optim)}"] if needs_values(config) else []),
-        f"batch: {' to '.join(map(str, sorted(groups)))} problems, {budget} completions -> {config.minibatches} "
-        f"minibatches -> microbatches of <= {tokens_per_microbatch} tokens; {config.run.steps} steps",
-    ]
-
-
-def needs_values(config: TrainConfig) -> bool:
-    return "values" in config.objective.needs(num_minibatches=2)
+def needs_of(config: TrainConfig) -> frozenset[str]:
+    """What the objective compares with: old_logprobs, ref_logprobs, values."""
+    return config.objective.needs(config.minibatches)

@@ -58,9 +58,8 @@ class Learner:
 
     def prepare(self, batch: TrainBatch) -> TrainBatch:
         """The batch with the scores that the objective reads and what it makes of them."""
-        needs, old = self.objective.needs(self.num_minibatches), {}
-        if self.old_from_engine and "old_logprobs" in self.objective.needs(2):
-            needs, old = needs - {"old_logprobs"}, {"old_logprobs": batch.rollout_logprobs}
+        old = {"old_logprobs": batch.rollout_logprobs} if self.old_from_engine else {}
+        needs = self.objective.needs(self.num_minibatches) - old.keys()
         batch = replace(batch, **old, **{name: self.scored(name, batch) for name in sorted(needs)})
         if self.reference:
             self.reference.rest()

@@ -10,7 +10,7 @@ import torch
 from fastrl.base.log import RunLog
 from fastrl.kernels import parity, rows
 from fastrl.models.loading import load_model
-from fastrl.run.build import head_kernels
+from fastrl.run.models import head_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -17,7 +17,7 @@ from fastrl.models.critic import ValueModel
 from fastrl.models.loading import LoadedModel, parameter_shapes
 from fastrl.models.policy import Policy
 from fastrl.models.shapes import known_shapes, model_shape
-from fastrl.run.build import memory_plan
+from fastrl.run.resolve import resolve
 from fastrl.settings.run import configure
 from fastrl.updates import UPDATES
 from fastrl.weights.activations import checkpoint_layers
@@ -140,7 +140,7 @@ def test_critic_and_reference_of_a_run_are_planned_as_allocated(dtype, tmp_path)
     trainer = make_trainer(tmp_path, *args)
     while not trainer.learner.policy.guard.skipped and not trainer.learner.policy.optimizer.state:
         trainer.step()  # the state appears with the first step that is taken
-    plan = memory_plan(configure(list(map(str, args))), getattr(torch, dtype), 1)
+    plan = resolve(configure([*map(str, args), "--tokens-per-microbatch", "1"])).plan
     reference = sum(size(p) for p in trainer.learner.reference.model.parameters())
     assert plan.parts["reference"]["generate"] == pytest.approx(reference, rel=0.01)
     critic = trainer.learner.critic
@@ -306,7 +306,7 @@ def test_what_update_rules_hold():
         ("--update", "gxpo", "--ratio", "tensor", "--optim.name", "adamw8bit"): 10,
     }
     for args, per_parameter in expected.items():
-        plan = memory_plan(configure(args), torch.bfloat16, 1)
+        plan = resolve(configure([*args, "--dtype", "bfloat16", "--tokens-per-microbatch", "1"])).plan
         parameters = plan.parts["weights"]["step"] / 2
         assert plan.parts["snapshots"]["step"] / parameters == pytest.approx(per_parameter, rel=0.01), args
 

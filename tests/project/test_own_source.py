@@ -116,3 +116,16 @@ def test_every_lint_of_security_that_is_switched_off_has_its_reason_here():
             if rules := re.search(r"#\s*noqa:?\s*((?:S\d+(?:,\s*)?)+)", line):
                 found.add(f"{path.relative_to(ROOT)} {rules[1].strip()}")
     assert found == set(NOQA)
+
+
+def test_names_have_no_leading_underscore():
+    """One convention: what a module does not offer is not imported; ctypes asks for `_fields_`."""
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "name", None) if isinstance(node, ast.FunctionDef | ast.ClassDef) else None
+            if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+                name = node.attr if isinstance(node, ast.Attribute) else node.id
+            if name and re.match(r"_[A-Za-z]", name) and name != "_fields_":
+                found.add(f"{path.relative_to(ROOT)}: {name}")
+    assert found == set()

@@ -3,7 +3,8 @@
 import pytest
 
 from fastrl.objectives.grpo import GRPO, PRESETS
-from fastrl.settings.run import configure, describe
+from fastrl.run.resolve import describe, resolve
+from fastrl.settings.run import configure
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -34,9 +35,9 @@ def test_single_settings_win_wherever_they_stand(tmp_path):
 
 
 def test_what_it_sets_is_printed():
-    lines = describe(configure(["--preset", "dapo"]), "cpu", 2048)
+    lines = describe(resolve(configure(["--preset", "dapo", "--device", "cpu"])))
     assert any(line.startswith("preset: dapo sets clip_high=0.28 dual_clip=None") for line in lines)
-    assert not any(line.startswith("preset") for line in describe(configure([]), "cpu", 2048))
+    assert not any(line.startswith("preset") for line in describe(resolve(configure(["--device", "cpu"]))))
 
 
 def test_an_unknown_one_is_refused():

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from fastrl.base.log import RunLog
-from fastrl.run.build import build, open_rewards
+from fastrl.run.build import build
+from fastrl.run.resolve import resolve
+from fastrl.run.sampling import open_rewards
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig
 from fastrl.step.trainer import Trainer
@@ -17,7 +19,7 @@ def make_trainer(folder: Path, *args: object, stop_requested=lambda: False) -> T
     config = parse(TrainConfig, argv, AXES)
     log = RunLog(folder, total_steps=config.run.steps)
     log.open()
-    return build(config, log, open_rewards(config), stop_requested)
+    return build(resolve(config), log, open_rewards(config), stop_requested)
 
 
 def weights_and_state(trainer: Trainer) -> list[torch.Tensor]:

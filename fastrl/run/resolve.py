@@ -1,0 +1,96 @@
+"""What a run decides once, where its settings leave it open, and the lines that say so."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from fastrl import __version__
+from fastrl.base import ranks
+from fastrl.engine.opening import pick_engine
+from fastrl.memory.advice import advice, table
+from fastrl.memory.plan import MemoryPlan
+from fastrl.models.loading import pick_device
+from fastrl.models.shapes import NoPlan
+from fastrl.settings.flags import all_flags
+from fastrl.settings.memory import plan_of
+from fastrl.settings.parse import as_dict
+from fastrl.settings.run import AXES, TrainConfig, needs_of
+
+TOKENS = {"cpu": 2048, "cuda": 16384}  # of a microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Made once per start by `resolve`, and handed on."""
+
+    config: TrainConfig
+    device: str
+    dtype: torch.dtype  # of weights
+    tokens: int  # per microbatch
+    needs: frozenset[str]  # what the objective compares with: old_logprobs, ref_logprobs, values
+    engine: Literal["hf", "vllm"]
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @cached_property
+    def plan(self) -> MemoryPlan | NoPlan:
+        """Of the memory, or why this model has none: it may be trained all the same. Reads the model's config.json."""
+        try:
+            return plan_of(
+                self.config, device=self.device, dtype=self.dtype, tokens_per_microbatch=self.tokens,
+                engine=self.engine, ranks=ranks.world_size(),
+                capacity=torch.cuda.mem_get_info(self.device)[1] if self.cuda else 0,
+            )  # fmt: skip
+        except NoPlan as error:
+            return error
+
+
+def resolve(config: TrainConfig) -> Resolved:
+    """Raises ValueError for a device or an engine that is not there."""
+    device, dtype = pick_device(config.device, config.dtype)
+    return Resolved(
+        config=config, device=device, dtype=dtype, needs=needs_of(config),
+        tokens=config.memory.tokens_per_microbatch or TOKENS[device.partition(":")[0]],
+        engine=pick_engine(config.engine.engine, device),
+    )  # fmt: skip
+
+
+def describe(resolved: Resolved) -> list[str]:
+    """The lines that say what will be trained and how, every constant in force among them."""
+
+    config = resolved.config
+
+    def settings(member: object) -> str:
+        return " ".join(f"{k}={v}" for k, v in as_dict(member).items())
+
+    budget = config.allocation.budget(config.problems_per_step)
+    groups = {budget // size for size in (config.allocation.max_group_size, config.allocation.min_group_size)}
+    name = {
+        axis: next(n for n, cls in members.items() if type(getattr(config, axis)) is cls)
+        for axis, members in AXES.items()
+    }
+    preset = getattr(config.objective, "preset", "none")
+    expanded = config.objective.PRESETS[preset] if preset != "none" else {}
+    critic = f"critic: passes={config.critic.passes} {settings(config.critic.optim)}"
+    return [
+        f"fastrl {__version__}  device={resolved.device}  model={config.model}  data={config.data}  seed={config.seed}",
+        *([f"preset: {preset} sets {' '.join(f'{k}={v}' for k, v in expanded.items())}"] if expanded else []),
+        f"objective: {name['objective']}  {settings(config.objective)}",
+        f"update: {name['update']} {settings(config.update)}   allocation: {name['allocation']} "
+        f"{settings(config.allocation)}   optim: {settings(config.optim)}",
+        *([critic] if "values" in resolved.needs else []),
+        f"batch: {' to '.join(map(str, sorted(groups)))} problems, {budget} completions -> {config.minibatches} "
+        f"minibatches -> microbatches of <= {resolved.tokens} tokens; {config.run.steps} steps",
+    ]
+
+
+def memory_lines(resolved: Resolved) -> list[str]:
+    """The plan in one line and as a table, and what to change where it does not fit."""
+    plan = resolved.plan
+    if isinstance(plan, NoPlan):
+        return [f"memory: {plan}"]
+    return [f"memory: {plan}", *table(plan), *advice(plan, set(all_flags(resolved.config)))]
