@@ -3,7 +3,7 @@
 # make soak    further cases of the same tests, for a night
 # make reliability   every trial that docs/reliability.md counts (an hour), into bench/results/reliability.json
 # make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
-# make check   lint and format
+# make check   lint, format and types
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
 # make gpu     tests and benchmarks of kernels on a GPU, into bench/results
 # make gpu-memory   peak memory of whole runs beside their plan, and the engines, on a GPU with vLLM
@@ -46,6 +46,8 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cu csrc/*.h
+	rm -rf build/typed && mkdir -p build/typed && cp -r fastrl build/typed/fastrl && cp -r kernels build/typed/fastrl/kernels
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -125,9 +125,12 @@ class TokenObjective(Objective):
         weights, mask = self.weights(batch), batch.response_mask
         factor = weights.row if weights.correction is None else weights.row * weights.correction
         return FusedLoss(
-            loss=self.token_loss, advantage=weights.advantage.expand(mask.shape), w=masked(mask * factor, mask),
-            old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs,
-        )  # fmt: skip
+            loss=self.token_loss,
+            advantage=weights.advantage.expand(mask.shape),
+            w=masked(mask * factor, mask),
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+        )
 
 
 def sequence_mean(log_ratio: Tensor, mask: Tensor, cap: float) -> Tensor:

@@ -134,10 +134,16 @@ class GRPO(TokenObjective):
     @property
     def token_loss(self) -> TokenLoss:
         return TokenLoss(
-            surrogate=self.surrogate, clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip,
-            log_ratio_cap=self.log_ratio_cap, ratio_level=self.ratio_level, entropy=self.entropy,
-            kl=self.kl if self.kl_in == "loss" else 0.0, kl_type=self.kl_type,
-        )  # fmt: skip
+            surrogate=self.surrogate,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+            log_ratio_cap=self.log_ratio_cap,
+            ratio_level=self.ratio_level,
+            entropy=self.entropy,
+            kl=self.kl if self.kl_in == "loss" else 0.0,
+            kl_type=self.kl_type,
+        )
 
     def weights(self, batch: TrainBatch) -> TokenWeights:
         correction = None if self.is_correction == "none" else self.sampler_weight(batch)

@@ -64,9 +64,13 @@ class PPO(TokenObjective):
     @property
     def token_loss(self) -> TokenLoss:
         return TokenLoss(
-            clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip,
-            log_ratio_cap=self.log_ratio_cap, entropy=self.entropy, kl_type="k1",
-        )  # fmt: skip
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+            log_ratio_cap=self.log_ratio_cap,
+            entropy=self.entropy,
+            kl_type="k1",
+        )
 
     def weights(self, batch: TrainBatch) -> TokenWeights:
         return TokenWeights(masked(batch.advantages, batch.response_mask))

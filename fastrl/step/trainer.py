@@ -93,9 +93,12 @@ class Trainer:
         used = self.memory("generate")
         self.leave_if_stopped()
         batch = make_batch(
-            groups, learner.objective.credit, pad_id=learner.policy.pad_id, device=learner.policy.device,
+            groups,
+            learner.objective.credit,
+            pad_id=learner.policy.pad_id,
+            device=learner.policy.device,
             max_new_tokens=self.rollout.sampling.max_new_tokens,
-        )  # fmt: skip
+        )
         with spans("logprobs"):
             batch = learner.prepare(batch)
         self.leave_if_stopped()
@@ -243,10 +246,15 @@ class Trainer:
         state = state or self.state_dict()
         with self.rollout.spans("save"):
             self.last_checkpoint = checkpoint.save(
-                self.folder / "checkpoints", state["step"], keep=self.schedule.keep, write_model=self.write_model,
-                tensors=self.learner.state_tensors(), weights=self.learner.policy.flat.weights, state=state,
+                self.folder / "checkpoints",
+                state["step"],
+                keep=self.schedule.keep,
+                write_model=self.write_model,
+                tensors=self.learner.state_tensors(),
+                weights=self.learner.policy.flat.weights,
+                state=state,
                 say=self.log.say,
-            )  # fmt: skip
+            )
         self.saved_step, self.failed_saves = state["step"], 0
 
     def save_or_warn(self) -> None:

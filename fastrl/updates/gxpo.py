@@ -65,10 +65,12 @@ class GXPO(UpdateRule):
         if not self.ratio_min < self.ratio_max:
             raise ValueError(f"--update.ratio-min {self.ratio_min} must be below --update.ratio-max {self.ratio_max}")
         self.watch = Gate(
-            window=self.gate_window, threshold=THRESHOLDS[self.gate] if self.gate_threshold is None else
-            self.gate_threshold, stat="level" if self.gate == "cosine" else self.gate_stat, warmup=self.gate_warmup,
+            window=self.gate_window,
+            threshold=THRESHOLDS[self.gate] if self.gate_threshold is None else self.gate_threshold,
+            stat="level" if self.gate == "cosine" else self.gate_stat,
+            warmup=self.gate_warmup,
             patience=self.gate_patience,
-        )  # fmt: skip
+        )
 
     @property
     def copies(self) -> int:
@@ -93,10 +95,14 @@ class GXPO(UpdateRule):
     @property
     def law(self) -> Extrapolation:
         return Extrapolation(
-            lookahead=self.lookahead, alpha=self.alpha, ratio_min=self.ratio_min, ratio_max=self.ratio_max,
-            scale_max=self.scale_max, active_threshold=self.active_threshold,
+            lookahead=self.lookahead,
+            alpha=self.alpha,
+            ratio_min=self.ratio_min,
+            ratio_max=self.ratio_max,
+            scale_max=self.scale_max,
+            active_threshold=self.active_threshold,
             min_multiplier=self.min_effective_multiplier,
-        )  # fmt: skip
+        )
 
     def update(self, shard: Shard, minibatches: Sequence[Accumulate]) -> dict[str, float]:
         totals: dict[str, float] = {}

@@ -43,9 +43,11 @@ class SFPO(UpdateRule):
     def __post_init__(self):
         check_bounds(self, "update.")
         self.watch = Gate(
-            window=self.gate_window, threshold=self.gate_threshold, two_sided=self.gate == "paper",
+            window=self.gate_window,
+            threshold=self.gate_threshold,
+            two_sided=self.gate == "paper",
             inclusive=self.gate == "code",
-        )  # fmt: skip
+        )
 
     copies = 1
 

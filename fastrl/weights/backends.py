@@ -58,20 +58,43 @@ def try_out(backend: Backend, device: torch.device) -> None:
 
 
 def run(
-    backend: Backend, theta: Tensor, anchor: Tensor, alpha: float, *, x0: Tensor | None = None,
-    x1: Tensor | None = None, lookahead: int = 2, lr: float = 0.0, weight_decay: float = 0.0, ratio_min: float = -2.0,
-    ratio_max: float = 3.0, scale_max: float = 1.0, threshold: Tensor | None = None, segment: Tensor | None = None,
-    low: Tensor | None = None, out_bf16: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    backend: Backend,
+    theta: Tensor,
+    anchor: Tensor,
+    alpha: float,
+    *,
+    x0: Tensor | None = None,
+    x1: Tensor | None = None,
+    lookahead: int = 2,
+    lr: float = 0.0,
+    weight_decay: float = 0.0,
+    ratio_min: float = -2.0,
+    ratio_max: float = 3.0,
+    scale_max: float = 1.0,
+    threshold: Tensor | None = None,
+    segment: Tensor | None = None,
+    low: Tensor | None = None,
+    out_bf16: Tensor | None = None,
+) -> Tensor:
     """One pass over shards [n] that `moves.py` has checked -> theta in place, and the sums of FlatStats, [9] float64.
 
     x0 None: interpolation. x0, x1: gradients of two steps; x0 alone: the first displacement. segment: int32.
     Raises RuntimeError with the error of CUDA.
     """
     given = dict(
-        x0=x0, x1=x1, lookahead=lookahead, lr=lr, weight_decay=weight_decay, ratio_min=ratio_min, ratio_max=ratio_max,
-        scale_max=scale_max, threshold=threshold, segment=segment, low=low, out_bf16=out_bf16,
-    )  # fmt: skip
+        x0=x0,
+        x1=x1,
+        lookahead=lookahead,
+        lr=lr,
+        weight_decay=weight_decay,
+        ratio_min=ratio_min,
+        ratio_max=ratio_max,
+        scale_max=scale_max,
+        threshold=threshold,
+        segment=segment,
+        low=low,
+        out_bf16=out_bf16,
+    )
     # autograd does not see a kernel write
     torch.autograd.graph.increment_version([v for v in (theta, low, out_bf16) if v is not None])
     if backend == "triton":

@@ -94,9 +94,12 @@ class Guard:
 
     def state_dict(self) -> dict:
         return {
-            "skipped": self.skipped, "empty": self.empty, "in_a_row": self.in_a_row, "bad_steps": self.bad_steps,
+            "skipped": self.skipped,
+            "empty": self.empty,
+            "in_a_row": self.in_a_row,
+            "bad_steps": self.bad_steps,
             "window": self.window,
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self.empty, self.in_a_row = state["skipped"], state["empty"], state["in_a_row"]
@@ -145,7 +148,7 @@ class MismatchWatch:
             f"warning: engine and trainer disagree: {name} {metrics[name]:.3g}, usually below {self.WARN[name]:g}; "
             "--is-correction tis weighs tokens by the ratio"
             for name in found
-        ]  # fmt: skip
+        ]
 
     def state_dict(self) -> dict:
         return {"in_a_row": self.in_a_row, "warned": sorted(self.warned)}

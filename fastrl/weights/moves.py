@@ -65,9 +65,14 @@ def backend_for(theta: Tensor) -> Backend:
 
 @torch.no_grad()
 def interpolate_(
-    theta_k: Tensor, anchor: Tensor, alpha: float, *, low: Tensor | None = None, out_bf16: Tensor | None = None,
+    theta_k: Tensor,
+    anchor: Tensor,
+    alpha: float,
+    *,
+    low: Tensor | None = None,
+    out_bf16: Tensor | None = None,
     backend: Backend | None = None,
-) -> FlatStats:  # fmt: skip
+) -> FlatStats:
     """theta_k, anchor [n] -> theta_k becomes anchor + alpha (theta_k - anchor), exactly either of them at 0 and 1.
 
     low [n] int16: what theta_k, then bfloat16, lacks of float32. out_bf16 [n]: receives the result rounded to nearest;
@@ -79,12 +84,24 @@ def interpolate_(
 
 @torch.no_grad()
 def extrapolate_(
-    theta_2: Tensor, anchor: Tensor, lookahead: int, alpha: float, *,
-    grads: Shards | None = None, u0: Tensor | None = None, lr: float = 0.0, weight_decay: float = 0.0,
-    ratio_min: float = -2.0, ratio_max: float = 3.0, scale_max: float | None = None,
-    threshold: Tensor | None = None, segment: Tensor | None = None, low: Tensor | None = None,
-    out_bf16: Tensor | None = None, backend: Backend | None = None,
-) -> FlatStats:  # fmt: skip
+    theta_2: Tensor,
+    anchor: Tensor,
+    lookahead: int,
+    alpha: float,
+    *,
+    grads: Shards | None = None,
+    u0: Tensor | None = None,
+    lr: float = 0.0,
+    weight_decay: float = 0.0,
+    ratio_min: float = -2.0,
+    ratio_max: float = 3.0,
+    scale_max: float | None = None,
+    threshold: Tensor | None = None,
+    segment: Tensor | None = None,
+    low: Tensor | None = None,
+    out_bf16: Tensor | None = None,
+    backend: Backend | None = None,
+) -> FlatStats:
     """theta_2 [n], two steps from anchor [n], becomes anchor + alpha scale (theta_2 - anchor).
 
     grads = (g0, g1) [n]: the gradients of the two steps, r = g1 / g0. Or u0 [n] = theta_1 - anchor: r is that of the
@@ -108,9 +125,23 @@ def extrapolate_(
         check_limits(anchor, threshold, segment)
     scale_max = lookahead / 2 + 1 if scale_max is None else scale_max
     sums = torch.ops.fastrl.extrapolate_(
-        theta_2, anchor, x0, x1, lookahead, alpha, lr, weight_decay, ratio_min, ratio_max, scale_max, threshold,
-        segment, low, out_bf16, backend,
-    )  # fmt: skip
+        theta_2,
+        anchor,
+        x0,
+        x1,
+        lookahead,
+        alpha,
+        lr,
+        weight_decay,
+        ratio_min,
+        ratio_max,
+        scale_max,
+        threshold,
+        segment,
+        low,
+        out_bf16,
+        backend,
+    )
     return FlatStats(sums)
 
 
@@ -126,24 +157,63 @@ def interpolate_impl_(
 
 
 def extrapolate_impl_(
-    theta: Tensor, anchor: Tensor, x0: Tensor, x1: Tensor | None, lookahead: int, alpha: float, lr: float,
-    weight_decay: float, ratio_min: float, ratio_max: float, scale_max: float, threshold: Tensor | None,
-    segment: Tensor | None, low: Tensor | None, out_bf16: Tensor | None, backend: str | None,
-) -> Tensor:  # fmt: skip
+    theta: Tensor,
+    anchor: Tensor,
+    x0: Tensor,
+    x1: Tensor | None,
+    lookahead: int,
+    alpha: float,
+    lr: float,
+    weight_decay: float,
+    ratio_min: float,
+    ratio_max: float,
+    scale_max: float,
+    threshold: Tensor | None,
+    segment: Tensor | None,
+    low: Tensor | None,
+    out_bf16: Tensor | None,
+    backend: str | None,
+) -> Tensor:
     """-> the sums of FlatStats."""
     backend = backend or backend_for(theta)
     if backend == "torch":
         return extrapolate_ref_(
-            theta, anchor, x0, x1, lookahead, alpha, lr, weight_decay, ratio_min, ratio_max, scale_max, threshold,
-            segment, low, out_bf16,
-        )  # fmt: skip
+            theta,
+            anchor,
+            x0,
+            x1,
+            lookahead,
+            alpha,
+            lr,
+            weight_decay,
+            ratio_min,
+            ratio_max,
+            scale_max,
+            threshold,
+            segment,
+            low,
+            out_bf16,
+        )
     inputs = dict(u0=x0) if x1 is None else dict(g0=x0, g1=x1)
     check_aligned(backend, theta_2=theta, anchor=anchor, **inputs, low=low, out_bf16=out_bf16)
     return backends.run(
-        backend, theta, anchor, alpha, x0=x0, x1=x1, lookahead=lookahead, lr=lr, weight_decay=weight_decay,
-        ratio_min=ratio_min, ratio_max=ratio_max, scale_max=scale_max, threshold=threshold,
-        segment=None if segment is None else segment.int(), low=low, out_bf16=out_bf16,
-    )  # fmt: skip
+        backend,
+        theta,
+        anchor,
+        alpha,
+        x0=x0,
+        x1=x1,
+        lookahead=lookahead,
+        lr=lr,
+        weight_decay=weight_decay,
+        ratio_min=ratio_min,
+        ratio_max=ratio_max,
+        scale_max=scale_max,
+        threshold=threshold,
+        segment=None if segment is None else segment.int(),
+        low=low,
+        out_bf16=out_bf16,
+    )
 
 
 # by hand and not by torch.library.custom_op, whose wrapper takes longer on many arguments than a small shard does

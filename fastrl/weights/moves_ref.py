@@ -40,10 +40,22 @@ def interpolate_ref_(
 
 
 def extrapolate_ref_(
-    theta: Tensor, anchor: Tensor, x0: Tensor, x1: Tensor | None, lookahead: int, alpha: float, lr: float,
-    weight_decay: float, ratio_min: float, ratio_max: float, scale_max: float, threshold: Tensor | None,
-    segment: Tensor | None, low: Tensor | None, out_bf16: Tensor | None,
-) -> Tensor:  # fmt: skip
+    theta: Tensor,
+    anchor: Tensor,
+    x0: Tensor,
+    x1: Tensor | None,
+    lookahead: int,
+    alpha: float,
+    lr: float,
+    weight_decay: float,
+    ratio_min: float,
+    ratio_max: float,
+    scale_max: float,
+    threshold: Tensor | None,
+    segment: Tensor | None,
+    low: Tensor | None,
+    out_bf16: Tensor | None,
+) -> Tensor:
     """The definition of `fastrl.weights.moves.extrapolate_`, a chunk at a time -> the sums of FlatStats.
 
     x0, x1: the gradients, or x0 = theta_1 - anchor alone.
@@ -68,11 +80,17 @@ def extrapolate_ref_(
         before, after = end - start, moved - start
         write(moved, part, theta, low, out_bf16)
         sums += gather(
-            elements=scale.numel(), before_sq=square_sum(before), after_sq=square_sum(after), active=active.sum(),
-            ratio=inside[active].sum(dtype=torch.float64), ratio_sq=square_sum(inside[active]),
-            scale=scale.sum(dtype=torch.float64), clamped=(active & (inside != ratio)).sum(),
-            nonfinite=(~finite).sum(), like=sums,
-        )  # fmt: skip
+            elements=scale.numel(),
+            before_sq=square_sum(before),
+            after_sq=square_sum(after),
+            active=active.sum(),
+            ratio=inside[active].sum(dtype=torch.float64),
+            ratio_sq=square_sum(inside[active]),
+            scale=scale.sum(dtype=torch.float64),
+            clamped=(active & (inside != ratio)).sum(),
+            nonfinite=(~finite).sum(),
+            like=sums,
+        )
     return sums
 
 

@@ -43,9 +43,15 @@ class ShardedModel:
     """
 
     def __init__(
-        self, model: nn.Module, optim: OptimConfig, guard: Guard, grad_dtype: torch.dtype = torch.float32, *,
-        master: MasterKind = "float32", offload: Offload = "none",
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        guard: Guard,
+        grad_dtype: torch.dtype = torch.float32,
+        *,
+        master: MasterKind = "float32",
+        offload: Offload = "none",
+    ):
         self.model, self.offload = model, offload
         self.flat = FlatParams(model, ranks=ranks.size(), grad_dtype=grad_dtype)
         own = self.flat.weights.chunk(ranks.size())[ranks.rank()]
@@ -115,12 +121,7 @@ class ShardedModel:
         return self.published(sums)
 
     def extrapolate(
-        self,
-        anchor: Tensor,
-        law: Extrapolation,
-        *,
-        grads: Pair | None = None,
-        u0: Tensor | None = None,
+        self, anchor: Tensor, law: Extrapolation, *, grads: Pair | None = None, u0: Tensor | None = None
     ) -> dict[str, float]:
         """theta, two steps from the anchor, goes where `law` leads each coordinate, published -> sums over all ranks.
 
@@ -133,10 +134,21 @@ class ShardedModel:
             threshold = law.active_threshold * rms
             segment = segments(self.tensor_slices(), self.master)
         sums = extrapolate_(
-            self.master, anchor, law.lookahead, law.alpha, grads=grads, u0=u0, lr=lr, weight_decay=decay,
-            ratio_min=law.ratio_min, ratio_max=law.ratio_max, scale_max=law.scale_max, threshold=threshold,
-            segment=segment, **self.written_along(),
-        ).sums  # fmt: skip
+            self.master,
+            anchor,
+            law.lookahead,
+            law.alpha,
+            grads=grads,
+            u0=u0,
+            lr=lr,
+            weight_decay=decay,
+            ratio_min=law.ratio_min,
+            ratio_max=law.ratio_max,
+            scale_max=law.scale_max,
+            threshold=threshold,
+            segment=segment,
+            **self.written_along(),
+        ).sums
         return self.published(sums, anchor, law)
 
     def extrapolate_by_tensor(self, anchor: Tensor, law: Extrapolation, grads: Pair) -> dict[str, float]:
