@@ -36,8 +36,8 @@ class Health:
                 self.ONE_TOKEN,
                 lambda value: (
                     f"{value:.0%} of the completions repeat a single token in at least 80 % of their "
-                    "positions; look at the rollouts, resume from before it with a lower --lr, or hold the policy to the "
-                    "reference by --kl 0.001"
+                    "positions; look at the rollouts, resume from before it with a lower --lr, or hold the policy to "
+                    "the reference by --kl 0.001"
                 ),
             ),
             "truncated": self.lasting(
