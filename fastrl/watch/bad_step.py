@@ -44,12 +44,19 @@ def rows(groups: list[RolloutGroup], batch: TrainBatch, most: int) -> list[dict]
         stats = {name: statistics(values) for name, values in tokens.items()}
         broken = completion.reward - completion.reward != 0 or credit - credit != 0
         broken |= any(s["not_finite"] for s in stats.values())
-        found.append((not broken, -abs(credit), {
-            "id": problem.id, "rank": ranks.rank(), "prompt": short(problem.prompt),
-            "completion": short(completion.text), "tokens": len(completion.token_ids),
+        shown = {
+            "id": problem.id,
+            "rank": ranks.rank(),
+            "prompt": short(problem.prompt),
+            "completion": short(completion.text),
+            "tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
-            "reward": completion.reward, "rewards": completion.rewards, "credit": credit, **stats,
-        }))  # fmt: skip
+            "reward": completion.reward,
+            "rewards": completion.rewards,
+            "credit": credit,
+            **stats,
+        }
+        found.append((not broken, -abs(credit), shown))
     return [row for *_, row in sorted(found, key=lambda f: f[:2])[:most]]
 
 
@@ -69,17 +76,25 @@ def short(text: object) -> str:
 
 @torch.no_grad()
 def write(
-    folder: Path, step: int, reasons: dict[str, list[str]], broken: dict[str, int], groups: list[RolloutGroup],
+    folder: Path,
+    step: int,
+    reasons: dict[str, list[str]],
+    broken: dict[str, int],
+    groups: list[RolloutGroup],
     batch: TrainBatch,
-) -> None:  # fmt: skip
+) -> None:
     """On all ranks; rank 0 writes. reasons: of each model; broken: what `note` has counted on this rank."""
     own = {"not_finite": not_finite(batch) | broken, "rows": rows(groups, batch, ROWS // ranks.size())}
     parts = ranks.gather(own)
     if ranks.rank() == 0:
         (folder / "bad").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "bad" / f"step-{step}.json", {
-            "step": step, "refused": reasons,
-            "not_finite": {f"rank {rank}": part["not_finite"] for rank, part in enumerate(parts)},
-            "completions": len(batch),
-            "rows": [row for part in parts for row in part["rows"]],
-        })  # fmt: skip
+        write_json(
+            folder / "bad" / f"step-{step}.json",
+            {
+                "step": step,
+                "refused": reasons,
+                "not_finite": {f"rank {rank}": part["not_finite"] for rank, part in enumerate(parts)},
+                "completions": len(batch),
+                "rows": [row for part in parts for row in part["rows"]],
+            },
+        )

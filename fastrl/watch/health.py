@@ -31,18 +31,26 @@ class Health:
         signs = {
             "entropy": self.entropy(metrics["entropy"]),
             "one token": self.lasting(
-                "one token", metrics["completions/one_token_frac"], self.ONE_TOKEN,
-                lambda value: f"{value:.0%} of the completions repeat a single token in at least 80 % of their "
-                "positions; look at the rollouts, resume from before it with a lower --lr, or hold the policy to the "
-                "reference by --kl 0.001",
+                "one token",
+                metrics["completions/one_token_frac"],
+                self.ONE_TOKEN,
+                lambda value: (
+                    f"{value:.0%} of the completions repeat a single token in at least 80 % of their positions; look "
+                    "at the rollouts, resume from before it with a lower --lr, or hold the policy to the reference by "
+                    "--kl 0.001"
+                ),
             ),
             "truncated": self.lasting(
-                "truncated", metrics["completions/clipped_ratio"], self.TRUNCATED,
-                lambda value: f"{value:.0%} of the completions are cut off by the length limit and earn nothing; "
-                "raise --max-new-tokens, or grade them with --grade-truncated",
+                "truncated",
+                metrics["completions/clipped_ratio"],
+                self.TRUNCATED,
+                lambda value: (
+                    f"{value:.0%} of the completions are cut off by the length limit and earn nothing; "
+                    "raise --max-new-tokens, or grade them with --grade-truncated"
+                ),
             ),
             "reward": self.reward(metrics["reward"]),
-        }  # fmt: skip
+        }
         found = [(name, text) for name, text in signs.items() if text and name not in self.raised]
         self.raised += [name for name, _ in found]
         return [f"warning: {text}" for _, text in found]
@@ -90,9 +98,12 @@ class Health:
 
     def state_dict(self) -> dict:
         return {
-            "entropy_base": self.entropy_base, "entropy_steps": self.entropy_steps, "streaks": dict(self.streaks),
-            "rewards": self.rewards, "raised": list(self.raised),
-        }  # fmt: skip
+            "entropy_base": self.entropy_base,
+            "entropy_steps": self.entropy_steps,
+            "streaks": dict(self.streaks),
+            "rewards": self.rewards,
+            "raised": list(self.raised),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.entropy_base, self.entropy_steps = state["entropy_base"], state["entropy_steps"]

@@ -74,9 +74,14 @@ class Watchdog:
     """
 
     def __init__(
-        self, spans: Spans, timeout_s: float, folder: Path, *, report: Callable[[Progress, str], None],
+        self,
+        spans: Spans,
+        timeout_s: float,
+        folder: Path,
+        *,
+        report: Callable[[Progress, str], None],
         others_noticed: Callable[[], None],
-    ):  # fmt: skip
+    ):
         """timeout_s: without any progress, seconds; 0 = never."""
         self.spans, self.timeout_s, self.folder = spans, timeout_s, folder
         self.report, self.others_noticed = report, others_noticed
