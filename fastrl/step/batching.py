@@ -14,9 +14,13 @@ ATTENTION_SLACK = 4  # padded tokens of attention, which are cheap, for each tok
 
 
 def make_batch(
-    groups: list[RolloutGroup], credit: Callable[[Tensor, Problem], Tensor], *, pad_id: int, max_new_tokens: int,
+    groups: list[RolloutGroup],
+    credit: Callable[[Tensor, Problem], Tensor],
+    *,
+    pad_id: int,
+    max_new_tokens: int,
     device: str = "cpu",
-) -> TrainBatch:  # fmt: skip
+) -> TrainBatch:
     """Groups -> one batch of their completions, right-padded; credit(rewards [G], problem) -> [G] runs per group.
 
     Where the engine's log-probabilities are not finite, or None, its tokens are no sample of the policy: such a row's
@@ -96,10 +100,11 @@ def cut(
         new = {groups[row]: prompts[row] for row in unit if groups[row] not in part.groups}
         completions = sum(lengths[row] - prompts[row] for row in unit)
         return Part(
-            rows=part.rows + unit, groups=part.groups | new.keys(),
+            rows=part.rows + unit,
+            groups=part.groups | new.keys(),
             longest=max(part.longest, *(lengths[row] for row in unit)),
             distinct=part.distinct + completions + sum(new.values()),
-        )  # fmt: skip
+        )
 
     part = Part()
     for unit in units:

@@ -207,7 +207,16 @@ def rollout_rows(groups: list[RolloutGroup], batch: TrainBatch) -> list[dict]:
     """What was sampled in a step, one dict per completion."""
     rows = [(g.problem, c) for g in groups for c in g.completions]
     return [
-        {"id": p.id, "prompt": p.prompt, "answer": p.answer, "completion": c.text, "token_ids": c.token_ids,
-         "finish_reason": c.finish_reason, "reward": c.reward, "rewards": c.rewards, "credit": credit}
+        {
+            "id": p.id,
+            "prompt": p.prompt,
+            "answer": p.answer,
+            "completion": c.text,
+            "token_ids": c.token_ids,
+            "finish_reason": c.finish_reason,
+            "reward": c.reward,
+            "rewards": c.rewards,
+            "credit": credit,
+        }
         for (p, c), credit in zip(rows, batch.credit.tolist(), strict=True)
-    ]  # fmt: skip
+    ]
