@@ -32,10 +32,18 @@ def make_model(num_tokens: int, end_id: int):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=num_tokens, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=end_id,
-        bos_token_id=None, pad_token_id=end_id,
-    )  # fmt: skip
+        vocab_size=num_tokens,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        eos_token_id=end_id,
+        bos_token_id=None,
+        pad_token_id=end_id,
+    )
     return Qwen2ForCausalLM(config)
 
 
