@@ -37,10 +37,15 @@ def inputs(N: int, B: int, device: str) -> dict[str, Tensor]:
     completion = torch.arange(B, device=device).repeat_interleave(cu_seqlens.diff())
     position = torch.arange(N, device=device) - cu_seqlens[completion]
     return dict(
-        logprobs=logprobs, ref_logprobs=logprobs + 0.2 * torch.randn(N, **random), cu_seqlens=cu_seqlens,
-        optimal_value=torch.rand(B, **random), reward=(torch.rand(B, **random) < 0.5).float(),
-        w_seq=torch.full((B,), 1 / B, device=device), completion=completion, position=position.long(),
-    )  # fmt: skip
+        logprobs=logprobs,
+        ref_logprobs=logprobs + 0.2 * torch.randn(N, **random),
+        cu_seqlens=cu_seqlens,
+        optimal_value=torch.rand(B, **random),
+        reward=(torch.rand(B, **random) < 0.5).float(),
+        w_seq=torch.full((B,), 1 / B, device=device),
+        completion=completion,
+        position=position.long(),
+    )
 
 
 def coefficients(x: dict[str, Tensor], function: Callable) -> Tensor:

@@ -23,8 +23,16 @@ from fastrl.engine.vllm import VllmConfig, VllmEngine
 from fastrl.models.shapes import find_config
 from fastrl.weights.buffer import FlatParams
 
-TINY = dict(vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)  # fmt: skip
+TINY = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
 ALLOWED_NATS = {torch.float32: 1e-4, torch.bfloat16: 0.3}  # mean difference from the trainer's log-probabilities
 STOP = 1  # an id that ends a completion; with random weights it hardly ever comes
 
@@ -97,10 +105,16 @@ def generation(engines: dict, wanted: list[Request], sampling: Sampling, repeats
                 taken[name].append(took)
     slowest = statistics.median(taken["hf"])
     return [
-        {"what": "generation", "provider": name, **spread(t), "tokens": tokens[name],
-         "tokens_per_s": tokens[name] / statistics.median(t), "speedup_over_hf": slowest / statistics.median(t)}
+        {
+            "what": "generation",
+            "provider": name,
+            **spread(t),
+            "tokens": tokens[name],
+            "tokens_per_s": tokens[name] / statistics.median(t),
+            "speedup_over_hf": slowest / statistics.median(t),
+        }
         for name, t in taken.items()
-    ]  # fmt: skip
+    ]
 
 
 def weight_change(model: torch.nn.Module, engine: VllmEngine, repeats: int) -> list[dict]:
@@ -115,8 +129,14 @@ def weight_change(model: torch.nn.Module, engine: VllmEngine, repeats: int) -> l
     moved = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     rows = []
     for name, call, mib in (("shared buffer", shared, 0.0), ("load_weights", loaded, moved)):
-        rows.append({"what": "weight change", "provider": name, **spread([seconds(call) for _ in range(repeats)]),
-                     "copied_mib": mib})  # fmt: skip
+        rows.append(
+            {
+                "what": "weight change",
+                "provider": name,
+                **spread([seconds(call) for _ in range(repeats)]),
+                "copied_mib": mib,
+            }
+        )
     return rows
 
 
@@ -136,10 +156,16 @@ def cache_pages(engine: VllmEngine, repeats: int) -> list[dict]:
         taken["restore"].append(seconds(engine.pages.restore))
         again.append(free_mib())
     return [
-        {"what": f"KV cache, {name}", "provider": "fastrl", **spread(t), "kv_mib": engine.pages.nbytes / 2**20,
-         "freed_mib": released[0] - held[0], "lost_mib": held[0] - again[-1]}
+        {
+            "what": f"KV cache, {name}",
+            "provider": "fastrl",
+            **spread(t),
+            "kv_mib": engine.pages.nbytes / 2**20,
+            "freed_mib": released[0] - held[0],
+            "lost_mib": held[0] - again[-1],
+        }
         for name, t in taken.items()
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
@@ -156,9 +182,15 @@ def main() -> None:
     model, flat = build(args.model, "cuda" if gpu else "cpu")
     start = time.perf_counter()
     vllm = VllmEngine(
-        model, flat, VllmConfig(), eos_ids=(STOP,), num_tokens=model.config.vocab_size,
-        max_model_len=200 + args.max_new_tokens, max_num_seqs=512, kv_bytes=int(args.kv_gib * 2**30),
-    )  # fmt: skip
+        model,
+        flat,
+        VllmConfig(),
+        eos_ids=(STOP,),
+        num_tokens=model.config.vocab_size,
+        max_model_len=200 + args.max_new_tokens,
+        max_num_seqs=512,
+        kv_bytes=int(args.kv_gib * 2**30),
+    )
     start_s = time.perf_counter() - start
     hf = HFEngine(model, eos_ids=(STOP,), pad_id=0, num_tokens=model.config.vocab_size)
     sampling = Sampling(temperature=1.0, max_new_tokens=args.max_new_tokens)
@@ -169,8 +201,16 @@ def main() -> None:
     rows += cache_pages(vllm, args.repeats) if gpu else []
     vllm.close()
     show(rows)
-    finish("engine", rows, args.out, model=args.model, vllm=vllm.version, error_nats=error, start_s=start_s,
-           measured_on="gpu" if gpu else "cpu")  # fmt: skip
+    finish(
+        "engine",
+        rows,
+        args.out,
+        model=args.model,
+        vllm=vllm.version,
+        error_nats=error,
+        start_s=start_s,
+        measured_on="gpu" if gpu else "cpu",
+    )
 
 
 if __name__ == "__main__":

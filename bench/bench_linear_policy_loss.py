@@ -37,17 +37,28 @@ def inputs(N: int, H: int, V: int, device: str) -> dict[str, Tensor]:
     random = dict(generator=g, device=device)
     logprobs = linear_logprob(x["hidden"], x["weight"], x["target"])[0]
     advantage = torch.randn(SEQUENCES, **random)[torch.arange(N, device=device) * SEQUENCES // N]
-    return x | dict(advantage=advantage, w=torch.full((N,), 1 / N, device=device),
-                    old_logprobs=logprobs + 0.1 * torch.randn(N, **random))  # fmt: skip
+    return x | dict(
+        advantage=advantage,
+        w=torch.full((N,), 1 / N, device=device),
+        old_logprobs=logprobs + 0.1 * torch.randn(N, **random),
+    )
 
 
 def fused(x: dict[str, Tensor], triton: bool, **options) -> Gradients:
     """Both gradients are there after the forward; that in weight is added to a float32 buffer."""
     vectors = {name: x[name] for name in ("advantage", "w", "old_logprobs")}
     made = linear_policy_loss(
-        x["hidden"], x["weight"], x["target"], **vectors, epsilon=EPSILON, dual_clip=DUAL_CLIP, need_entropy=False,
-        weight_grad=x["gradient"], triton=triton, **options,
-    )  # fmt: skip
+        x["hidden"],
+        x["weight"],
+        x["target"],
+        **vectors,
+        epsilon=EPSILON,
+        dual_clip=DUAL_CLIP,
+        need_entropy=False,
+        weight_grad=x["gradient"],
+        triton=triton,
+        **options,
+    )
     return made.hidden_grad, x["gradient"]
 
 
@@ -92,12 +103,17 @@ def liger_fused_linear(x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> 
 
     s = in_sequences(x)
     loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=EPSILON[0], epsilon_high=EPSILON[1], delta=DUAL_CLIP,
+        beta=0.0,
+        use_ref_model=False,
+        epsilon_low=EPSILON[0],
+        epsilon_high=EPSILON[1],
+        delta=DUAL_CLIP,
         compiled=hidden.is_cuda,
-    )  # fmt: skip
+    )
     states = hidden.view(*s["target"].shape, -1)
-    return loss(states, weight, s["target"], torch.ones_like(s["target"]), s["advantage"],
-                old_per_token_logps=s["old_logprobs"])[0]  # fmt: skip
+    return loss(
+        states, weight, s["target"], torch.ones_like(s["target"]), s["advantage"], old_per_token_logps=s["old_logprobs"]
+    )[0]
 
 
 def liger_full_logits(x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
@@ -106,9 +122,18 @@ def liger_full_logits(x: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> T
     s = in_sequences(x)
     states = F.pad(hidden.view(*s["target"].shape, -1), (0, 0, 0, 1))  # a position more, which it leaves out
     return triton_grpo_loss(
-        states @ weight.T, s["old_logprobs"], None, s["target"], s["advantage"], temperature=1.0, beta=0.0,
-        eps_low=EPSILON[0], eps_high=EPSILON[1], delta=DUAL_CLIP, reduce=True,
-    )[0]  # fmt: skip
+        states @ weight.T,
+        s["old_logprobs"],
+        None,
+        s["target"],
+        s["advantage"],
+        temperature=1.0,
+        beta=0.0,
+        eps_low=EPSILON[0],
+        eps_high=EPSILON[1],
+        delta=DUAL_CLIP,
+        reduce=True,
+    )[0]
 
 
 def off(x: dict[str, Tensor], loss: dict, found: Gradients) -> float:
@@ -138,9 +163,11 @@ def providers(x: dict[str, Tensor]) -> dict[str, Provider]:
     first = N - int(WITHOUT_GRADIENT * N)
     partly = x | {"advantage": torch.where(torch.arange(N, device=x["w"].device) < first, x["advantage"], 0.0)}
     made[f"fastrl, {WITHOUT_GRADIENT:.0%} of rows without gradient"] = Provider(
-        partial(fused, partly, True, rows_with_gradient=first), partial(off, partly, {}), EXACT,
+        partial(fused, partly, True, rows_with_gradient=first),
+        partial(off, partly, {}),
+        EXACT,
         flop * (2 * N + 4 * first) / (6 * N),
-    )  # fmt: skip
+    )
     losses: dict[str, Callable[[dict, Tensor, Tensor], Tensor]] = {}
     for name, function in logprob_functions(x["hidden"].device.type, gradient=True, entropy=False).items():
         losses[name] = partial(loss_after, function)

@@ -31,8 +31,12 @@ def inputs(N: int, mode: str, device: str) -> dict[str, Tensor]:
     noise = torch.randn(4, N, generator=g, device=device)
     logprobs = -noise[0].abs()
     old_logprobs = logprobs + 0.3 * noise[1] * noise[1].abs()  # some ratios are beyond the dual clip, too
-    x = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantage=noise[2].clone(),
-             w=torch.full((N,), 1 / N, device=device))  # fmt: skip
+    x = dict(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantage=noise[2].clone(),
+        w=torch.full((N,), 1 / N, device=device),
+    )
     return x | ({"ref_logprobs": logprobs + 0.2 * noise[3]} if "kl" in mode else {})
 
 
@@ -59,10 +63,17 @@ def liger_loss(logprobs: Tensor, x: dict[str, Tensor]) -> Tensor:
     column = {name: value[:, None] for name, value in x.items()}
     mask = torch.ones_like(column["w"])
     return LigerFusedLinearGRPOFunction.ppo_loss_fn(
-        logprobs[:, None], mask, x["advantage"], mask, ref_per_token_logps=column.get("ref_logprobs"),
-        old_per_token_logps=column["old_logprobs"], epsilon_low=EPSILON[0], epsilon_high=EPSILON[1],
-        beta=KL_COEF if "ref_logprobs" in x else 0.0, delta=DUAL_CLIP,
-    )[0]  # fmt: skip
+        logprobs[:, None],
+        mask,
+        x["advantage"],
+        mask,
+        ref_per_token_logps=column.get("ref_logprobs"),
+        old_per_token_logps=column["old_logprobs"],
+        epsilon_low=EPSILON[0],
+        epsilon_high=EPSILON[1],
+        beta=KL_COEF if "ref_logprobs" in x else 0.0,
+        delta=DUAL_CLIP,
+    )[0]
 
 
 def differentiated(x: dict[str, Tensor], loss: Callable[[Tensor, dict], Tensor]) -> Tensor:

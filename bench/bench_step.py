@@ -46,9 +46,14 @@ class PlainLoop:
         prompts = self.tokenizer.pad({"input_ids": [p.prompt_ids for p, _ in plan]}, return_tensors="pt")
         with torch.no_grad():
             ids = self.model.generate(
-                **prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=10,
+                **prompts,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=10,
                 num_return_sequences=8,
-            )  # fmt: skip
+            )
         width = prompts["input_ids"].shape[1]
         texts = self.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
         sampled = time.perf_counter()
@@ -159,12 +164,19 @@ def main() -> None:
     print(f"first step starts after {statistics.median(starts):.2f} s   {[round(s, 2) for s in starts]}")
     print(f"importing torch and transformers alone: {statistics.median(imports):.2f} s")
     document = {
-        "bench": "step", "device": "cpu", "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "steps": args.steps, "gradient_error": error, "rows": rows,
+        "bench": "step",
+        "device": "cpu",
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "steps": args.steps,
+        "gradient_error": error,
+        "rows": rows,
         "memory_mib": memory,
-        "ratio_plain_to_fastrl": ratio, "first_step_s": starts, "imports_s": imports,
+        "ratio_plain_to_fastrl": ratio,
+        "first_step_s": starts,
+        "imports_s": imports,
         "versions": versions(),
-    }  # fmt: skip
+    }
     print(json.dumps(document))
     if args.out:
         Path(args.out).write_text(json.dumps(document, indent=1) + "\n")

@@ -28,8 +28,12 @@ def head_inputs(N: int, H: int, V: int, device: str) -> dict[str, Tensor]:
     random = dict(generator=g, device=device)
     hidden = torch.randn(N, H, **random).bfloat16()
     weight = (torch.randn(V, H, **random) * 2 * H**-0.5).bfloat16()
-    return dict(hidden=hidden, weight=weight, target=torch.randint(0, V, (N,), **random),
-                gradient=torch.zeros(V, H, device=device))  # fmt: skip
+    return dict(
+        hidden=hidden,
+        weight=weight,
+        target=torch.randint(0, V, (N,), **random),
+        gradient=torch.zeros(V, H, device=device),
+    )
 
 
 def full_logits(hidden: Tensor, weight: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:

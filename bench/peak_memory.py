@@ -37,16 +37,23 @@ CASES = {
     "GXPO": [*COMMON, "--group-size", "8", "--update", "gxpo"],
 }
 SAVINGS = {
-    "no checkpointing": ["--checkpoint-activations", "none"], "selective": ["--checkpoint-activations", "selective"],
-    "8-bit AdamW": ["--optim.name", "adamw8bit"], "bfloat16 gradients": ["--grad-dtype", "bfloat16"],
-    "split master": ["--master", "split"], "reference on host": ["--reference-on-host"],
-    "optimizer on host": ["--offload", "optimizer"], "activations on host": ["--offload", "optimizer,activations"],
+    "no checkpointing": ["--checkpoint-activations", "none"],
+    "selective": ["--checkpoint-activations", "selective"],
+    "8-bit AdamW": ["--optim.name", "adamw8bit"],
+    "bfloat16 gradients": ["--grad-dtype", "bfloat16"],
+    "split master": ["--master", "split"],
+    "reference on host": ["--reference-on-host"],
+    "optimizer on host": ["--offload", "optimizer"],
+    "activations on host": ["--offload", "optimizer,activations"],
     "all": ["--optim.name", "adamw8bit", "--grad-dtype", "bfloat16", "--master", "split", "--reference-on-host"],
-}  # fmt: skip
+}
 CASES |= {f"GRPO, {name}": [*CASES["GRPO"], *flags] for name, flags in SAVINGS.items()}
 PUBLISHED = {  # share of four H100-80GB in use in the backward, MATH, 1.5B / 3B / 7B (arXiv:2505.20686)
-    "A*-PO": (41.6, 49.3, 76.6), "GRPO": (42.2, 49.8, 77.8), "PPO": (42.6, 55.0, 92.8), "REBEL": (63.3, 74.3, 98.8),
-}  # fmt: skip
+    "A*-PO": (41.6, 49.3, 76.6),
+    "GRPO": (42.2, 49.8, 77.8),
+    "PPO": (42.6, 55.0, 92.8),
+    "REBEL": (63.3, 74.3, 98.8),
+}
 PUBLISHED_MODELS = ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
 
 
@@ -81,8 +88,23 @@ def make_problems(file: Path, count: int, tokens: int) -> None:
 
 def measured_row(case: str, model: Path, data: Path, setting: str, out: Path, extra: list[str]) -> dict:
     """Two steps of the program; the second one's memory metrics, or a note on why there are none."""
-    command = [sys.executable, "-m", "fastrl.train", "--model", model, "--data", data, "--reward", "exact",
-               "--steps", "2", "--out", out, *flags_of(case, setting), *extra]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "fastrl.train",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--reward",
+        "exact",
+        "--steps",
+        "2",
+        "--out",
+        out,
+        *flags_of(case, setting),
+        *extra,
+    ]
     ran = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if ran.returncode:
         said = [line for line in ran.stderr.splitlines() if "rror" in line] or ["no message"]
@@ -127,8 +149,15 @@ def main() -> None:
                     row["measured_share"] = row["measured_train_mib"] / total
     ratios(rows, args.model, "measured_train_mib" if gpu else "planned_backward_mib")
     show(rows)
-    finish("peak_memory", rows, args.out, measured=gpu, model=args.model, setting=args.setting,
-           note="" if gpu else "planned, not measured")  # fmt: skip
+    finish(
+        "peak_memory",
+        rows,
+        args.out,
+        measured=gpu,
+        model=args.model,
+        setting=args.setting,
+        note="" if gpu else "planned, not measured",
+    )
 
 
 if __name__ == "__main__":

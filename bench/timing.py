@@ -64,9 +64,15 @@ def gate(bench: str, name: str, provider: Provider) -> float | None:
 
 
 def measure(
-    bench: str, small: Callable[[], dict[str, Provider]], large: Callable[[], dict[str, Provider]], *,
-    yardstick: str, warmup: int = 3, seconds: float = 4.0, case: dict,
-) -> list[dict]:  # fmt: skip
+    bench: str,
+    small: Callable[[], dict[str, Provider]],
+    large: Callable[[], dict[str, Provider]],
+    *,
+    yardstick: str,
+    warmup: int = 3,
+    seconds: float = 4.0,
+    case: dict,
+) -> list[dict]:
     """Rows of one case: gates on providers of `small`, new ones for each, and then times of those of `large`."""
     rows: dict[str, dict] = {}
     for name in small():
@@ -199,8 +205,14 @@ def model(flop: float = 0.0, moved: float = 0.0, **case: object) -> dict:
     """The row of an H100 that multiplies and moves bytes one after the other, both at what is reached in practice."""
     products, memory = flop / REACHED_FLOPS * 1e3, moved / REACHED_BYTES_PER_S * 1e3
     at_peak = (flop / PEAK_FLOPS + moved / PEAK_BYTES_PER_S) * 1e3
-    return {**case, "provider": MODEL, "ms": products + memory, "products_ms": products, "memory_ms": memory,
-            "ms_at_peak": at_peak}  # fmt: skip
+    return {
+        **case,
+        "provider": MODEL,
+        "ms": products + memory,
+        "products_ms": products,
+        "memory_ms": memory,
+        "ms_at_peak": at_peak,
+    }
 
 
 def run(
