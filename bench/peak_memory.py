@@ -37,12 +37,16 @@ CASES = {
     "GXPO": [*COMMON, "--group-size", "8", "--update", "gxpo"],
 }
 SAVINGS = {
-    "no checkpointing": ["--checkpoint-activations", "none"], "selective": ["--checkpoint-activations", "selective"],
-    "8-bit AdamW": ["--optim.name", "adamw8bit"], "bfloat16 gradients": ["--grad-dtype", "bfloat16"],
-    "split master": ["--master", "split"], "reference on host": ["--reference-on-host"],
-    "optimizer on host": ["--offload", "optimizer"], "activations on host": ["--offload", "optimizer,activations"],
+    "no checkpointing": ["--checkpoint-activations", "none"],
+    "selective": ["--checkpoint-activations", "selective"],
+    "8-bit AdamW": ["--optim.name", "adamw8bit"],
+    "bfloat16 gradients": ["--grad-dtype", "bfloat16"],
+    "split master": ["--master", "split"],
+    "reference on host": ["--reference-on-host"],
+    "optimizer on host": ["--offload", "optimizer"],
+    "activations on host": ["--offload", "optimizer,activations"],
     "all": ["--optim.name", "adamw8bit", "--grad-dtype", "bfloat16", "--master", "split", "--reference-on-host"],
-}  # fmt: skip
+}
 CASES |= {f"GRPO, {name}": [*CASES["GRPO"], *flags] for name, flags in SAVINGS.items()}
 PUBLISHED = {  # share of four H100-80GB in use in the backward, MATH, 1.5B / 3B / 7B (arXiv:2505.20686)
     "A*-PO": (41.6, 49.3, 76.6),

@@ -99,35 +99,53 @@ def write_results(plan: Plan, tuning: list[dict], rows: list[dict], runs: list[R
     said = sentences(rows, methods, found, config.baseline)
     weak = weak_points(tuning, rows, chosen, plan.jobs, config.threads, os.cpu_count() or 1)
     lines = [
-        f"# {len(methods)} methods to an accuracy of {config.target:g}", "",
+        f"# {len(methods)} methods to an accuracy of {config.target:g}",
+        "",
         f"Median over {config.seeds} seeds [lowest, highest] to the first evaluation at the target; `-`: not reached. "
-        "Profiles are counted, evaluations are not.", "",
-        *cost_table(rows, methods), "", "## Ratios", "",
-        "Median over median, with the 95 % interval of a bootstrap over paired seeds; below 1: less.", "",
-        *ratio_table(found), "", "## What follows", "", *(f"- {line}" for line in said), "",
+        "Profiles are counted, evaluations are not.",
+        "",
+        *cost_table(rows, methods),
+        "",
+        "## Ratios",
+        "",
+        "Median over median, with the 95 % interval of a bootstrap over paired seeds; below 1: less.",
+        "",
+        *ratio_table(found),
+        "",
+        "## What follows",
+        "",
+        *(f"- {line}" for line in said),
+        "",
         *(["## Claims", "", *(f"- {verdict['text']}" for verdict in verdicts), ""] if verdicts else []),
         *(["## Weak points", "", *(f"- {line}" for line in weak), ""] if weak else []),
         *(["## Learning rates", "", *tuning_table(tuning, methods, chosen), ""] if tuning else []),
         "![accuracy and reward against costs](compare.png)",
-    ]  # fmt: skip
+    ]
     (plan.folder / "compare.md").write_text("\n".join(lines) + "\n")
     points: dict[str, list] = {m.name: [] for m in methods}
     for run in runs:
         points[run.method].append(read_points(run.folder / "metrics.jsonl"))
     draw(plan.folder / "compare.png", points, {m.name for m in methods if m.control_of}, config.target)
     document = {
-        "bench": "compare_methods", "date": date.today().isoformat(), "command": shlex.join(argv),
+        "bench": "compare_methods",
+        "date": date.today().isoformat(),
+        "command": shlex.join(argv),
         "versions": versions(),
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "jobs": plan.jobs, "threads": config.threads},
-        "target": config.target, "seeds": config.seeds, "baseline": config.baseline, "tuning": tuning,
+        "target": config.target,
+        "seeds": config.seeds,
+        "baseline": config.baseline,
+        "tuning": tuning,
         "common_settings": common,
         "summary": {m.name: {cost: summarize(of(rows, m.name), cost) for cost in COSTS} for m in methods},
         "ratios": [
             {"method": a, "against": b, **{cost: vars(r) for cost, r in by_cost.items()}}
             for (a, b), by_cost in found.items()
         ],
-        "sentences": said, "claims": verdicts, "weak_points": weak,
-    }  # fmt: skip
+        "sentences": said,
+        "claims": verdicts,
+        "weak_points": weak,
+    }
     write_json(plan.folder / "rows.json", finite(rows))
     write_json(plan.folder / "summary.json", finite(document))
     return lines

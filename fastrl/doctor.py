@@ -104,9 +104,12 @@ def tokenizer(config: DoctorConfig) -> list[str]:
     instruction = config.task.instruction if config.task.instruction != "auto" else BOXED_INSTRUCTION
     instruction = "" if config.model == EMBEDDED else instruction
     encode_prompts(
-        [problem], opened, template=config.task.template, instruction=instruction,
+        [problem],
+        opened,
+        template=config.task.template,
+        instruction=instruction,
         max_prompt_tokens=config.task.max_prompt_tokens,
-    )  # fmt: skip
+    )
     kind = "a chat template" if opened.chat_template else "no chat template"
     return [
         f"{len(opened)} tokens, end {opened.eos_token!r} {opened.eos_token_id}, padding {pad}, {kind}",
@@ -122,8 +125,12 @@ def packages(config: DoctorConfig) -> list[str]:
 
 
 CHECKS: dict[str, Callable[[DoctorConfig], list[str]]] = {
-    "versions": packages, "machine": machine, "disk": disk, "grader": grader, "tokenizer": tokenizer,
-}  # fmt: skip
+    "versions": packages,
+    "machine": machine,
+    "disk": disk,
+    "grader": grader,
+    "tokenizer": tokenizer,
+}
 
 
 def gib(size: float) -> str:

@@ -59,9 +59,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
         with frozen_engine(config.engine, loaded, task.problems, sampling, config.seed) as engine:
             rollout = Rollout(
-                engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
+                engine=engine,
+                rewards=rewards,
+                tokenizer=tokenizer,
+                sampling=sampling,
+                seed=config.seed,
                 grade_truncated=config.sampling.grade_truncated,
-            )  # fmt: skip
+            )
             _, table = rollout.evaluate(task.problems, config.k, sampling)
     return evaluation_metrics(table)
 

@@ -70,11 +70,15 @@ def settings_for(config: PlanConfig, card: str) -> MemorySettings:
     """As the run on a GPU that has vLLM; with `tokens_per_microbatch` 0 where they are to be searched for."""
     engine = config.engine.engine
     return memory_settings(
-        config, device="cuda", dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
-        tokens_per_microbatch=config.memory.tokens_per_microbatch, engine="vllm" if engine == "auto" else engine,
-        ranks=config.gpus, context=config.context,
+        config,
+        device="cuda",
+        dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
+        tokens_per_microbatch=config.memory.tokens_per_microbatch,
+        engine="vllm" if engine == "auto" else engine,
+        ranks=config.gpus,
+        context=config.context,
         capacity=int(card_gib(card) * GIB),
-    )  # fmt: skip
+    )
 
 
 def planned(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
@@ -104,14 +108,23 @@ def document(plan: MemoryPlan, flags: set[str]) -> dict:
     s, choice = plan.settings, list(knobs(plan.settings))
     usable = smallest_set(plan, [k for k in choice if available(k, flags)]) if not plan.fits else ()
     return {
-        "planned": True, "measured": False, "model": asdict(plan.model) | {"windows": sorted(set(plan.model.windows))},
-        "parts": plan.parts, "host": plan.host,
+        "planned": True,
+        "measured": False,
+        "model": asdict(plan.model) | {"windows": sorted(set(plan.model.windows))},
+        "parts": plan.parts,
+        "host": plan.host,
         "settings": {name: str(v) if isinstance(v, torch.dtype) else v for name, v in asdict(s).items()},
-        "totals": {phase: plan.total(phase) for phase in plan.phases}, "usable": plan.usable, "fits": plan.fits,
-        "missing": {phase: plan.missing(phase) for phase in plan.phases}, "tokens_per_microbatch": s.tokens,
-        "kv_bytes": plan.kv_bytes, "kv_sequences": plan.kv_sequences, "longest_context": longest_context(plan.model, s),
-        "largest_model": largest_model(known_shapes(), s), "enough": [k.flag for k in usable or ()],
-    }  # fmt: skip
+        "totals": {phase: plan.total(phase) for phase in plan.phases},
+        "usable": plan.usable,
+        "fits": plan.fits,
+        "missing": {phase: plan.missing(phase) for phase in plan.phases},
+        "tokens_per_microbatch": s.tokens,
+        "kv_bytes": plan.kv_bytes,
+        "kv_sequences": plan.kv_sequences,
+        "longest_context": longest_context(plan.model, s),
+        "largest_model": largest_model(known_shapes(), s),
+        "enough": [k.flag for k in usable or ()],
+    }
 
 
 def markdown(config: PlanConfig) -> list[str]:

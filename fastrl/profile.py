@@ -86,9 +86,14 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
         tokenizer = load_tokenizer(config.model)
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         key = ProfileKey.of(
-            model=config.model, problems=task.problems, rewards=specs, sampling=sampling,
-            grade_truncated=config.sampling.grade_truncated, seed=config.seed, num_completions=config.num_completions,
-        )  # fmt: skip
+            model=config.model,
+            problems=task.problems,
+            rewards=specs,
+            sampling=sampling,
+            grade_truncated=config.sampling.grade_truncated,
+            seed=config.seed,
+            num_completions=config.num_completions,
+        )
         path = Path(config.out).expanduser() if config.out else default_path(key, Path("runs"))
         say("\n".join([*task.report, f"profile: {path}"]))
         stored = read_profile(path)
@@ -99,9 +104,13 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
         loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
         with frozen_engine(config.engine, loaded, task.problems, sampling, config.seed) as engine:
             rollout = Rollout(
-                engine=engine, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=config.seed,
+                engine=engine,
+                rewards=rewards,
+                tokenizer=tokenizer,
+                sampling=sampling,
+                seed=config.seed,
                 grade_truncated=config.sampling.grade_truncated,
-            )  # fmt: skip
+            )
             return path, sample_profile(rollout, task.problems, key, path, say=say).first(config.num_completions)
 
 

@@ -41,8 +41,9 @@ save.rename save.renamed save.committed save.tidy save.prune save.pruned
 """.split()
 FORM = re.compile(
     r"(?P<action>-?[a-z]+)(=(?P<number>-?[0-9.e+]+))?@(?P<point>[a-z._]+)(:rank(?P<rank>\d+))?"
-    r"(:(?P<first>\d+)(?P<on>\+|-(?P<last>\d+))?)?", re.ASCII,
-)  # fmt: skip
+    r"(:(?P<first>\d+)(?P<on>\+|-(?P<last>\d+))?)?",
+    re.ASCII,
+)
 Value = TypeVar("Value", float, list, Tensor)
 
 

@@ -110,9 +110,16 @@ class RunLog:
             (folder / f"step_{step:06}.jsonl").write_text(text)
 
     def status(
-        self, reason: str, step: int, last_checkpoint: str | None, code: int, message: str = "", phase: str = "",
-        *, last_word: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        reason: str,
+        step: int,
+        last_checkpoint: str | None,
+        code: int,
+        message: str = "",
+        phase: str = "",
+        *,
+        last_word: bool = False,
+    ) -> None:
         """status.json: how the run ended, for whoever cannot see the exit code.
 
         last_word: on whatever rank, and nothing that this process says later replaces it.

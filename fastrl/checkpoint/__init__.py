@@ -17,6 +17,19 @@ from fastrl.checkpoint.state_form import check_form
 from fastrl.checkpoint.writing import remove_leftovers, save, set_aside, tidy
 
 __all__ = [
-    "VERSION", "check_form", "checksum", "generators", "generators_kept", "load", "manifest_text", "newest",
-    "remove_leftovers", "restore_generators", "save", "seed_generators", "set_aside", "step_of", "tidy",
-]  # fmt: skip
+    "VERSION",
+    "check_form",
+    "checksum",
+    "generators",
+    "generators_kept",
+    "load",
+    "manifest_text",
+    "newest",
+    "remove_leftovers",
+    "restore_generators",
+    "save",
+    "seed_generators",
+    "set_aside",
+    "step_of",
+    "tidy",
+]

@@ -44,10 +44,7 @@ def python_generators() -> dict:
 
     name, keys, position, has_gauss, gauss = numpy.random.get_state()
     version, internal, gauss_next = random.getstate()
-    return {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
-    }
+    return {"python": [version, list(internal), gauss_next], "numpy": [name, keys.tolist(), position, has_gauss, gauss]}
 
 
 def restore_generators(tensors: dict[str, Tensor], others: dict) -> None:

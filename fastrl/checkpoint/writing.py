@@ -23,9 +23,16 @@ ROOM = 1.2  # free space that a save begins with, in estimated sizes: tokenizer 
 
 
 def save(
-    folder: Path, step: int, *, write_model: Callable[[Path], None], tensors: Iterable[tuple[str, Tensor]],
-    weights: Tensor | None = None, state: dict, keep: int, say: Callable[[str], None] = lambda line: None,
-) -> Path:  # fmt: skip
+    folder: Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], None],
+    tensors: Iterable[tuple[str, Tensor]],
+    weights: Tensor | None = None,
+    state: dict,
+    keep: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Commit a checkpoint of `step` under `folder` and prune to the newest `keep`. Returns its path.
 
     write_model(path) writes the Hugging Face part, which holds `weights`; `tensors` is this rank's optimizer state;

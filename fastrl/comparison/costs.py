@@ -80,13 +80,20 @@ def measure(run: Run, target: float) -> dict:
     if reached is points[0]:
         raise ValueError(f"{run.label}: accuracy is {points[0].accuracy:.3f} before the first step; raise --target")
     return {
-        "method": run.method, "seed": run.seed, "lr": run.lr, "target": target, "reached": reached is not None,
+        "method": run.method,
+        "seed": run.seed,
+        "lr": run.lr,
+        "target": target,
+        "reached": reached is not None,
         **{cost: reached.spent[cost] if reached else None for cost in COSTS},
-        "spent": points[-1].spent, "steps": points[-1].step, "accuracy": points[-1].accuracy,
-        "peak_host_mib": peak_mib(log, "host_mib"), "peak_device_mib": peak_mib(log, "peak_mib"),
+        "spent": points[-1].spent,
+        "steps": points[-1].step,
+        "accuracy": points[-1].accuracy,
+        "peak_host_mib": peak_mib(log, "host_mib"),
+        "peak_device_mib": peak_mib(log, "peak_mib"),
         "ended": ENDS.get(reason, reason),
         "commit": read(run.folder / "manifest.json").get("versions", {}).get("commit"),
-    }  # fmt: skip
+    }
 
 
 def contenders(rates: Sequence[float], rows: Sequence[dict]) -> list[float]:

@@ -38,8 +38,16 @@ Cost = Literal["rollouts", "backward_passes", "seconds", "tokens"]
 COSTS: tuple[str, ...] = get_args(Cost)
 # what an accuracy depends on besides the weights
 PROTOCOL = (
-    "model", "eval", "eval_k", "eval_limit", "task", "reward", "temperature", "max_new_tokens", "grade_truncated",
-)  # fmt: skip
+    "model",
+    "eval",
+    "eval_k",
+    "eval_limit",
+    "task",
+    "reward",
+    "temperature",
+    "max_new_tokens",
+    "grade_truncated",
+)
 
 T = TypeVar("T")
 
@@ -112,8 +120,9 @@ def check_names(methods: Sequence[Method], claims: Sequence[Claim], baseline: st
         raise ValueError(f"{source}: two methods are called {twice[0]}; every name stands for one")
     mentioned = [("baseline", baseline)]
     mentioned += [(f"method {m.name}: {key}", getattr(m, key)) for m in methods for key in ("control_of", "lr_from")]
-    mentioned += [(f"claim {n}: {key}", getattr(c, key)) for n, c in enumerate(claims, 1) for key in
-                  ("method", "against")]  # fmt: skip
+    mentioned += [
+        (f"claim {n}: {key}", getattr(c, key)) for n, c in enumerate(claims, 1) for key in ("method", "against")
+    ]
     there = f"; there are: {', '.join(names)}"
     for where, name in mentioned:
         if name and name not in names:
@@ -121,8 +130,10 @@ def check_names(methods: Sequence[Method], claims: Sequence[Claim], baseline: st
     tuned = {m.name for m in methods if not m.lr_from}
     for method in methods:
         if method.lr_from and method.lr_from not in tuned:
-            raise ValueError(f"{source}: method {method.name}: {method.lr_from} has no learning-rate grid of its own; "
-                             f"lr_from must name one of {', '.join(sorted(tuned))}")  # fmt: skip
+            raise ValueError(
+                f"{source}: method {method.name}: {method.lr_from} has no learning-rate grid of its own; "
+                f"lr_from must name one of {', '.join(sorted(tuned))}"
+            )
 
 
 def configuration(method: Method, common: str, extra: Sequence[str]) -> TrainConfig:

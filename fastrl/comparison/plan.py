@@ -88,10 +88,15 @@ class Plan:
         return "fork"
 
     def run(self, method: Method, lr: float, seed: int) -> Run:
-        args = [
-            *method.command(self.config.args), "--stop-at-accuracy", str(self.config.target), "--optim.lr", f"{lr:g}",
-            "--seed", str(seed), "--threads", str(self.config.threads), "--sample-every", "0", "--rollouts-every", "0",
-        ]  # fmt: skip
+        settings = {
+            "--stop-at-accuracy": self.config.target,
+            "--optim.lr": f"{lr:g}",
+            "--seed": seed,
+            "--threads": self.config.threads,
+            "--sample-every": 0,
+            "--rollouts-every": 0,
+        }
+        args = [*method.command(self.config.args), *(str(word) for pair in settings.items() for word in pair)]
         folder = self.folder / method.name / f"lr-{lr:g}" / f"seed-{seed}"
         return Run(method=method.name, lr=float(f"{lr:g}"), seed=seed, folder=folder, args=tuple(args))
 
@@ -112,8 +117,9 @@ class Plan:
         """The runs that are compared; those never timed first, then longest first by the seconds of tuning."""
         runs = [
             self.run(m, chosen[m.lr_from or m.name] * m.lr_factor, seed)
-            for m in self.methods for seed in range(self.config.seeds)
-        ]  # fmt: skip
+            for m in self.methods
+            for seed in range(self.config.seeds)
+        ]
         return sorted(runs, key=lambda run: (-seconds.get(run.method, float("inf")), -self.work(run.method)))
 
     def work(self, method: str) -> float:

@@ -78,9 +78,11 @@ def ratio(rows: Sequence[dict], baseline: Sequence[dict], cost: str, *, resample
     low, high = both(draws)
     tail = int(0.025 * resamples)  # order statistics: between a finite and an infinite draw there is nothing to average
     return Ratio(
-        least=float(at_least), most=float(at_most), low=float(numpy.sort(low)[tail]),
+        least=float(at_least),
+        most=float(at_most),
+        low=float(numpy.sort(low)[tail]),
         high=float(numpy.sort(high)[-1 - tail]),
-    )  # fmt: skip
+    )
 
 
 def summarize(rows: Sequence[dict], cost: str) -> dict[str, float | None]:

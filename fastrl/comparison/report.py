@@ -52,10 +52,16 @@ def cost_table(rows: Sequence[dict], methods: Sequence[Method]) -> list[str]:
         own = of(rows, method.name)
         accuracy = [row["accuracy"] for row in own]
         reached = sum(row["reached"] for row in own)
-        lines.append([
-            method.name, f"{own[0]['lr']:g}", f"{reached} of {len(own)}", *(cell(own, cost) for cost in COSTS),
-            f"{statistics.median(accuracy):.3f}", f"{max(row['peak_host_mib'] or 0 for row in own):,.0f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                method.name,
+                f"{own[0]['lr']:g}",
+                f"{reached} of {len(own)}",
+                *(cell(own, cost) for cost in COSTS),
+                f"{statistics.median(accuracy):.3f}",
+                f"{max(row['peak_host_mib'] or 0 for row in own):,.0f}",
+            ]
+        )
     return table(["method", "lr", "reached", *WORDS.values(), "last accuracy", "peak host MiB"], lines)
 
 

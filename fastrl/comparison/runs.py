@@ -80,9 +80,13 @@ def read(path: Path) -> dict:
 
 
 def execute(
-    runs: Sequence[Run], *, jobs: int, start_method: Literal["fork", "spawn"], keep_checkpoints: bool = False,
+    runs: Sequence[Run],
+    *,
+    jobs: int,
+    start_method: Literal["fork", "spawn"],
+    keep_checkpoints: bool = False,
     report: Callable[[Run, float], None],
-) -> None:  # fmt: skip
+) -> None:
     """Do all runs that are not finished, in order, at most `jobs` at a time; report(run, seconds it took) after each.
 
     start_method: fork takes over what this process has imported, seconds of every run; not possible beside CUDA.

@@ -64,9 +64,12 @@ def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: Rew
 
     instruction = dataset.default_instruction if config.instruction == "auto" else config.instruction
     problems, too_long = encode_prompts(
-        problems, tokenizer, template=config.template, instruction=instruction,
+        problems,
+        tokenizer,
+        template=config.template,
+        instruction=instruction,
         max_prompt_tokens=config.max_prompt_tokens,
-    )  # fmt: skip
+    )
     report += listed(f"prompts over {config.max_prompt_tokens} tokens", [f"{i} ({n})" for i, n in too_long])
     check_written(data, problems, tokenizer)
     report.append(f"  first prompt, {describe_prompt(problems[0], tokenizer)}")

@@ -33,9 +33,12 @@ class HFEngine:
     def of(cls, loaded, max_num_seqs: int) -> "HFEngine":
         """The engine of a `fastrl.models.loading.LoadedModel`, over its own parameters."""
         return cls(
-            loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, num_tokens=len(loaded.tokenizer),
+            loaded.model,
+            eos_ids=loaded.eos_ids,
+            pad_id=loaded.pad_id,
+            num_tokens=len(loaded.tokenizer),
             max_num_seqs=max_num_seqs,
-        )  # fmt: skip
+        )
 
     def generate_phase(self) -> AbstractContextManager[None]:
         return nullcontext()  # its cache lives as long as a batch

@@ -58,10 +58,16 @@ def open_engine(
     if name == "hf":
         return HFEngine.of(loaded, settings.max_num_seqs)
     return VllmEngine(
-        loaded.model, flat or FlatParams(loaded.model, grad_dtype=None), settings.vllm, eos_ids=loaded.eos_ids,
-        num_tokens=len(loaded.tokenizer), max_model_len=size.max_model_len, max_num_seqs=settings.max_num_seqs,
-        kv_bytes=size.kv_bytes, seed=size.seed,
-    )  # fmt: skip
+        loaded.model,
+        flat or FlatParams(loaded.model, grad_dtype=None),
+        settings.vllm,
+        eos_ids=loaded.eos_ids,
+        num_tokens=len(loaded.tokenizer),
+        max_model_len=size.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        kv_bytes=size.kv_bytes,
+        seed=size.seed,
+    )
 
 
 @contextmanager

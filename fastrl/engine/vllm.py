@@ -53,9 +53,18 @@ class VllmEngine:
     """Samples with vLLM over the parameters of a transformers model, which are views of `flat`."""
 
     def __init__(
-        self, model: nn.Module, flat: FlatParams, settings: VllmConfig, *, eos_ids: tuple[int, ...], num_tokens: int,
-        max_model_len: int, max_num_seqs: int, kv_bytes: int, seed: int = 0,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        flat: FlatParams,
+        settings: VllmConfig,
+        *,
+        eos_ids: tuple[int, ...],
+        num_tokens: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_bytes: int,
+        seed: int = 0,
+    ):
         """num_tokens: of the tokenizer; rows of the vocabulary beyond it are not given to vLLM.
 
         Of several ranks each has an engine of its own, and all make theirs at the same time.
@@ -76,9 +85,10 @@ class VllmEngine:
         options: dict = {"block_size": CPU_BLOCK}
         if cuda:
             options = dict(
-                kv_cache_memory_bytes=kv_bytes, gpu_memory_utilization=0.05,  # checked at the start, sizes nothing
+                kv_cache_memory_bytes=kv_bytes,
+                gpu_memory_utilization=0.05,  # checked at the start, sizes nothing
                 enable_sleep_mode=settings.kv == "release",
-            )  # fmt: skip
+            )
         several = ranks.size() > 1
         if several:  # each on the GPU of its LOCAL_RANK, over the process group that is there
             options["distributed_executor_backend"] = "external_launcher"
@@ -94,15 +104,23 @@ class VllmEngine:
             with tempfile.TemporaryDirectory() as folder:
                 model.config.save_pretrained(folder)  # all that vLLM reads of a model
                 self.llm = LLM(
-                    model=folder, runner="generate", load_format=register(flat), skip_tokenizer_init=True,
+                    model=folder,
+                    runner="generate",
+                    load_format=register(flat),
+                    skip_tokenizer_init=True,
                     hf_overrides={"vocab_size": num_tokens, "architectures": [type(model).__name__]},
                     dtype=str(flat.weights.dtype).removeprefix("torch."),
-                    max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-                    max_num_batched_tokens=max(settings.max_num_batched_tokens, max_model_len), seed=seed,
-                    logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
+                    max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=max(settings.max_num_batched_tokens, max_model_len),
+                    seed=seed,
+                    logprobs_mode="processed_logprobs",
+                    enable_prefix_caching=True,
+                    disable_log_stats=True,
                     enforce_eager=not (settings.cuda_graphs or settings.compile),
-                    compilation_config=compilation(settings), **options,
-                )  # fmt: skip
+                    compilation_config=compilation(settings),
+                    **options,
+                )
         self.core = self.llm.llm_engine.engine_core
         self.runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self.progress: Callable[[], None] = lambda: None
@@ -144,12 +162,21 @@ class VllmEngine:
         prompts = [{"prompt_token_ids": r.prompt_ids} for r in requests for _ in r.seeds]
         params = [
             SamplingParams(
-                n=1, seed=seed, max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-                top_p=sampling.top_p, top_k=0, logprobs=0, detokenize=False, stop_token_ids=list(self.eos_ids),
-                ignore_eos=True, flat_logprobs=True,
+                n=1,
+                seed=seed,
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=0,
+                logprobs=0,
+                detokenize=False,
+                stop_token_ids=list(self.eos_ids),
+                ignore_eos=True,
+                flat_logprobs=True,
             )
-            for r in requests for seed in r.seeds
-        ]  # fmt: skip
+            for r in requests
+            for seed in r.seeds
+        ]
         try:
             outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
             return [[self.completion(next(outputs)) for _ in r.seeds] for r in requests]

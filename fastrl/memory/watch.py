@@ -24,9 +24,12 @@ class MemoryWatch:
     """
 
     def __init__(
-        self, plan: MemoryPlan, device: str, say: Callable[[str], None],
+        self,
+        plan: MemoryPlan,
+        device: str,
+        say: Callable[[str], None],
         held: Callable[[], Iterable[Tensor]] = lambda: (),
-    ):  # fmt: skip
+    ):
         self.plan, self.device, self.say, self.held = plan, device, say, held
         self.warned: set[str] = set()
         self.peak = 0  # of torch in this step, bytes

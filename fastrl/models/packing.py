@@ -67,9 +67,15 @@ def supports(model: nn.Module) -> bool:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    packing: Packing | None = None, sliding_window: int | None = None, **kwargs,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
     """transformers' SDPA; with a packing, of query, key and value [1, heads, N, d] -> [1, N, heads, d]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -78,13 +84,20 @@ def attention(
     B, S = packing.place.shape
     kernel = ragged_kernel(query)
     if kernel is not None:
-        inputs = (embedding(packing.rows, x[0].transpose(0, 1).flatten(1)).view(-1, x.shape[1], x.shape[3])
-                  for x in (query, key, value))  # fmt: skip
+        inputs = (
+            embedding(packing.rows, x[0].transpose(0, 1).flatten(1)).view(-1, x.shape[1], x.shape[3])
+            for x in (query, key, value)
+        )
         out = kernel(
-            *inputs, packing.row_starts, packing.row_starts, S, S, scale=kwargs.get("scaling"),
+            *inputs,
+            packing.row_starts,
+            packing.row_starts,
+            S,
+            S,
+            scale=kwargs.get("scaling"),
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        )
         return embedding(packing.row_home, out.flatten(1)).view(1, -1, *out.shape[1:]), None
 
     def rows(x: Tensor) -> Tensor:

@@ -15,9 +15,14 @@ LLAMA3 = dict(model_type="llama", max_position_embeddings=131072, vocab_size=128
 
 def sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool, **others: int) -> dict:
     return dict(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, tie_word_embeddings=tied, **others,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        **others,
+    )
 
 
 KNOWN = {
@@ -100,14 +105,20 @@ def model_shape(name: str, config) -> ModelShape:
     critic = {n: shape for n, shape in shapes.items() if n != "lm_head.weight"}
     critic |= {"value_head.weight": (1, text.hidden_size), "value_head.bias": (1,)}
     return ModelShape(
-        name=name, parameters=sum(map(math.prod, shapes.values())), elements=end(shapes), critic_elements=end(critic),
-        hidden=text.hidden_size, inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size, heads=heads,
+        name=name,
+        parameters=sum(map(math.prod, shapes.values())),
+        elements=end(shapes),
+        critic_elements=end(critic),
+        hidden=text.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads, vocab=text.vocab_size,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
         windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
         qk_norm=any(n.endswith("q_norm.weight") for n in shapes),
         limit=getattr(text, "max_position_embeddings", None) or 0,
-    )  # fmt: skip
+    )
 
 
 def end(shapes: dict[str, tuple[int, ...]]) -> int:

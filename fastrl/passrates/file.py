@@ -53,20 +53,29 @@ class ProfileKey:
 
     @classmethod
     def of(
-        cls, *, model: str, problems: Sequence[Problem], rewards: Sequence[str], sampling: Sampling,
-        grade_truncated: bool, seed: int, num_completions: int,
-    ) -> "ProfileKey":  # fmt: skip
+        cls,
+        *,
+        model: str,
+        problems: Sequence[Problem],
+        rewards: Sequence[str],
+        sampling: Sampling,
+        grade_truncated: bool,
+        seed: int,
+        num_completions: int,
+    ) -> "ProfileKey":
         """model: as in --model; rewards: specs. Reads the weight files, loads nothing."""
         return cls(
             model=model_digest(model),
             prompts=digest([p.id, p.prompt_ids, p.answer] for p in problems),
             verifier=verifier_key(rewards),
             sampling={
-                "temperature": float(sampling.temperature), "max_new_tokens": sampling.max_new_tokens,
+                "temperature": float(sampling.temperature),
+                "max_new_tokens": sampling.max_new_tokens,
                 "grade_truncated": grade_truncated,
             },
-            seed=seed, num_completions=num_completions,
-        )  # fmt: skip
+            seed=seed,
+            num_completions=num_completions,
+        )
 
     @property
     def digest(self) -> str:

@@ -28,9 +28,15 @@ CHUNK = 2048  # completions of a rank between two writes
 
 
 def sample_profile(
-    rollout: Rollout, problems: Sequence[Problem], key: ProfileKey, path: Path, *, stream: tuple = ("profile",),
-    leave: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda text: None,
-) -> Profile:  # fmt: skip
+    rollout: Rollout,
+    problems: Sequence[Problem],
+    key: ProfileKey,
+    path: Path,
+    *,
+    stream: tuple = ("profile",),
+    leave: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Profile:
     """Sample what the file has not yet, and append it chunk by chunk. Every rank samples its share, rank 0 writes.
 
     leave() is called before each chunk and may raise; what is finished stays. Raises ValueError for a file with another
@@ -71,16 +77,24 @@ def sample_rows(rollout: Rollout, problems: Sequence[Problem], N: int, stream: t
     groups = rollout.sample([(problems[i], N) for i in own], rollout.sampling, *stream)
     rollout.score(groups)
     rows = [
-        [i, *(c.reward for c in g.completions), *(right(rollout, c) for c in g.completions),
-         *(len(c.token_ids) for c in g.completions)]
+        [
+            i,
+            *(c.reward for c in g.completions),
+            *(right(rollout, c) for c in g.completions),
+            *(len(c.token_ids) for c in g.completions),
+        ]
         for i, g in zip(own, groups, strict=True)
-    ]  # fmt: skip
+    ]
     table = ranks.gather_rows(torch.tensor(rows, dtype=torch.float64).view(-1, 1 + 3 * N))
     return [
-        {"id": problems[int(i)].id, "rewards": values[:N], "right": values[N : 2 * N],
-         "lengths": [int(n) for n in values[2 * N :]]}
+        {
+            "id": problems[int(i)].id,
+            "rewards": values[:N],
+            "right": values[N : 2 * N],
+            "lengths": [int(n) for n in values[2 * N :]],
+        }
         for i, *values in sorted(table.tolist())
-    ]  # fmt: skip
+    ]
 
 
 def right(rollout: Rollout, completion: Completion) -> float:

@@ -21,9 +21,12 @@ from fastrl.step.trainer import Trainer
 
 
 def build(
-    resolved: Resolved, log: RunLog, rewards: RewardSet, stop_requested: Callable[[], bool] = lambda: False,
+    resolved: Resolved,
+    log: RunLog,
+    rewards: RewardSet,
+    stop_requested: Callable[[], bool] = lambda: False,
     spans: Spans | None = None,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """Load the data, then the models, and put the parts together."""
     config, spans = resolved.config, spans or Spans()
     work = load_work(config, load_tokenizer(config.model), rewards)
@@ -44,27 +47,40 @@ def build(
         log.say(f"allocation: {allocation.outlook()}")
     models.wake()
     return Trainer(
-        learner=make_learner(resolved, models, spans, log), rollout=rollout, allocator=allocation,
+        learner=make_learner(resolved, models, spans, log),
+        rollout=rollout,
+        allocator=allocation,
         completions_per_step=allocation.budget(config.problems_per_step),
-        schedule=config.run, evaluation=config.evaluation, stopping=config.stopping,
+        schedule=config.run,
+        evaluation=config.evaluation,
+        stopping=config.stopping,
         eval_sets=[
             EvalSet(name=e.name, problems=e.problems, k=config.evaluation.eval_k, sampling=config.sampling.drawn())
             for e in work.evals
         ],
-        log=log, folder=config.run.folder, write_model=lambda path: save_model(models.loaded, path),
-        config=as_dict(config), identity=identity_of(models.policy, models.reference, work.task.problems),
-        memory=memory_watch(resolved, log), profiler=profiler, stop_requested=stop_requested,
-    )  # fmt: skip
+        log=log,
+        folder=config.run.folder,
+        write_model=lambda path: save_model(models.loaded, path),
+        config=as_dict(config),
+        identity=identity_of(models.policy, models.reference, work.task.problems),
+        memory=memory_watch(resolved, log),
+        profiler=profiler,
+        stop_requested=stop_requested,
+    )
 
 
 def make_learner(resolved: Resolved, models: Models, spans: Spans, log: RunLog) -> Learner:
     config = resolved.config
     return Learner(
-        policy=models.policy, reference=models.reference, critic=models.critic, objective=config.objective,
-        update=config.update, num_minibatches=config.minibatches,
+        policy=models.policy,
+        reference=models.reference,
+        critic=models.critic,
+        objective=config.objective,
+        update=config.update,
+        num_minibatches=config.minibatches,
         fitting=Fitting(tokens=resolved.tokens, say=log.say, beat=spans.beat),
         old_from_engine=config.sampling.old_logprobs == "engine",
-    )  # fmt: skip
+    )
 
 
 def memory_watch(resolved: Resolved, log: RunLog) -> Callable[[str], dict[str, float]]:

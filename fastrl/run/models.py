@@ -42,9 +42,13 @@ def load_models(resolved: Resolved, log: RunLog) -> Models:
 
     def load() -> LoadedModel:
         return load_model(
-            config.model, dtype=resolved.dtype, device=resolved.device, attention=config.attention,
-            checkpoint=memory.checkpoint_activations, liger=memory.liger,
-        )  # fmt: skip
+            config.model,
+            dtype=resolved.dtype,
+            device=resolved.device,
+            attention=config.attention,
+            checkpoint=memory.checkpoint_activations,
+            liger=memory.liger,
+        )
 
     loaded = load()
     triton = head_kernels(loaded, resolved.device, log)
@@ -55,9 +59,15 @@ def load_models(resolved: Resolved, log: RunLog) -> Models:
     reference = critic = None
     if "ref_logprobs" in resolved.needs:
         reference = Reference(
-            config.model, dtype=resolved.dtype, device=resolved.device, attention=config.attention,
-            temperature=temperature, triton=triton, on_host=memory.reference_on_host, liger=memory.liger,
-        )  # fmt: skip
+            config.model,
+            dtype=resolved.dtype,
+            device=resolved.device,
+            attention=config.attention,
+            temperature=temperature,
+            triton=triton,
+            on_host=memory.reference_on_host,
+            liger=memory.liger,
+        )
     if "values" in resolved.needs:
         critic = Critic(load(), config.critic, spike_sigma=sigma, **kept)
     return Models(loaded=loaded, policy=policy, reference=reference, critic=critic)

@@ -41,10 +41,14 @@ class Resolved:
         """Of the memory, or why this model has none: it may be trained all the same. Reads the model's config.json."""
         try:
             return plan_of(
-                self.config, device=self.device, dtype=self.dtype, tokens_per_microbatch=self.tokens,
-                engine=self.engine, ranks=ranks.world_size(),
+                self.config,
+                device=self.device,
+                dtype=self.dtype,
+                tokens_per_microbatch=self.tokens,
+                engine=self.engine,
+                ranks=ranks.world_size(),
                 capacity=torch.cuda.mem_get_info(self.device)[1] if self.cuda else 0,
-            )  # fmt: skip
+            )
         except NoPlan as error:
             return error
 
@@ -53,10 +57,13 @@ def resolve(config: TrainConfig) -> Resolved:
     """Raises ValueError for a device or an engine that is not there."""
     device, dtype = pick_device(config.device, config.dtype)
     return Resolved(
-        config=config, device=device, dtype=dtype, needs=needs_of(config),
+        config=config,
+        device=device,
+        dtype=dtype,
+        needs=needs_of(config),
         tokens=config.memory.tokens_per_microbatch or TOKENS[device.partition(":")[0]],
         engine=pick_engine(config.engine.engine, device),
-    )  # fmt: skip
+    )
 
 
 def describe(resolved: Resolved) -> list[str]:

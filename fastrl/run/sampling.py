@@ -56,10 +56,16 @@ def make_rollout(
     if config.engine.canary and isinstance(engine, VllmEngine):  # the other engine has no weights of its own
         canary = Canary.of(engine, models.policy, config.sampling.temperature, work.task.problems, longest).check
     return Rollout(
-        spans=spans, engine=engine, rewards=rewards, tokenizer=models.loaded.tokenizer, seed=config.seed,
-        sampling=config.sampling.drawn(), grade_truncated=config.sampling.grade_truncated, canary=canary,
+        spans=spans,
+        engine=engine,
+        rewards=rewards,
+        tokenizer=models.loaded.tokenizer,
+        seed=config.seed,
+        sampling=config.sampling.drawn(),
+        grade_truncated=config.sampling.grade_truncated,
+        canary=canary,
         make_room=models.rest,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +82,14 @@ def wanted_profile(config: TrainConfig, problems: list[Problem]) -> WantedProfil
     if not needs_profile(config):
         return None
     key = ProfileKey.of(
-        model=config.model, problems=problems, rewards=config.reward or default_rewards(config.data),
-        sampling=config.sampling.drawn(), grade_truncated=config.sampling.grade_truncated, seed=config.seed,
+        model=config.model,
+        problems=problems,
+        rewards=config.reward or default_rewards(config.data),
+        sampling=config.sampling.drawn(),
+        grade_truncated=config.sampling.grade_truncated,
+        seed=config.seed,
         num_completions=config.sampling.num_profile_completions,
-    )  # fmt: skip
+    )
     path, said = find_profile(key, config.sampling.profile, config.run.folder.parent)
     return WantedProfile(key=key, path=path, said=said)
 
@@ -96,10 +106,16 @@ def make_profiler(
     config: TrainConfig, wanted: WantedProfile, rollout: Rollout, work: Work, models: Models, log: RunLog
 ) -> Profiler:
     return Profiler(
-        rollout=rollout, problems=work.task.problems, allocation=config.allocation, key=wanted.key, path=wanted.path,
-        folder=config.run.folder, every=config.sampling.reprofile_every, say=log.say,
+        rollout=rollout,
+        problems=work.task.problems,
+        allocation=config.allocation,
+        key=wanted.key,
+        path=wanted.path,
+        folder=config.run.folder,
+        every=config.sampling.reprofile_every,
+        say=log.say,
         weights=lambda: models.policy.flat.weights,
-    )  # fmt: skip
+    )
 
 
 def leave_if_stopped(stop_requested: Callable[[], bool]) -> None:

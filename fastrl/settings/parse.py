@@ -105,9 +105,13 @@ def cli(default: T, args: list[str], source: str) -> T:
             # a field of an axis is annotated with one member and may hold another: the default's class is what counts
             warnings.filterwarnings("ignore", message="The field .* is annotated with type")
             config, unknown = tyro.cli(
-                type(default), args=args, default=default, return_unknown_args=True,
-                config=(tyro.conf.AvoidSubcommands,), registry=settings_only(),
-            )  # fmt: skip
+                type(default),
+                args=args,
+                default=default,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+                registry=settings_only(),
+            )
     except SystemExit as exit:
         if not exit.code:
             raise

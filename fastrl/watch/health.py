@@ -35,9 +35,9 @@ class Health:
                 metrics["completions/one_token_frac"],
                 self.ONE_TOKEN,
                 lambda value: (
-                    f"{value:.0%} of the completions repeat a single token in at least 80 % of their "
-                    "positions; look at the rollouts, resume from before it with a lower --lr, or hold the policy to "
-                    "the reference by --kl 0.001"
+                    f"{value:.0%} of the completions repeat a single token in at least 80 % of their positions; look "
+                    "at the rollouts, resume from before it with a lower --lr, or hold the policy to the reference by "
+                    "--kl 0.001"
                 ),
             ),
             "truncated": self.lasting(
