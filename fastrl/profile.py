@@ -22,7 +22,8 @@ from fastrl.base.types import DataError, Problem
 from fastrl.data.task import default_rewards, load_task
 from fastrl.engine.opening import frozen_engine
 from fastrl.models.loading import load_model, load_tokenizer, pick_device
-from fastrl.passrates.file import Profile, ProfileKey, default_path, read_profile
+from fastrl.passrates.file import Profile, default_path, read_profile
+from fastrl.passrates.key import ProfileKey
 from fastrl.passrates.sampling import sample_profile
 from fastrl.rewards import RewardSet
 from fastrl.settings.flags import expand

@@ -20,7 +20,8 @@ from fastrl import checkpoint
 from fastrl.allocation.base import Allocation
 from fastrl.base import ranks
 from fastrl.base.types import CheckpointError, Completion, Problem
-from fastrl.passrates.file import Profile, ProfileKey, read_profile, weights_digest
+from fastrl.passrates.file import Profile, read_profile
+from fastrl.passrates.key import ProfileKey, weights_digest
 from fastrl.step.metrics import spearman
 from fastrl.step.rollout import Rollout
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastrl.base.types import CheckpointError, Problem
 from fastrl.models.policy import Policy
 from fastrl.models.reference import Reference
-from fastrl.passrates.file import digest
+from fastrl.passrates.key import digest
 from fastrl.settings.run import by_path
 
 ABSENT = "not there"

@@ -14,7 +14,8 @@ from fastrl.engine.opening import EngineSize, open_engine
 from fastrl.engine.vllm import VllmEngine
 from fastrl.models.loading import load_tokenizer
 from fastrl.models.shapes import NoPlan
-from fastrl.passrates.file import ProfileKey, find_profile
+from fastrl.passrates.file import find_profile
+from fastrl.passrates.key import ProfileKey
 from fastrl.passrates.sampling import Profiler
 from fastrl.rewards import RewardSet
 from fastrl.run.models import Models

@@ -7,7 +7,8 @@ import pytest
 
 from fastrl import checkpoint
 from fastrl.base.types import CheckpointError
-from fastrl.passrates.file import read_profile, weights_digest
+from fastrl.passrates.file import read_profile
+from fastrl.passrates.key import weights_digest
 from fastrl.run.resume import resume
 from fastrl.settings.parse import parse
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig

@@ -16,7 +16,8 @@ from fastrl import checkpoint
 from fastrl.base.types import Completion, DataError
 from fastrl.models.loading import model_path
 from fastrl.passrates import sampling
-from fastrl.passrates.file import Profile, ProfileKey, model_digest, read_profile, verifier_key, weights_digest
+from fastrl.passrates.file import Profile, read_profile
+from fastrl.passrates.key import ProfileKey, model_digest, verifier_key, weights_digest
 from fastrl.passrates.sampling import right, sample_profile
 from fastrl.step.metrics import spearman
 from fastrl.step.trainer import Stopped
