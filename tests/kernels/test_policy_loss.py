@@ -52,7 +52,11 @@ def test_kernel_is_its_definition(settings, N):
     assert near.sum() <= 2
     torch.testing.assert_close(ours.coef[~near].double(), truth.coef[~near], rtol=2e-5, atol=1e-9)
     if not near.any():
-        torch.testing.assert_close(ours.stats.double(), truth.stats, rtol=2e-5, atol=1e-6)
+        at = STATS.index("policy_kl")
+        # log-ratios of both signs cancel: the roundings of 2055 tokens leave up to 6e-6 of a sum that may be small
+        assert ours.stats[at].item() == pytest.approx(truth.stats[at].item(), rel=2e-5, abs=1e-6 + 2e-8 * N)
+        rest = torch.arange(len(STATS), device=DEVICE) != at
+        torch.testing.assert_close(ours.stats[rest].double(), truth.stats[rest], rtol=2e-5, atol=1e-6)
     if N > BLOCK_N and not settings:
         named = dict(zip(STATS, truth.stats.tolist(), strict=True))
         assert min(named["clip_low"], named["clip_high"]) > 20
