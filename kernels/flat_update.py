@@ -10,16 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels.jit import jit
+
 BLOCK = 1024  # elements of a program; a tensor starts at a multiple of it, so a program has one threshold
 NUM_STATS = 9  # fastrl.weights.moves.FlatStats.NAMES
 
 
-@triton.jit
+@jit
 def direction(start, step, lr, weight_decay):
     return tl.where(lr == 0, 0.0, -(step + lr * weight_decay * start) / tl.where(lr == 0, 1.0, lr))
 
 
-@triton.jit
+@jit
 def flat_update_kernel(
     theta_ptr,
     low_ptr,

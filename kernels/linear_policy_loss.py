@@ -33,7 +33,8 @@ class TokenVectors(NamedTuple):
     ref_logprobs: Tensor | None = None
 
     def at(self, rows: slice) -> "TokenVectors":
-        return TokenVectors(*(None if x is None else x[rows] for x in self))
+        old, ref = (None if x is None else x[rows] for x in (self.old_logprobs, self.ref_logprobs))
+        return TokenVectors(self.advantage[rows], self.w[rows], old, ref)
 
 
 class LinearLoss(NamedTuple):
@@ -70,13 +71,14 @@ def linear_policy_loss_ref(
         logprobs, entropy, _ = linear_logprob_ref(
             hidden, weight, target.clamp(min=0), inv_temperature=inv_temperature, need_entropy=True
         )
+        assert entropy is not None  # need_entropy
         token = of_tokens(policy_loss_ref, loss, logprobs.detach(), vectors._replace(w=w))
         linear = (token.coef.to(logprobs.dtype) * logprobs).sum() - loss.entropy * (w * entropy).sum()
-        grads = torch.autograd.grad(linear, (hidden, weight))
+        hidden_grad, weight_grad = torch.autograd.grad(linear, (hidden, weight))
     stats = token.stats.clone()
-    shown = [torch.where(ignored, torch.zeros_like(x), x).detach() for x in (logprobs, entropy)]
-    stats[0] -= (loss.entropy * (w * shown[1]).sum()).to(stats)
-    return LinearLoss(stats[0], *shown, *grads, stats)
+    logprobs, entropy = (torch.where(ignored, torch.zeros_like(x), x).detach() for x in (logprobs, entropy))
+    stats[0] -= (loss.entropy * (w * entropy).sum()).to(stats)
+    return LinearLoss(stats[0], logprobs, entropy, hidden_grad, weight_grad, stats)
 
 
 def of_tokens(function, loss: TokenLoss, logprobs: Tensor, vectors: TokenVectors, **how) -> PolicyLoss:

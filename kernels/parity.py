@@ -15,10 +15,9 @@ def head_fault(weight: Tensor) -> str:
     """weight [V, H] of the head -> what is wrong with the Triton path, empty if nothing."""
     weight = weight.detach()[:NUM_WORDS]
     generator = torch.Generator(device=weight.device).manual_seed(0)
-    random = dict(generator=generator, device=weight.device)
-    hidden = torch.randn(NUM_ROWS, weight.shape[1], **random).to(weight.dtype)
-    target = torch.randint(0, len(weight), (NUM_ROWS,), **random)
-    upstream = torch.randn(2, NUM_ROWS, **random)
+    hidden = torch.randn(NUM_ROWS, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+    target = torch.randint(0, len(weight), (NUM_ROWS,), generator=generator, device=weight.device)
+    upstream = torch.randn(2, NUM_ROWS, generator=generator, device=weight.device)
 
     def run(triton: bool) -> dict[str, Tensor]:
         leaf = hidden.clone().requires_grad_()
@@ -27,7 +26,9 @@ def head_fault(weight: Tensor) -> str:
             logprobs, entropy, _ = linear_logprob(
                 leaf, weight, target, inv_temperature=0.8, need_entropy=True, weight_grad=gradient, triton=triton
             )
+            assert entropy is not None  # need_entropy
             (logprobs * upstream[0] + 0.1 * entropy * upstream[1]).sum().backward()
+        assert leaf.grad is not None
         return {
             "logprobs": logprobs.detach(),
             "entropy": entropy.detach(),

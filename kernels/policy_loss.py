@@ -155,17 +155,19 @@ def policy_loss(
     if loss.ratio_level != "token":
         raise ValueError("policy_loss: the ratio of a sequence is not known here; use ratio_level='token'")
     if not (logprobs.is_cuda if triton is None else triton) or len(logprobs) == 0:
-        return policy_loss_ref(loss, **vectors)
+        return policy_loss_ref(loss, logprobs, old_logprobs, advantage, w, ref_logprobs)
     from fastrl.kernels.vectors import policy_loss_tokens
 
     coef = torch.empty_like(logprobs)
-    stats = policy_loss_tokens(loss, **vectors, coef=coef, kl_cap=KL_CAP).sum(dim=0)
+    partials = policy_loss_tokens(loss, logprobs, old_logprobs, advantage, w, ref_logprobs, coef=coef, kl_cap=KL_CAP)
+    stats = partials.sum(dim=0)
     return PolicyLoss(coef, stats[0], stats)
 
 
 def check_vectors(operation: str, vectors: dict[str, Tensor | None]) -> None:
     """Raise ValueError unless all that are given are contiguous float32 [N] of the first one's length and device."""
     (first, head), *_ = vectors.items()
+    assert head is not None, first
     for name, x in vectors.items():
         if x is None:
             continue

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels.jit import jit
+
 # compiled for sm_90, 32 to 50 registers and no spills: two programs or more per multiprocessor (tests/support/aot.py)
 BLOCK_V = 8192
 NUM_WARPS = 16
@@ -22,7 +24,7 @@ SLAB_ROWS, SLAB_WORDS = 16384, 1024  # a product of this size takes longer than 
 SLAB_ELEMENTS = SLAB_ROWS * SLAB_WORDS  # float32 logits alive while only log-probabilities are asked for: 64 MiB
 
 
-@triton.jit
+@jit
 def row_forward_kernel(
     z_ptr,
     target_ptr,
@@ -86,7 +88,7 @@ def row_forward_kernel(
         tl.store(state_ptr + 4 * n + 3, picked)
 
 
-@triton.jit
+@jit
 def row_gradient_kernel(
     z_ptr,
     dz_ptr,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels.jit import jit
 from fastrl.kernels.policy_loss import STATS, TokenLoss
 
 BLOCK_N = 1024
@@ -16,7 +17,7 @@ NUM_STATS = len(STATS)
 NO_DUAL_CLIP = 1e30  # finite: 0 * inf is NaN
 
 
-@triton.jit
+@jit
 def policy_loss_kernel(
     logprobs_ptr,
     old_ptr,
@@ -145,7 +146,7 @@ def policy_loss_tokens(
     return partials
 
 
-@triton.jit
+@jit
 def apo_loss_kernel(
     logprobs_ptr,
     ref_ptr,
@@ -171,7 +172,7 @@ def apo_loss_kernel(
         lanes += logp - tl.load(ref_ptr + first + s, mask=inside, other=0.0)
         tokens += inside.to(tl.int32)
     u = tl.sum(lanes, 0)
-    residual = tl.where(tl.sum(tokens, 0) > 0, beta2 * u - tl.load(target_ptr + b), 0.0)
+    residual = tl.where(tl.sum(tokens, 0) != 0, beta2 * u - tl.load(target_ptr + b), 0.0)
     tl.store(u_ptr + b, u)
     tl.store(residual_ptr + b, residual)
     tl.store(loss_ptr + b, residual * residual)

@@ -20,11 +20,17 @@ class APOFilter(Uniform):
     needs_profile = True
 
     def arrange(self) -> None:
-        if not any(p.profile_right.any() for p in self.problems):
+        if not any(map(solved, self.problems)):
             raise ValueError(
                 f"allocation apo_filter: none of {len(self.problems)} problems was solved in the profile; take easier "
                 "ones, more --num-profile-completions, or --allocation uniform"
             )
 
     def schedule(self, epoch: int) -> list[tuple[Problem, int]]:
-        return [(problem, size) for problem, size in super().schedule(epoch) if problem.profile_right.any()]
+        return [(problem, size) for problem, size in super().schedule(epoch) if solved(problem)]
+
+
+def solved(problem: Problem) -> bool:
+    """Whether any completion of its profile was right."""
+    assert problem.profile_right is not None, f"{problem.id} has no profile"
+    return bool(problem.profile_right.any())

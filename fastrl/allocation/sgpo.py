@@ -70,6 +70,7 @@ class SGPO(Allocation):
         return self.num_rollouts_per_step or problems_per_step * self.max_group_size
 
     def pass_rate(self, problem: Problem) -> float:
+        assert problem.profile_right is not None, f"{problem.id} has no profile"
         right, n = problem.profile_right.sum().item(), len(problem.profile_right)
         return (right + 1) / (n + 2) if self.estimator == "beta" else right / n
 

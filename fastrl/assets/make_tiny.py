@@ -25,7 +25,7 @@ def make_tokenizer():
     from transformers import Qwen2Tokenizer
 
     tokens = [END, *"0123456789+-*=", BLANK]
-    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token=None)
+    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token=None)  # pyright: ignore[reportArgumentType] None is its default for no such token
 
 
 def make_model(num_tokens: int, end_id: int):
@@ -50,7 +50,7 @@ def make_model(num_tokens: int, end_id: int):
 def warm_start(model, tokenizer, *, steps: int = STEPS) -> None:
     """Supervised training on fresh demonstrations; the loss is the mean over completion tokens."""
     task, rng, end = Arithmetic(), random.Random(0), tokenizer.eos_token_id  # noqa: S311
-    held_out = {p.prompt for p in task.load("test")}
+    held_out = {p.prompt for p in task.load("test") if isinstance(p.prompt, str)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.05)
     for step in range(steps):
@@ -75,7 +75,7 @@ def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "tiny")
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer), tokenizer.eos_token_id)
+    model = make_model(len(tokenizer), tokenizer.get_vocab()[END])
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
     warm_start(model, tokenizer)
     model.save_pretrained(out)

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from fastrl.models.liger import patch
 from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_pickles
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 EMBEDDED = "embedded"  # the model that ships with the package
 # those of transformers itself: a name with a slash would be code from the hub
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -21,8 +24,8 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "
 
 @dataclass(slots=True)
 class LoadedModel:
-    model: nn.Module
-    tokenizer: object
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     eos_ids: tuple[int, ...]  # every id that ends a completion
     path: str
 

@@ -52,6 +52,7 @@ class APO(Objective):
         return rewards - optimal_value(problem.profile_rewards, self.beta1, self.value_mode)
 
     def loss_sum(self, logprobs: Tensor, entropy: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.ref_logprobs is not None  # needs
         mask = batch.response_mask
         regression = apo_loss(logprobs, batch.ref_logprobs, mask, batch.credit, self.beta2)
         # the trainer divides by completions; entropy is a mean over tokens, metrics are means over tokens

@@ -116,6 +116,7 @@ class GRPO(TokenObjective):
         """[B], what is taken off the reward before the advantage, or None."""
         penalty = None
         if self.kl > 0 and self.kl_in == "reward":
+            assert batch.old_logprobs is not None and batch.ref_logprobs is not None  # needs
             x = masked(batch.old_logprobs - batch.ref_logprobs, batch.response_mask)
             penalty = self.kl * kl_estimate(x, self.kl_type).sum(dim=1)
         if self.overlong == "penalty":
@@ -158,6 +159,7 @@ class GRPO(TokenObjective):
 
     def sampler_weight(self, batch: TrainBatch) -> Tensor:
         """[B, S] or [B, 1], how much likelier the trainer's old policy found what the engine sampled; 0 if refused."""
+        assert batch.old_logprobs is not None  # needs
         difference = masked(batch.old_logprobs - batch.rollout_logprobs, batch.response_mask)
         if self.is_correction == "seq-mask":
             difference = difference.sum(dim=1, keepdim=True)

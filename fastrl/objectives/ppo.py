@@ -49,11 +49,13 @@ class PPO(TokenObjective):
         return frozenset(name for name, yes in wanted.items() if yes)
 
     def prepare(self, batch: TrainBatch) -> TrainBatch:
+        assert batch.values is not None  # needs
         mask = batch.response_mask
         # values of padding and prompt never enter, not even as the next value of the last token
         values = masked(batch.values, mask)
         rewards = torch.where(mask & ~following(mask), batch.credit[:, None].to(values.dtype), 0.0)
         if self.kl > 0:
+            assert batch.old_logprobs is not None and batch.ref_logprobs is not None  # needs
             rewards -= self.kl * kl_estimate(masked(batch.old_logprobs - batch.ref_logprobs, mask), "k1")
         delta = rewards + self.gamma * following(values) - values
         advantages = masked(discounted_sums(delta, self.gamma * self.lam), mask)
@@ -73,10 +75,12 @@ class PPO(TokenObjective):
         )
 
     def weights(self, batch: TrainBatch) -> TokenWeights:
+        assert batch.advantages is not None  # prepare
         return TokenWeights(masked(batch.advantages, batch.response_mask))
 
     def value_loss_sum(self, values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """values [B, S] of the critic now -> its loss summed over the batch, and metrics over response tokens."""
+        assert batch.values is not None and batch.returns is not None  # prepare
         mask = batch.response_mask
         values, old, returns = (masked(x, mask) for x in (values, batch.values, batch.returns))
         loss = (values - returns).square() / 2

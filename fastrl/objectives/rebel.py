@@ -47,6 +47,7 @@ class REBEL(Objective):
     def prepare(self, batch: TrainBatch) -> TrainBatch:
         if not self.kl:
             return batch
+        assert batch.old_logprobs is not None and batch.ref_logprobs is not None  # needs
         penalty = self.kl * masked(batch.old_logprobs - batch.ref_logprobs, batch.response_mask).sum(dim=1)
         return replace(batch, credit=batch.credit - penalty)
 
@@ -68,6 +69,7 @@ class REBEL(Objective):
             loss = weight * centered(u - self.eta * batch.credit, batch).square()
         else:
             # the value of the square, and its gradient in this row's own u: residuals of a group sum to zero
+            assert batch.residual is not None  # couple
             loss = weight * (batch.residual.square() + 2 * batch.residual * (u - u.detach()))
         metrics = {"entropy": entropy.detach(), "policy_kl": -log_ratio.detach()}
         return loss.sum(), {name: masked(value, batch.response_mask).sum() for name, value in metrics.items()}

@@ -19,7 +19,7 @@ def make_batch(
     *,
     pad_id: int,
     max_new_tokens: int,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
 ) -> TrainBatch:
     """Groups -> one batch of their completions, right-padded; credit(rewards [G], problem) -> [G] runs per group.
 
@@ -62,8 +62,8 @@ def make_batch(
 
 
 def numbers(logprobs: list[float | None]) -> list[float]:
-    """None is NaN; a list without any is returned itself."""
-    return [math.nan if x is None else x for x in logprobs] if None in logprobs else logprobs
+    """None is NaN."""
+    return [math.nan if x is None else x for x in logprobs]
 
 
 def select(batch: TrainBatch, rows: Tensor) -> TrainBatch:

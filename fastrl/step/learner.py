@@ -130,6 +130,7 @@ class Learner:
             return loss, logprobs, {"loss": loss.detach() * part.counts["token"], **metrics}
         with torch.set_grad_enabled(learns):
             logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
+            assert entropy is not None  # need_entropy
             loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
         return loss / count, logprobs, {"loss": loss.detach() * (part.counts["token"] / count), **metrics}
 
@@ -144,19 +145,21 @@ class Learner:
 
     def fit_critic(self, batch: TrainBatch) -> dict[str, float]:
         """Teach the critic the batch's returns, minibatch by minibatch; return its metrics."""
+        critic = self.critic
+        assert critic is not None
 
         def accumulate(part: TrainBatch) -> dict[str, float]:
             tokens = denominator(part, "token")
 
             def backward() -> dict[str, torch.Tensor]:
-                pieces = (piece for _, piece in self.fitting.cut(part, packed=self.critic.packs))
-                return self.critic.backward(pieces, self.objective.value_loss_sum, tokens)
+                pieces = (piece for _, piece in self.fitting.cut(part, packed=critic.packs))
+                return critic.backward(pieces, self.objective.value_loss_sum, tokens)
 
             return averages(self.fitting.run(backward), tokens)
 
-        self.critic.wake()
-        metrics = self.critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])
-        self.critic.rest()
+        critic.wake()
+        metrics = critic.fit([partial(accumulate, part) for part in minibatches(batch, self.num_minibatches)])
+        critic.rest()
         return metrics | {"critic/explained_variance": explained_variance(batch)}
 
     def set_lr(self, step: int, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastrl.base import faults, ranks
 from fastrl.base.spans import Spans
@@ -10,6 +11,9 @@ from fastrl.engine.base import Engine, Request, Sampling, sampling_seed
 from fastrl.engine.checked import sample_checked
 from fastrl.rewards import RewardSet
 from fastrl.step.metrics import evaluation_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
@@ -28,7 +32,7 @@ class Rollout:
 
     engine: Engine
     rewards: RewardSet
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerBase"
     sampling: Sampling
     seed: int
     grade_truncated: bool = False  # grade completions cut off by max_new_tokens instead of giving them 0

@@ -49,6 +49,7 @@ class Profiler(Protocol):
 
     def renew(self, step: int, leave: Callable[[], None]) -> dict[str, float]:
         """Metrics of a profile of the policy after `step` steps, none if no new one is due; leave() may raise."""
+        ...
 
     def state_dict(self) -> dict: ...
 

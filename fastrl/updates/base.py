@@ -30,35 +30,43 @@ class Shard(Protocol):
 
     def snapshot(self) -> Tensor:
         """A copy of the point."""
+        ...
 
     def restore(self, anchor: Tensor) -> None:
         """Go back to a snapshot."""
 
     def interpolate(self, anchor: Tensor, alpha: float) -> dict[str, float]:
         """Go to anchor + alpha (theta - anchor): exactly the anchor at 0, and nowhere at 1."""
+        ...
 
     def extrapolate(
         self, anchor: Tensor, law: Extrapolation, *, grads: Pair | None = None, u0: Tensor | None = None
     ) -> dict[str, float]:
         """Go on from two steps as `law` says, by the gradients of both, or by the first step u0 = theta_1 - anchor."""
+        ...
 
     def extrapolate_by_tensor(self, anchor: Tensor, law: Extrapolation, grads: Pair) -> dict[str, float]:
         """The same with one ratio for each tensor of the model."""
+        ...
 
     def gradient(self, loss: float) -> Gradient:
         """The accumulated gradient, summed over ranks. Once after each accumulate(), with the loss that it returned."""
+        ...
 
     def apply(self, gradient: Gradient) -> dict[str, float]:
         """One optimizer step -> grad_norm (before clipping, which changes `gradient`) and skipped (0 or 1).
 
         A step that the guard refuses changes nothing.
         """
+        ...
 
     def optimizer_step(self, loss: float) -> dict[str, float]:
         """apply(gradient(loss))."""
+        ...
 
     def optimizer_snapshot(self) -> dict[str, Tensor]:
         """A copy of the optimizer's state."""
+        ...
 
     def optimizer_restore(self, state: dict[str, Tensor]) -> None: ...
 
@@ -66,6 +74,7 @@ class Shard(Protocol):
 
     def inner_products(self, pairs: Sequence[Pair]) -> list[float]:
         """Pairs of vectors like the shard -> their inner products over all ranks."""
+        ...
 
 
 class UpdateRule(ABC):

@@ -63,6 +63,7 @@ class Health:
             self.entropy_base = mean + self.BASE_WEIGHT * (value - mean)
             self.entropy_steps += 1
             return ""
+        assert self.entropy_base is not None  # BASE_STEPS > 0
         low = value < self.ENTROPY_FRACTION * self.entropy_base
         if not self.streak("entropy", low, self.ENTROPY_STEPS):
             return ""

@@ -10,11 +10,14 @@ are computed again under `selective` too.
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CheckpointMode = Literal["none", "selective", "full"]
 LEAST = 1024  # elements; what is smaller is not worth the way to the host
@@ -26,7 +29,7 @@ def attention_kept(context, operator, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def checkpoint_layers(model: nn.Module, mode: CheckpointMode) -> None:
+def checkpoint_layers(model: "PreTrainedModel", mode: CheckpointMode) -> None:
     """Let each layer of a transformers model keep what `mode` says."""
     if mode == "none":
         return

@@ -11,7 +11,7 @@ The choice is made once per device and process, when it is first asked for. One 
 import importlib.util
 import warnings
 from functools import cache
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -22,6 +22,23 @@ from fastrl.weights.moves_ref import FlatStats
 Backend = Literal["cuda", "nvrtc", "triton", "torch"]
 NUM_STATS = len(FlatStats.NAMES)  # FASTRL_FLAT_STATS
 PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+class Move(TypedDict):
+    """What every implementation is given beside theta, anchor and alpha."""
+
+    x0: Tensor | None
+    x1: Tensor | None
+    lookahead: int
+    lr: float
+    weight_decay: float
+    ratio_min: float
+    ratio_max: float
+    scale_max: float
+    threshold: Tensor | None
+    segment: Tensor | None
+    low: Tensor | None
+    out_bf16: Tensor | None
 
 
 @cache
@@ -58,7 +75,7 @@ def try_out(backend: Backend, device: torch.device) -> None:
 
 
 def run(
-    backend: Backend,
+    backend: str,
     theta: Tensor,
     anchor: Tensor,
     alpha: float,
@@ -81,7 +98,7 @@ def run(
     x0 None: interpolation. x0, x1: gradients of two steps; x0 alone: the first displacement. segment: int32.
     Raises RuntimeError with the error of CUDA.
     """
-    given = dict(
+    given = Move(
         x0=x0,
         x1=x1,
         lookahead=lookahead,
@@ -111,7 +128,10 @@ def run(
     return partials.sum(dim=0)
 
 
-def kernel_arguments(theta: Tensor, **others: Tensor | float | None) -> library.Arguments:
+def kernel_arguments(
+    theta: Tensor, anchor: Tensor, alpha: float, partials: Tensor, **given: Unpack[Move]
+) -> library.Arguments:
     """Vectors become addresses: they must outlive the launch."""
-    values = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in others.items()}
-    return library.Arguments(theta=theta.data_ptr(), n=len(theta), **values)
+    vectors = {"theta": theta, "anchor": anchor, "partials": partials}
+    values = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in (vectors | given).items()}
+    return library.Arguments(n=len(theta), alpha=alpha, **values)

@@ -121,10 +121,12 @@ class FlatParams:
 
     def zero_grads(self) -> None:
         """Gradients of zero, in memory that is taken anew after `drop_grads`; views of them hold."""
+        assert self.grads is not None
         if not self.grads.untyped_storage().nbytes():
             self.grads.untyped_storage().resize_(self.grads.numel() * self.grads.element_size())
         self.grads.zero_()
 
     def drop_grads(self) -> None:
         """Give the memory of the gradients back; until `zero_grads` they must not be touched."""
+        assert self.grads is not None
         self.grads.untyped_storage().resize_(0)

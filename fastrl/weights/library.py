@@ -35,7 +35,7 @@ class Arguments(ctypes.Structure):
     ]
 
 
-TYPES = dict(Arguments._fields_)
+TYPES = {name: kind for name, kind, *_ in Arguments._fields_}
 LAUNCH = [ctypes.c_int, POINTER]  # grid, stream
 # the arguments of each entry point, in order; those of extrapolation are all of the kernel's
 ENTRIES = {

@@ -121,7 +121,7 @@ def extrapolate_(
     check(theta_2, low, out_bf16, anchor=anchor, **inputs)
     if (threshold is None) != (segment is None):
         raise ValueError("extrapolate_ takes threshold and segment together: a limit per tensor, a tensor per block")
-    if threshold is not None:
+    if threshold is not None and segment is not None:
         check_limits(anchor, threshold, segment)
     scale_max = lookahead / 2 + 1 if scale_max is None else scale_max
     sums = torch.ops.fastrl.extrapolate_(
@@ -227,7 +227,7 @@ for name, function in {"fastrl::interpolate_": interpolate_impl_, "fastrl::extra
         return theta.new_empty(len(FlatStats.NAMES), dtype=torch.float64)
 
 
-def check(theta: Tensor, low: Tensor | None, out_bf16: Tensor | None, **others: Tensor) -> None:
+def check(theta: Tensor, low: Tensor | None, out_bf16: Tensor | None, **others: Tensor | None) -> None:
     """Raise ValueError unless all are vectors as long as theta and on its device, of the types that go together."""
     if theta.ndim != 1 or not theta.is_contiguous():
         raise ValueError(f"a shard is a contiguous vector, got shape {tuple(theta.shape)}")

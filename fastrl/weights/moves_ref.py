@@ -69,7 +69,9 @@ def extrapolate_ref_(
             theta_1 = start + x0[part]
             first = direction(start, x0[part], lr, weight_decay)
             second = direction(theta_1, end - theta_1, lr, weight_decay)
-        least = 1e-8 if threshold is None else spread(threshold, segment, part)[: len(first)]
+        least = 1e-8
+        if threshold is not None and segment is not None:
+            least = spread(threshold, segment, part)[: len(first)]
         ratio = second / first
         finite = first.isfinite() & second.isfinite()
         active = (first.abs() > least) & finite & (ratio.clamp(ratio_min, ratio_max) + 1).abs().gt(1e-8)

@@ -45,10 +45,10 @@ def make_optimizer(config: OptimConfig, shard: Tensor) -> torch.optim.Optimizer:
 
     Raises ValueError when bitsandbytes is missing, or would not keep 8 bits, which must not depend on the ranks.
     """
-    settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    lr, betas, eps, decay = config.lr, config.betas, config.eps, config.weight_decay
     if config.name == "adamw":
         # the step count lives on the device with fused, and with it one kernel updates the whole shard
-        return torch.optim.AdamW([shard], fused=True, **settings)
+        return torch.optim.AdamW([shard], lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True)
     try:
         import bitsandbytes
     except ImportError:
@@ -62,7 +62,7 @@ def make_optimizer(config: OptimConfig, shard: Tensor) -> torch.optim.Optimizer:
             f"of fewer than {EIGHT_BIT_LEAST} in float32; use --optim.name adamw, or fewer ranks"
         )
     cls = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return cls[config.name]([shard], **settings)
+    return cls[config.name]([shard], lr=lr, betas=betas, eps=eps, weight_decay=decay)
 
 
 class ShardOptimizer:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,13 @@ class Gradient:
     shard: Tensor  # [P / ranks], a view of the gradient buffer; `apply` clips it in place
     norm: float  # before clipping, the same on all ranks
     loss: float  # the same on all ranks
+
+
+class WrittenAlong(TypedDict):
+    """What a move writes in the same pass, as arguments of weights/moves.py."""
+
+    low: Tensor | None
+    out_bf16: Tensor | None
 
 
 class ShardedModel:
@@ -130,8 +137,14 @@ class ShardedModel:
         lr, decay = self.lr, self.optim.weight_decay
         threshold = segment = None
         if law.active_threshold:
-            rms = self.tensor_rms(lambda s: grads[0][s] if u0 is None else direction(anchor[s], u0[s], lr, decay))
-            threshold = law.active_threshold * rms
+
+            def first(part: slice) -> Tensor:
+                if u0 is not None:
+                    return direction(anchor[part], u0[part], lr, decay)
+                assert grads is not None
+                return grads[0][part]
+
+            threshold = law.active_threshold * self.tensor_rms(first)
             segment = segments(self.tensor_slices(), self.master)
         sums = extrapolate_(
             self.master,
@@ -156,11 +169,10 @@ class ShardedModel:
         (g0, g1), slices = grads, self.tensor_slices()
         products = [torch.stack([(g0[s] * g1[s]).sum(), g0[s].square().sum()]).double() for s in slices]
         ratio, scale = law.by_tensor(*ranks.all_sum_(torch.stack(products)).unbind(dim=1))
-        along = self.written_along()
         total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=self.device)
         for part, own, r in zip(slices, scale.tolist(), ratio.tolist(), strict=True):
-            halves = {name: half[part] for name, half in along.items()}
-            moved = interpolate_(self.master[part], anchor[part], law.alpha * own, **halves).sums
+            along = self.written_along(part)
+            moved = interpolate_(self.master[part], anchor[part], law.alpha * own, **along).sums
             n = part.stop - part.start
             extra = {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}
             total += moved + moved.new_tensor([extra.get(name, 0.0) for name in FlatStats.NAMES])
@@ -176,21 +188,24 @@ class ShardedModel:
         stats = FlatStats(ranks.all_sum_(sums)).named()
         stats["refused"] = float(law is not None and law.multiplier(stats) < law.min_multiplier)
         if stats["refused"]:
+            assert anchor is not None
             interpolate_(self.master, anchor, 0.0, **self.written_along())
         self.publish(written=self.weights_bf16 is not None)
         return stats
 
-    def written_along(self) -> dict[str, Tensor]:
-        """What a move of `master` writes in the same pass, as arguments of weights/moves.py."""
-        along = {"low": self.low, "out_bf16": self.weights_bf16}
-        return {name: tensor for name, tensor in along.items() if tensor is not None}
+    def written_along(self, part: slice | None = None) -> WrittenAlong:
+        """With a move of `master`, or of that part of it."""
+        low, out = (x if x is None or part is None else x[part] for x in (self.low, self.weights_bf16))
+        return WrittenAlong(low=low, out_bf16=out)
 
     @torch.no_grad()
     def gradient(self, loss: float) -> Gradient:
         """Reduce the gradient buffer over ranks. Once per accumulated gradient; loss: what it is of."""
-        faults.through("grad", self.flat.grads)
-        own = squared_norm(self.flat.grads) if ranks.size() > 1 else None  # afterwards no one knows whose it was
-        shard = ranks.reduce_shard(self.flat.grads)
+        grads = self.flat.grads
+        assert grads is not None
+        faults.through("grad", grads)
+        own = squared_norm(grads) if ranks.size() > 1 else None  # afterwards no one knows whose it was
+        shard = ranks.reduce_shard(grads)
         square = ranks.all_sum_(squared_norm(shard))
         norm = square.sqrt().item()
         if not math.isfinite(norm):
