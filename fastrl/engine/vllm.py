@@ -91,7 +91,7 @@ class VllmEngine:
                 keep_process_group()
             else:  # vLLM to 0.27 opens a store of its own, which under torchrun it would wait for torchrun to open
                 os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-            from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue] it takes this file for an absent vllm
+            from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue] where vllm is absent, taken for this file
 
             with tempfile.TemporaryDirectory() as folder:
                 model.config.save_pretrained(folder)  # all that vLLM reads of a model
@@ -135,7 +135,7 @@ class VllmEngine:
             self.pages.release()
 
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue] the same
+        from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue] as above
 
         if sampling.temperature > 2:
             raise ValueError(

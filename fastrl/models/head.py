@@ -34,8 +34,7 @@ def label_hidden(model: HasBody, input_ids: Tensor, response_mask: Tensor, packe
     source = input_ids[:, :-1] if packed is None else packed.input_ids
     if not source.numel():  # prompts of one token without a completion; attention takes no empty sequence
         body = model.base_model
-        # transformers says of a body only that it is a module
-        return body.get_input_embeddings()(source.reshape(-1))  # pyright: ignore[reportCallIssue]
+        return body.get_input_embeddings()(source.reshape(-1))  # pyright: ignore[reportCallIssue] said to be any module
     if packed is None:
         return model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state[wanted]
     return embedding(packed.place[wanted], packing.forward(model, packed))

@@ -171,7 +171,7 @@ def load_model(
     eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}
     if not eos:
         raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
-    model.to(device)  # pyright: ignore[reportArgumentType] a wrapped method that it does not take for a bound one
+    model.to(device)  # pyright: ignore[reportArgumentType] transformers' wrapper hides that it is a method
     return LoadedModel(model.train(), tokenizer, tuple(sorted(eos)), path)
 
 
