@@ -25,7 +25,11 @@ def make_tokenizer():
     from transformers import Qwen2Tokenizer
 
     tokens = [END, *"0123456789+-*=", BLANK]
-    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token=None)  # pyright: ignore[reportArgumentType] None is its default for no such token
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[],
+        unk_token=None,  # pyright: ignore[reportArgumentType] its str may be None, for no such token
+    )
 
 
 def make_model(num_tokens: int, end_id: int):

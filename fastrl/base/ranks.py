@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ def start(device: str, timeout_s: float = 0.0) -> None:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
-        wait = {"timeout": timedelta(seconds=timeout_s)} if timeout_s else {}
+        wait: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)} if timeout_s else {}
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         with reaching_others():
             store, own, count = next(dist.rendezvous("env://", **wait))

@@ -8,7 +8,10 @@ A field with init=False is state and no setting. Where settings are many, sectio
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
 
@@ -28,6 +31,7 @@ def setting(
     )
 
 
+@dataclasses.dataclass(kw_only=True)
 class Section:
     """A dataclass of settings that is a part of another, whose flags are typed without its name."""
 
@@ -35,7 +39,12 @@ class Section:
         check_bounds(self)
 
 
-def settings_of(config: object, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, object]]:
+def has_settings(value: object) -> "TypeGuard[DataclassInstance]":
+    """Whether the value of a field is a dataclass of further settings."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def settings_of(config: "DataclassInstance", prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, object]]:
     """(path, field, value) of every setting: optim.lr for one of a nested dataclass, steps for one of a section."""
     for field in dataclasses.fields(config):
         if not field.init:
@@ -43,13 +52,13 @@ def settings_of(config: object, prefix: str = "") -> Iterator[tuple[str, datacla
         value = getattr(config, field.name)
         if isinstance(value, Section):
             yield from settings_of(value, prefix)
-        elif dataclasses.is_dataclass(value):
+        elif has_settings(value):
             yield from settings_of(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, field, value
 
 
-def free_settings(config: object) -> set[str]:
+def free_settings(config: "DataclassInstance") -> set[str]:
     """Paths of the settings that may change between a run and its continuation."""
     return {path for path, field, _ in settings_of(config) if field.metadata.get("free")}
 
@@ -59,14 +68,14 @@ def flag_of(path: str) -> str:
     return f"--{path}".replace("_", "-")
 
 
-def check_bounds(config: object, section: str = "", /) -> None:
+def check_bounds(config: "DataclassInstance", section: str = "", /) -> None:
     """Raise a ValueError that names the flag when a number of a dataclass lies outside its bounds.
 
     section: what its flags begin with, as in "optim.". NaN lies outside every interval. None is not looked at; of a
     tuple every element is.
     """
     for field in dataclasses.fields(config):
-        bounds, value = field.metadata.get("bounds"), getattr(config, field.name, None)
+        bounds, value = field.metadata.get("bounds", ""), getattr(config, field.name, None)
         for number in (value if isinstance(value, tuple) else (value,)) if bounds else ():
             missed = outside(number, bounds, whole=bool(field.metadata["hint"]))
             if missed:
@@ -76,7 +85,9 @@ def check_bounds(config: object, section: str = "", /) -> None:
 
 def outside(number: float | None, bounds: str, whole: bool = False) -> str:
     """What a number had to be, such as "at least 1"; empty where it is. whole: both ends, as for NaN."""
-    opening, low, high, closing = INTERVAL.fullmatch(bounds).groups()
+    found = INTERVAL.fullmatch(bounds)
+    assert found is not None, bounds
+    opening, low, high, closing = found.groups()
     least = f"{'at least' if opening == '[' else 'above'} {low}"
     most = f"{'at most' if closing == ']' else 'below'} {high}"
     if number is None:

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from fastrl.base.setting import flag_of, settings_of
 
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 PROSE = ("instruction", "args")  # fields of free text
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_TEXT, MAX_PART = 1000, 255  # characters of a setting, and bytes between its slashes: what file systems take
@@ -28,7 +31,7 @@ def check_type(where: str, value: object, hint: object) -> None:
     for each in values:
         if type(each) is not kind and not (kind is float and type(each) is int):
             raise ValueError(f"{where} must be {'a list of these: ' * is_tuple}{said}, got {each!r:.100}")
-        if kind is str and each.startswith("--"):  # it would be read as a flag
+        if isinstance(each, str) and each.startswith("--"):  # it would be read as a flag
             raise ValueError(f"{where} must not begin with --, got {each!r:.100}")
 
 
@@ -48,7 +51,7 @@ def secret_in(text: str) -> str | None:
     return next((name for name, value in secrets.items() if value in text), None)
 
 
-def check_texts(config: object) -> None:
+def check_texts(config: "DataclassInstance") -> None:
     """Raise ValueError on a setting that no file, data set or model can be called by: the text may reach the system."""
     for path, field, value in settings_of(config):
         for text in value if isinstance(value, tuple) else (value,):

@@ -15,7 +15,9 @@ REQUIREMENT = re.compile(r"([A-Za-z0-9-]+)\s*(?:\[.*\])?([^;]*)")
 
 def release(text: str) -> tuple[int, ...]:
     """'2.13.0+cpu' -> (2, 13, 0); '5.0rc1' -> (5, 0): the numbers before anything else, zeros at the end left out."""
-    numbers = [int(n) for n in re.match(r"\d+(?:\.\d+)*", text)[0].split(".")]
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    assert found is not None, text
+    numbers = [int(n) for n in found[0].split(".")]
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
@@ -25,7 +27,9 @@ def lowest(requirements: Iterable[str]) -> dict[str, str]:
     """Lines as in a package's metadata -> the lower bound of each checked name: 'vllm<0.33,>=0.26' -> '0.26'."""
     found = {}
     for line in requirements:
-        name, bounds = REQUIREMENT.match(line).groups()
+        parts = REQUIREMENT.match(line)
+        assert parts is not None, line
+        name, bounds = parts.groups()
         bound = re.search(r"(?:>=|==)\s*([0-9][0-9.]*)", bounds)
         if name in CHECKED and bound:
             found[name] = bound[1]

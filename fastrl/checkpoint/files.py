@@ -22,8 +22,9 @@ def step_of(path: Path) -> int | None:
 
 def newest(folder: Path) -> list[Path]:
     """Committed checkpoints under `folder`, newest first; a link is none."""
-    found = [p for p in folder.glob("step-*") if step_of(p) is not None and p.is_dir() and not p.is_symlink()]
-    return sorted(found, key=lambda p: -step_of(p))
+    steps = {path: step_of(path) for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()}
+    found = [(-step, path) for path, step in steps.items() if step is not None]
+    return [path for _, path in sorted(found, key=lambda pair: pair[0])]
 
 
 def checksum(path: Path) -> int:

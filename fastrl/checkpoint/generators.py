@@ -42,9 +42,18 @@ def torch_generators() -> dict[str, Tensor]:
 def python_generators() -> dict:
     import numpy
 
-    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    state = numpy.random.get_state(legacy=False)
     version, internal, gauss_next = random.getstate()
-    return {"python": [version, list(internal), gauss_next], "numpy": [name, keys.tolist(), position, has_gauss, gauss]}
+    return {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [
+            state["bit_generator"],
+            state["state"]["key"].tolist(),
+            state["state"]["pos"],
+            state["has_gauss"],
+            state["gauss"],
+        ],
+    }
 
 
 def restore_generators(tensors: dict[str, Tensor], others: dict) -> None:

@@ -22,13 +22,15 @@ def reslice(files: list[Path], sizes: dict[str, int], rank: int, ranks: int, dev
     first, tensors = readers[0], {}
     for name in first.keys():  # noqa: SIM118, a reader is no dict
         prefix, rest = split_name(name)
-        if rule_of(rest).each == "same":
+        rule = rule_of(rest)
+        assert rule is not None, name  # check_tensors refuses others
+        if rule.each == "same":
             tensors[name] = first.get_tensor(name)
             if any(not torch.equal(other.get_tensor(name), tensors[name]) for other in readers):
                 raise CheckpointError(f"{files[0].parent}: {name} differs between ranks; use another checkpoint")
             continue
         slices = [reader.get_slice(name) for reader in readers]
-        if rule_of(rest).each == "block" or slices[0].get_dtype() == "U8":
+        if rule.each == "block" or slices[0].get_dtype() == "U8":
             raise CheckpointError(
                 f"{files[0].parent}: written by {len(files)} ranks, and this run has {ranks}: {name} is 8-bit state, "
                 f"whose scales belong to the shards of {len(files)} ranks; start {len(files)}"

@@ -1,12 +1,14 @@
 """Whether the JSON of a checkpoint has the form of what this program writes: names, types and bounds of every value."""
 
+from typing import TypeGuard
+
 from fastrl.base.types import CheckpointError
 
 MOST = 2**53  # beyond it JSON's numbers are not exact in every reader
 MAX_ITEMS = 10**6
 
 
-def whole(value: object, least: int = 0, most: int = MOST) -> bool:
+def whole(value: object, least: int = 0, most: int = MOST) -> TypeGuard[int]:
     """An integer in bounds, and no bool."""
     return type(value) is int and least <= value <= most
 

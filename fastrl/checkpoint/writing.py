@@ -173,7 +173,8 @@ def tidy(folder: Path, say: Callable[[str], None]) -> None:
 def set_aside(folder: Path, step: int) -> None:
     """Rename checkpoints of later steps to abandoned-step-N: a run that went on from `step` is no longer theirs."""
     for path in newest(folder):
-        if step_of(path) > step:
+        own = step_of(path)
+        if own is not None and own > step:
             target = path.with_name(f"abandoned-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
             os.rename(path, target)

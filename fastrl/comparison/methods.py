@@ -28,11 +28,14 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_type_hints
 
 from fastrl.base.names import did_you_mean
 from fastrl.base.setting import flag_of
 from fastrl.settings.run import AXES, TrainConfig, by_path, configure
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Cost = Literal["rollouts", "backward_passes", "seconds", "tokens"]
 COSTS: tuple[str, ...] = get_args(Cost)
@@ -49,7 +52,7 @@ PROTOCOL = (
     "grade_truncated",
 )
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from fastrl.base.names import did_you_mean
 from fastrl.base.setting import check_bounds, setting
@@ -80,7 +81,7 @@ class Plan:
     def jobs(self) -> int:
         return self.config.jobs or (1 if self.on_gpu else os.cpu_count() or 1)
 
-    def preload(self) -> str:
+    def preload(self) -> Literal["fork", "spawn"]:
         """Import what runs import, so that they need not; returns how they are to be started."""
         if self.on_gpu or sys.platform != "linux":
             return "spawn"

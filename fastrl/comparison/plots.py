@@ -30,7 +30,8 @@ def draw(path: Path, runs: dict[str, list[list[Point]]], controls: set[str], tar
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, len(AXES), figsize=(15, 8), sharey="row", layout="constrained")
-    colors = pyplot.get_cmap("tab20").colors
+    palette = pyplot.get_cmap("tab20")
+    colors = [palette(i) for i in range(palette.N)]
     for row, value in zip(panels, ("accuracy", "reward"), strict=True):
         for axes, (cost, label) in zip(row, AXES.items(), strict=True):
             for i, (method, points) in enumerate(runs.items()):

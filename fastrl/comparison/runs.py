@@ -54,7 +54,8 @@ class Run:
         more = ["--resume", "auto"] if self.same_arguments() else []
         argv = ["fastrl.train", *self.args, "--out", str(self.folder), *more]
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        process = multiprocessing.get_context(method).Process(target=train, args=(argv, self.console))
+        context = multiprocessing.get_context("fork") if method == "fork" else multiprocessing.get_context("spawn")
+        process = context.Process(target=train, args=(argv, self.console))
         process.start()
         return process
 
@@ -101,9 +102,11 @@ def execute(
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     running[run.start(start_method)] = run, time.monotonic()
-                for process in [p for p in running if p.exitcode is not None]:
+                for process, code in [(p, p.exitcode) for p in running]:
+                    if code is None:
+                        continue
                     run, started = running.pop(process)
-                    check(run, process.exitcode)
+                    check(run, code)
                     if not keep_checkpoints:
                         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
                     report(run, time.monotonic() - started)

@@ -51,9 +51,16 @@ class Loaded:
 class Dataset(Protocol):
     """What a member of DATASETS offers."""
 
-    name: str
-    default_reward: str
-    default_instruction: str  # appended to the prompt unless the user gives another; may be empty
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def default_reward(self) -> str: ...
+
+    @property
+    def default_instruction(self) -> str:
+        """Appended to the prompt unless the user gives another; may be empty."""
+        ...
 
     def load(self, split: str, data_dir: str) -> Loaded: ...
 
@@ -61,7 +68,8 @@ class Dataset(Protocol):
 class Source(Protocol):
     """A generator of problems, such as Arithmetic."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def load(self, split: str) -> list[Problem]: ...
 
@@ -95,12 +103,12 @@ def problems_from_rows(
         try:
             if isinstance(row, DataError):
                 raise row
-            check_row(row)
-            id = row_id(row, f"{file}:{line}")
+            columns = check_row(row)
+            id = row_id(columns, f"{file}:{line}")
             if id in exclude:
                 excluded[id] = exclude[id]
                 continue
-            problem, mapping = convert_row(row, id)
+            problem, mapping = convert_row(columns, id)
             if id in lines:
                 raise DataError(f"id {id!r} is already used by {lines[id]}")
         except DataError as error:
@@ -123,8 +131,8 @@ def problems_from_rows(
     return Loaded(problems=problems, bad_rows=bad_rows, mapping=mapping, excluded=excluded)
 
 
-def check_row(row: object) -> None:
-    """Raises DataError unless `row` is an object of at most MAX_ROW_BYTES whose text can be stored and displayed."""
+def check_row(row: object) -> dict:
+    """The row. Raises DataError unless it is an object of at most MAX_ROW_BYTES that can be stored and displayed."""
     if not isinstance(row, dict):
         raise DataError(f"the row is {describe(row)}; {EXPECTED}")
     num_bytes = 0
@@ -147,6 +155,7 @@ def check_row(row: object) -> None:
             num_bytes += len(value) if isinstance(value, bytes) else 1
         if num_bytes > MAX_ROW_BYTES:
             raise DataError(f"the row is larger than {MAX_ROW_BYTES} bytes")
+    return row
 
 
 def row_id(row: dict, fallback: str) -> str:
@@ -253,7 +262,7 @@ def last_boxed(text: object) -> str:
         raise DataError("solution has no \\boxed{}")
     rest = text[start:].partition("box")[2].removeprefix("ed").lstrip()
     if not rest.startswith("{"):
-        return re.match(r"[^\s$]*", rest)[0]  # TeX takes the next token, as in \boxed 5
+        return re.split(r"[\s$]", rest, maxsplit=1)[0]  # TeX takes the next token, as in \boxed 5
     depth = 0
     for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)

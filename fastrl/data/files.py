@@ -154,7 +154,9 @@ def suffix_of(path: Path) -> str | None:
 
 
 def stem(path: Path) -> str:
-    return path.name[: -len(suffix_of(path))]
+    suffix = suffix_of(path)
+    assert suffix is not None, path
+    return path.name[: -len(suffix)]
 
 
 def named(files: list[Path]) -> str:

@@ -151,6 +151,7 @@ class Encoder:
             raise DataError(
                 f"the chat template does not take messages of {listed}: {error}; change the row or use --template plain"
             ) from error
+        assert isinstance(text, str)  # tokenize=False
         pieces = re.split(f"({PAD}?(?:{'|'.join(markers)}){PAD}?)", text)
         skeleton: list[Part | Slot] = []
         for i, piece in enumerate(pieces):

@@ -38,9 +38,11 @@ class Engine(Protocol):
 
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         """For each request one completion per seed. The same seed, weights and batch give the same completion."""
+        ...
 
     def generate_phase(self) -> AbstractContextManager[None]:
         """Inside, `sample` may be called; outside, the engine holds no more memory than it must."""
+        ...
 
     def weights_changed(self) -> None:
         """The shared weights have new values: whatever was cached from the old ones must not be used again."""

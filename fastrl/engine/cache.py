@@ -22,14 +22,15 @@ class GrowingLayer(DynamicLayer):
         past = self.get_seq_length()
         end = past + key_states.shape[-2]
         if self.room is None or self.room[0].shape[-2] < end:
-            held = (self.keys, self.values) if past else None
+            held = (self.keys, self.values)
             size = (*key_states.shape[:-2], max(LEAST_ROOM, int(end * GROWTH)), key_states.shape[-1])
             self.room = (
                 torch.empty(size, dtype=self.dtype, device=self.device),
                 torch.empty((*size[:-1], value_states.shape[-1]), dtype=self.dtype, device=self.device),
             )
-            for buffer, kept in zip(self.room, held or (), strict=False):
-                buffer[..., :past, :] = kept
+            for buffer, kept in zip(self.room, held, strict=True):
+                if kept is not None and past:
+                    buffer[..., :past, :] = kept
         for buffer, new in zip(self.room, (key_states, value_states), strict=True):
             buffer[..., past:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.room)
@@ -38,7 +39,9 @@ class GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         # with their room, or the next token would copy the selected rows a second time
         past = self.get_seq_length()
-        self.room = tuple(buffer.index_select(0, indices) for buffer in self.room)
+        assert self.room is not None
+        keys, values = self.room
+        self.room = keys.index_select(0, indices), values.index_select(0, indices)
         self.keys, self.values = (buffer[..., :past, :] for buffer in self.room)
 
 

@@ -6,13 +6,18 @@ draws from its own counter-based stream, so a completion does not depend on who 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrl.base.types import Completion
 from fastrl.engine.base import Request, Sampling
 from fastrl.kernels.linear_logprob import chunk_logits
+from fastrl.models.head import head_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COMPACT_WHEN = 0.25  # fraction of ended rows at which the cache is copied without them
 
@@ -21,7 +26,13 @@ class HFEngine:
     """Samples with `model`; its weights are the trainer's, so a weight change needs no transfer and leaves no cache."""
 
     def __init__(
-        self, model: nn.Module, *, eos_ids: tuple[int, ...], pad_id: int, num_tokens: int, max_num_seqs: int = 512
+        self,
+        model: "PreTrainedModel",
+        *,
+        eos_ids: tuple[int, ...],
+        pad_id: int,
+        num_tokens: int,
+        max_num_seqs: int = 512,
     ):
         self.model, self.num_tokens, self.pad_id, self.max_num_seqs = model, num_tokens, pad_id, max_num_seqs
         self.device = next(model.parameters()).device
@@ -89,7 +100,7 @@ class HFEngine:
         lengths = torch.full((len(rows),), sampling.max_new_tokens, device=self.device)
         stopped = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         at = torch.arange(len(rows), device=self.device)  # which row of the batch each running row is
-        head = self.model.get_output_embeddings().weight[: self.num_tokens]
+        head = head_weight(self.model)[: self.num_tokens]
         for t in range(sampling.max_new_tokens):
             self.progress()
             token, logprob = draw(chunk_logits(hidden, head), sampling, seeds[at], t)

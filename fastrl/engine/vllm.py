@@ -11,11 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy
 import torch
-from torch import nn
 
 from fastrl.base import ranks
 from fastrl.base.setting import check_bounds, setting
@@ -24,6 +23,9 @@ from fastrl.engine.base import Request, Sampling
 from fastrl.engine.kv_cache import KvPages
 from fastrl.engine.vllm_weights import outside, prepare_cpu, register
 from fastrl.weights.buffer import FlatParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CPU_BLOCK = 32  # tokens of a cached block, the fewest there; prompts of a group share theirs
 SUPPORTED = ((0, 26), (0, 32))  # first and last minor version
@@ -54,7 +56,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: "PreTrainedModel",
         flat: FlatParams,
         settings: VllmConfig,
         *,
@@ -99,7 +101,7 @@ class VllmEngine:
                 keep_process_group()
             else:  # vLLM to 0.27 opens a store of its own, which under torchrun it would wait for torchrun to open
                 os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-            from vllm import LLM
+            from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue] where vllm is absent, taken for this file
 
             with tempfile.TemporaryDirectory() as folder:
                 model.config.save_pretrained(folder)  # all that vLLM reads of a model
@@ -151,7 +153,7 @@ class VllmEngine:
             self.pages.release()
 
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue] as above
 
         if sampling.temperature > 2:
             raise ValueError(

@@ -6,6 +6,7 @@ graph capture, which therefore see the final addresses. What writes the buffer a
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def view_as(old: nn.Parameter, name: str, flat: FlatParams) -> nn.Parameter:
         )
     shared = nn.Parameter(view, requires_grad=False)
     shared.__class__ = old.__class__  # vLLM's subclass knows how such a weight is loaded
-    shared.__dict__.update(old.__dict__)
+    vars(shared).update(vars(old))
     return shared
 
 
@@ -128,7 +129,7 @@ def prepare_cpu() -> None:
     current_platform.simple_compile_backend = "eager"  # before the layers are imported
     from vllm.model_executor.layers import utils
 
-    def plain(layer: nn.Module, remove_weight: bool) -> None:
+    def plain(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = plain

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from fastrl.updates.single import Single
 from fastrl.weights.guard import Guard
 from fastrl.weights.optim import OptimConfig
 from fastrl.weights.shard import MasterKind, Offload, ShardedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ValueLoss = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -41,7 +45,7 @@ class ValueModel(nn.Module):
     instead start with values of the size of the hidden states, which differs from model to model.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: "PreTrainedModel"):
         super().__init__()
         self.base_model = model.base_model
         like = next(model.parameters())
@@ -59,6 +63,8 @@ class ValueModel(nn.Module):
 
 class Critic(ShardedModel):
     """A model of its own: weights, gradients, optimizer state and guard are apart from the policy's."""
+
+    model: ValueModel
 
     def __init__(
         self, loaded: LoadedModel, config: CriticConfig, grad_dtype: torch.dtype = torch.float32, *,
@@ -104,6 +110,7 @@ def explained_variance(batch: TrainBatch) -> float:
 
     1: the critic knows every return; 0: it knows no more than their mean; below 0: it is worse than a constant.
     """
+    assert batch.returns is not None and batch.values is not None  # Objective.prepare
     returns = batch.returns[batch.response_mask].double()
     errors = returns - batch.values[batch.response_mask].double()
     moments = torch.stack([x.sum() for x in (torch.ones_like(returns), returns, returns**2, errors, errors**2)])

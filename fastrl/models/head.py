@@ -1,5 +1,7 @@
 """From hidden states to log-probabilities and losses: the one place where logits are shifted against labels."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
@@ -8,11 +10,21 @@ from fastrl.base import faults
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.kernels.linear_policy_loss import LinearLoss, TokenVectors, linear_policy_loss
 from fastrl.models import packing
-from fastrl.models.packing import Packing
+from fastrl.models.packing import HasBody, Packing
 from fastrl.objectives.base import FusedLoss
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def label_hidden(model: nn.Module, input_ids: Tensor, response_mask: Tensor, packed: Packing | None) -> Tensor:
+
+def head_weight(model: "PreTrainedModel") -> Tensor:
+    """[V, H] of the LM head, which is a plain one: `load_model` refuses others."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head.weight
+
+
+def label_hidden(model: HasBody, input_ids: Tensor, response_mask: Tensor, packed: Packing | None) -> Tensor:
     """-> last hidden states [N, H], those from which the N tokens of the mask are predicted, in the mask's order.
 
     input_ids, response_mask [B, S], right-padded. Padding follows every real token, so causal attention needs no mask
@@ -21,7 +33,8 @@ def label_hidden(model: nn.Module, input_ids: Tensor, response_mask: Tensor, pac
     wanted = response_mask[:, 1:]
     source = input_ids[:, :-1] if packed is None else packed.input_ids
     if not source.numel():  # prompts of one token without a completion; attention takes no empty sequence
-        return model.base_model.get_input_embeddings()(source.reshape(-1))
+        body = model.base_model
+        return body.get_input_embeddings()(source.reshape(-1))  # pyright: ignore[reportCallIssue] said to be any module
     if packed is None:
         return model.base_model(input_ids[:, :-1], use_cache=False).last_hidden_state[wanted]
     return embedding(packed.place[wanted], packing.forward(model, packed))
@@ -33,7 +46,7 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_policy_loss(
-    model: nn.Module, input_ids: Tensor, response_mask: Tensor, fused: FusedLoss, count: float, *,
+    model: "PreTrainedModel", input_ids: Tensor, response_mask: Tensor, fused: FusedLoss, count: float, *,
     inv_temperature: float = 1.0, num_tokens: int, packed: Packing | None = None,
 ) -> tuple[LinearLoss, Tensor]:  # fmt: skip
     """As `token_logprobs`, and the loss with it, divided by count: `linear_policy_loss`'s result, and logprobs [B, S].
@@ -42,9 +55,11 @@ def token_policy_loss(
     called.
     """
     hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
-    weight = model.get_output_embeddings().weight
-    given = (fused.advantage, fused.w / count, fused.old_logprobs, fused.ref_logprobs)
-    vectors = TokenVectors(*(None if x is None else x[response_mask].float() for x in given))
+    weight = head_weight(model)
+    assert weight.grad is not None
+    old, ref = (None if x is None else x[response_mask].float() for x in (fused.old_logprobs, fused.ref_logprobs))
+    advantage, w = (x[response_mask].float() for x in (fused.advantage, fused.w / count))
+    vectors = TokenVectors(advantage, w, old, ref)
     out = linear_policy_loss(
         fused.loss, hidden, weight.detach()[:num_tokens], input_ids[response_mask], vectors,
         inv_temperature=inv_temperature, weight_grad=weight.grad[:num_tokens], triton=True,
@@ -53,7 +68,7 @@ def token_policy_loss(
 
 
 def token_logprobs(
-    model: nn.Module, input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
+    model: "PreTrainedModel", input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
     num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False, packed: Packing | None = None,
     triton: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -65,15 +80,18 @@ def token_logprobs(
     packed: the packing of input_ids, if the model can use it. triton: take the kernels for the head.
     """
     hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
-    weight = model.get_output_embeddings().weight
-    in_place = head_grad_in_place and torch.is_grad_enabled()
+    weight = head_weight(model)
+    in_place, weight_grad = head_grad_in_place and torch.is_grad_enabled(), None
+    if in_place:
+        assert weight.grad is not None
+        weight_grad = weight.grad[:num_tokens]
     values, entropy, _ = linear_logprob(
         hidden,
         (weight.detach() if in_place else weight)[:num_tokens],
         input_ids[:, 1:][response_mask[:, 1:]],
         inv_temperature=inv_temperature,
         need_entropy=need_entropy,
-        weight_grad=weight.grad[:num_tokens] if in_place else None,
+        weight_grad=weight_grad,
         triton=triton,
     )
     return spread(values, response_mask), None if entropy is None else spread(entropy, response_mask)

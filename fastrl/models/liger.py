@@ -4,8 +4,10 @@ Its losses are not used: the head has kernels of its own.
 """
 
 import importlib.util
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PATCHES = {name: f"apply_liger_kernel_to_{name}" for name in ("llama", "qwen2", "qwen3")}  # by model_type
 
@@ -22,7 +24,7 @@ def check(model_type: str, device: str) -> None:
         raise ValueError(f"--liger is for a GPU, but the device is {device}; leave it out")
 
 
-def patch(model: nn.Module) -> None:
+def patch(model: "PreTrainedModel") -> None:
     """Put the kernels into a transformers model. Rotary positions are replaced in the whole process."""
     from liger_kernel import transformers
 

@@ -37,7 +37,8 @@ class LoadedModel:
     @property
     def pad_id(self) -> int:
         """What fills rows up; it is never read, so any id will do."""
-        return self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        own = self.tokenizer.pad_token_id
+        return own if isinstance(own, int) else self.eos_ids[0]
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -155,7 +156,8 @@ def load_model(
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(named(name, error)) from error
-    if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"--model {name}: {type(model).__name__} has no plain LM head")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -169,7 +171,8 @@ def load_model(
     eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}
     if not eos:
         raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
-    return LoadedModel(model.to(device).train(), tokenizer, tuple(sorted(eos)), path)
+    model.to(device)  # pyright: ignore[reportArgumentType] transformers' wrapper hides that it is a method
+    return LoadedModel(model.train(), tokenizer, tuple(sorted(eos)), path)
 
 
 def named(name: str, error: Exception, before: str = "") -> str:

@@ -12,12 +12,16 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding  # a gather whose backward adds up in a fixed order, in parallel
 
 from fastrl.base.types import TrainBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION = "fastrl_sdpa"  # the name transformers knows `attention` by
 CAUSAL = {"full_attention", "sliding_attention"}
@@ -60,7 +64,14 @@ def pack(batch: TrainBatch) -> Packing:
     )
 
 
-def supports(model: nn.Module) -> bool:
+class HasBody(Protocol):
+    """A transformers model with a head of any kind."""
+
+    @property
+    def base_model(self) -> nn.Module: ...
+
+
+def supports(model: "PreTrainedModel") -> bool:
     """Whether attention is the only layer of the model that looks at more than one token, and can be replaced."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     return model.config._attn_implementation == ATTENTION and kinds <= CAUSAL
@@ -139,7 +150,7 @@ def register() -> str:
     return ATTENTION
 
 
-def forward(model: nn.Module, packing: Packing) -> Tensor:
+def forward(model: HasBody, packing: Packing) -> Tensor:
     """-> last hidden states [N, H] of the flat tokens."""
     # four dimensions: a mask that is ready, so transformers builds none; `attention` does not read it
     ready = packing.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool)

@@ -1,5 +1,7 @@
 """The trained policy: log-probabilities of batches, and what update rules move."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,13 @@ from fastrl.weights.guard import Guard
 from fastrl.weights.optim import OptimConfig
 from fastrl.weights.shard import MasterKind, Offload, ShardedModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Policy(ShardedModel):
+    model: "PreTrainedModel"
+
     def __init__(
         self, loaded: LoadedModel, optim: OptimConfig, guard: Guard, *,
         temperature: float = 1.0, grad_dtype: torch.dtype = torch.float32, triton: bool = False,
@@ -30,7 +37,8 @@ class Policy(ShardedModel):
     @property
     def fuses(self) -> bool:
         """Whether `fused_loss` can be called: on Triton, with a float32 gradient buffer to add the head's to."""
-        return self.triton and self.flat.grads.dtype == torch.float32
+        grads = self.flat.grads
+        return self.triton and grads is not None and grads.dtype == torch.float32
 
     def fused_loss(self, batch: TrainBatch, fused: FusedLoss, count: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A microbatch, what the objective says of it, its denominator -> loss, logprobs [B, S], sums for metrics.
@@ -44,6 +52,7 @@ class Policy(ShardedModel):
             )  # fmt: skip
         sums = out.named()
         # a token that is not finite has no part in the fused loss; autograd would pass it on, and the guard see it
+        assert self.flat.grads is not None
         self.flat.grads[:1] += torch.where(sums["nonfinite"] > 0, torch.nan, 0.0)
         metrics = fused.loss.metrics(sums, has_reference=fused.ref_logprobs is not None)
         return out.loss, logprobs, {"entropy": out.entropy.sum(), **metrics}

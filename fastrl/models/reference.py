@@ -38,7 +38,7 @@ class Reference:
             self.weights.untyped_storage().resize_(0)
 
     def wake(self) -> None:
-        if self.weights is not None and not self.weights.untyped_storage().nbytes():
+        if self.weights is not None and self.kept is not None and not self.weights.untyped_storage().nbytes():
             self.weights.untyped_storage().resize_(self.kept.untyped_storage().nbytes())
             self.weights.copy_(self.kept)
 
@@ -49,7 +49,7 @@ class Reference:
         for name, parameter in sorted(self.model.named_parameters()):
             hashed.update(name.encode())
             copy = parameter.detach().to("cpu", copy=True)  # numpy would take the storage's right to be resized
-            hashed.update(copy.contiguous().view(-1).view(torch.uint8).numpy())
+            hashed.update(copy.contiguous().view(-1).view(torch.uint8).numpy().data)
         self.rest()
         return hashed.hexdigest()
 

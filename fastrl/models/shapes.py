@@ -3,6 +3,7 @@
 import math
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastrl.memory.parts import ModelShape
 from fastrl.models.loading import first_line, model_config, parameter_shapes
@@ -25,7 +26,7 @@ def sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied:
     )
 
 
-KNOWN = {
+KNOWN: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": QWEN2 | sizes(896, 4864, 24, 14, 2, True, vocab_size=151936),
     "qwen3-0.6b": QWEN3 | sizes(1024, 3072, 28, 16, 8, True),
     "llama-3.2-1b": LLAMA3 | sizes(2048, 8192, 16, 32, 8, True, head_dim=64),

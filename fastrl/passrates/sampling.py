@@ -45,6 +45,7 @@ def sample_profile(
     """
     stored = read_profile(path)
     if not ranks.all_max(float(stored is None or not stored.complete)):
+        assert stored is not None
         key.refuse_other(stored.key, path)
         return stored  # which may lie where nobody can write
     with appending(path) as append:

@@ -110,7 +110,7 @@ class RewardSet:
         return scores
 
     def watch_hacks(
-        self, rewards: list[float], prompts: list, completions: list[str], answers: list[str]
+        self, rewards: list[float | None], prompts: list, completions: list[str], answers: list[str]
     ) -> dict[str, float]:
         """Fractions of the rewarded answers: copied from the prompt; not evaluated. Empty if nothing was rewarded."""
         verifier = self.verifiers[0]
@@ -118,6 +118,7 @@ class RewardSet:
         for reward, prompt, completion, gold in zip(rewards, prompts, completions, answers, strict=True):
             if reward:
                 found = verifier.extract(completion)
+                assert found is not None  # an answer that earned something
                 rewarded += 1
                 copied += stands_in(found, prompt_text(prompt))
                 unevaluated += verifier.unevaluated(found, gold)

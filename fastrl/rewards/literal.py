@@ -7,6 +7,7 @@ r"""Numbers as people write them in LaTeX, read exactly and in bounded time: no 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from fastrl.rewards.exact import DECIMAL, decimal, number
 
@@ -103,7 +104,7 @@ def is_unit(words: list[str], marked: bool) -> bool:
     return SCALES.isdisjoint(words) if marked else UNITS.issuperset(words)
 
 
-def value_of(part: dict[str, str | None]) -> Fraction | None:
+def value_of(part: dict[str, str | Any]) -> Fraction | None:
     if part["plain"]:
         return number(part["plain"])
     if part["top"]:

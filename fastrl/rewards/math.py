@@ -7,6 +7,7 @@ because text written by a model can make sympy run for hours.
 import re
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
@@ -121,7 +122,7 @@ class Math(Verifier):
     def close(self) -> None:
         self.workers.close()
 
-    def grade_pairs(self, pairs: list[tuple[str, str | None]], equal_text: bool = True) -> list[Grade]:
+    def grade_pairs(self, pairs: Sequence[tuple[str, str | None]], equal_text: bool = True) -> list[Grade]:
         statuses = [self.decide(gold, found, equal_text) for gold, found in pairs]
         # each different pair once: a group often agrees on its answer
         hard = list(dict.fromkeys(pair for pair, status in zip(pairs, statuses, strict=True) if status is None))
@@ -174,8 +175,9 @@ def same_list(gold: str, found: str) -> str | None:
     repeated = not brackets and len(set(golds)) < len(golds)
     if len(golds) < 2 or brackets != answer_brackets:
         return "wrong" if repeated else None
-    gold_numbers, numbers = [literal(text) for text in golds], [literal(text, lenient=True) for text in answers]
-    if None in gold_numbers or None in numbers:
+    gold_numbers = [number for text in golds if (number := literal(text)) is not None]
+    numbers = [number for text in answers if (number := literal(text, lenient=True)) is not None]
+    if len(gold_numbers) < len(golds) or len(numbers) < len(answers):
         return ("right" if Counter(golds) == Counter(answers) else "wrong") if repeated else None
     if not brackets:
         gold_numbers.sort(key=lambda number: number.value)

@@ -64,7 +64,12 @@ def parse_latex(text: str, units: bool):
     # goes on to a single fraction inside it, and `\frac{2}{3} E_2` becomes 2/3. No fallback: the normalized text of two
     # answers that cannot be read is equal too often.
     found = parse(
-        text, [config], "no_fallback", extraction_mode="first_match", parsing_timeout=None, raise_on_error=True
+        text,
+        [config],
+        "no_fallback",
+        extraction_mode="first_match",
+        parsing_timeout=None,  # pyright: ignore[reportArgumentType] its int may be None, for no limit
+        raise_on_error=True,
     )
     return found[0] if found else None
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fastrl.base.log import printable
 from fastrl.base.names import nearest
@@ -55,6 +56,8 @@ def load_function(path: str, function: str) -> Callable:
 def load_module(file: Path, where: str) -> ModuleType:
     name = f"fastrl_user_reward_{file.stem}_{abs(hash(file.resolve())):x}"
     spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{where}: {file} is no Python file; give the path of an existing .py file")
     module = importlib.util.module_from_spec(spec)
     # dataclasses and pickle look their module up by name
     sys.modules[name] = module
@@ -98,7 +101,7 @@ class UserReward:
         try:
             return self.call_batch(offered)
         except FunctionError as error:
-            cause = error.__cause__
+            cause = error.cause
         if len(offered["completions"]) == 1:
             raise self.every_call_failed(1, cause) from cause
         scores = self.call_each(offered)
@@ -116,11 +119,11 @@ class UserReward:
             try:
                 one = self.call_one(row) if self.per_completion else self.call_batch(row)
             except FunctionError as error:
-                self.show_once(error.__cause__, f"and this completion earns 0: {short(row['completions'][0])}")
+                self.show_once(error.cause, f"and this completion earns 0: {short(row['completions'][0])}")
                 scores.rewards.append(0.0)
                 scores.errors += 1
                 if scores.errors == count:
-                    raise self.every_call_failed(count, error.__cause__) from error.__cause__
+                    raise self.every_call_failed(count, error.cause) from error.cause
                 continue
             scores.rewards += one.rewards
             for name, value in one.metrics.items():
@@ -157,7 +160,7 @@ class UserReward:
                 return wait_for(result) if inspect.isawaitable(result) else result
             # exit() in a reward function must not end the training either
             except (Exception, SystemExit) as error:
-                raise FunctionError from error
+                raise FunctionError(error) from error
 
     def require_parameters(self, offered: dict[str, list]) -> None:
         if missing := self.required - offered.keys():
@@ -166,7 +169,7 @@ class UserReward:
                 f"nor offered; there are: {', '.join(sorted(offered))}"
             )
 
-    def checked_rewards(self, rewards: object, count: int) -> list[float | None]:
+    def checked_rewards(self, rewards: Any, count: int) -> list[float | None]:
         if hasattr(rewards, "tolist"):  # numpy and torch
             rewards = rewards.tolist()
         if not isinstance(rewards, list | tuple):
@@ -177,7 +180,7 @@ class UserReward:
             raise ValueError(f"reward {self.name}: got {len(rewards)} rewards; expected {count}, one per completion")
         return [self.checked(reward, f"reward number {i}") for i, reward in enumerate(rewards)]
 
-    def checked(self, value: object, what: str) -> float | None:
+    def checked(self, value: Any, what: str) -> float | None:
         if value is None:
             return None
         if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
@@ -187,7 +190,8 @@ class UserReward:
     def checked_metrics(self, metrics: object) -> dict[str, float]:
         if not isinstance(metrics, dict):
             raise ValueError(f"reward {self.name}: metrics are {short(metrics)}; expected a dict of floats")
-        return {f"{self.name}/{name}": self.checked(value, f"metric {name}") for name, value in metrics.items()}
+        found = {f"{self.name}/{name}": self.checked(value, f"metric {name}") for name, value in metrics.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def show_once(self, error: BaseException, what: str) -> None:
         if not self.error_shown:
@@ -203,7 +207,11 @@ class UserReward:
 
 
 class FunctionError(Exception):
-    """The user's function raised; its exception is the cause."""
+    """The user's function raised."""
+
+    def __init__(self, cause: BaseException):
+        super().__init__()
+        self.cause = cause
 
 
 @contextmanager

@@ -34,6 +34,8 @@ class Worker:
         self.process = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=inherited | ENVIRONMENT
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.requests, self.replies = self.process.stdin, self.process.stdout
         self.ready = False
         self.task: int | None = None
         self.deadline = time.monotonic() + START_S
@@ -47,11 +49,11 @@ class Worker:
         """Raises BrokenPipeError if the process has ended."""
         data = memoryview(json.dumps(message).encode() + b"\n")
         while data:
-            data = data[self.process.stdin.write(data) :]
+            data = data[self.requests.write(data) :]
 
     def receive(self) -> str | None:
         """The reply, or None if it is not complete yet. Raises EOFError if the process has ended."""
-        data = os.read(self.process.stdout.fileno(), 4096)
+        data = os.read(self.replies.fileno(), 4096)
         if not data:
             raise EOFError
         self.received += data
@@ -63,7 +65,7 @@ class Worker:
     def kill(self) -> int:
         """Ends the process if it still runs -> its exit code, minus the signal if one ended it."""
         self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.requests, self.replies):
             pipe.close()
         return self.process.wait()
 
@@ -103,7 +105,7 @@ class Workers:
                 raise
 
     def run_locked(self, tasks: Sequence[object]) -> list[str]:
-        replies: list[str | None] = [None] * len(tasks)
+        replies = [""] * len(tasks)
         losses = [0] * len(tasks)
         waiting = deque(range(len(tasks)))
         unanswered = len(tasks)
@@ -134,7 +136,7 @@ class Workers:
         events = []
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                selector.register(worker.replies, selectors.EVENT_READ, worker)
             first_deadline = min(worker.deadline for worker in self.workers if worker.is_busy)
             readable = {key.data for key, _ in selector.select(max(0.0, first_deadline - time.monotonic()))}
         for worker in list(self.workers):

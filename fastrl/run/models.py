@@ -8,6 +8,7 @@ import torch
 from fastrl.base.log import RunLog
 from fastrl.kernels.parity import head_fault
 from fastrl.models.critic import Critic
+from fastrl.models.head import head_weight
 from fastrl.models.loading import LoadedModel, load_model
 from fastrl.models.policy import Policy
 from fastrl.models.reference import Reference
@@ -75,7 +76,7 @@ def load_models(resolved: Resolved, log: RunLog) -> Models:
 
 def head_kernels(loaded: LoadedModel, device: str, log: RunLog) -> bool:
     """Whether the head runs on its Triton kernels: on a GPU, if they give what torch gives. Says which."""
-    head = loaded.model.get_output_embeddings().weight
+    head = head_weight(loaded.model)
     if not device.startswith("cuda") or head.dtype == torch.float64:
         return False
     if importlib.util.find_spec("triton") is None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,6 +17,9 @@ from fastrl.settings.flags import all_flags
 from fastrl.settings.memory import plan_of
 from fastrl.settings.parse import as_dict
 from fastrl.settings.run import AXES, TrainConfig, needs_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 TOKENS = {"cpu": 2048, "cuda": 16384}  # of a microbatch
 
@@ -71,7 +74,7 @@ def describe(resolved: Resolved) -> list[str]:
 
     config = resolved.config
 
-    def settings(member: object) -> str:
+    def settings(member: "DataclassInstance") -> str:
         return " ".join(f"{k}={v}" for k, v in as_dict(member).items())
 
     budget = config.allocation.budget(config.problems_per_step)

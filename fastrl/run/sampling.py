@@ -100,7 +100,8 @@ def profile_plan(config: TrainConfig, rewards: RewardSet) -> list[str]:
     if not needs_profile(config):
         return []
     task = load_task(config.data, config.split, config.task, load_tokenizer(config.model), rewards, config.limit)
-    return [wanted_profile(config, task.problems).said]
+    wanted = wanted_profile(config, task.problems)
+    return [wanted.said] if wanted else []
 
 
 def make_profiler(

@@ -6,22 +6,26 @@ other path, nested no deeper, ends in them: --lr is --optim.lr and not --critic.
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from fastrl.base.names import nearest
-from fastrl.base.setting import Section, flag_of, settings_of
+from fastrl.base.setting import Section, flag_of, has_settings, settings_of
 from fastrl.base.texts import check_type
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def paths_of(config: object) -> list[str]:
+
+def paths_of(config: "DataclassInstance") -> list[str]:
     return [path for path, *_ in settings_of(config)]
 
 
-def all_flags(config: object) -> list[str]:
+def all_flags(config: "DataclassInstance") -> list[str]:
     """Every flag of a configuration, as it is typed in full."""
     return [flag_of(path) for path in paths_of(config)]
 
 
-def find(typed: str, config: object) -> str:
+def find(typed: str, config: "DataclassInstance") -> str:
     """The path of the setting that is typed so, with hyphens or underscores; empty where there is none."""
     typed = typed.replace("-", "_")
     section, _, rest = typed.partition(".")
@@ -44,7 +48,7 @@ def shortest(path: str, paths: list[str]) -> str:
     return flag_of(next(typed for typed in short if fullest(typed, paths) == path))
 
 
-def expand(args: list[str], config: object) -> list[str]:
+def expand(args: list[str], config: "DataclassInstance") -> list[str]:
     """Flags in full, and the values of a list that is given several times behind one."""
     lists = {flag_of(path) for path, _, value in settings_of(config) if isinstance(value, tuple)}
     merged: dict[str, list[str]] = {}
@@ -61,7 +65,7 @@ def expand(args: list[str], config: object) -> list[str]:
     return kept + [word for flag, values in merged.items() for word in (flag, *values)]
 
 
-def in_full(typed: str, config: object) -> str:
+def in_full(typed: str, config: "DataclassInstance") -> str:
     """--lr -> --optim.lr, --no-cuda-graphs -> --vllm.no-cuda-graphs; what is no flag as it is."""
     section, dot, name = typed.removeprefix("--").replace("_", "-").rpartition(".")
     for no in ("", "no-"):
@@ -71,19 +75,19 @@ def in_full(typed: str, config: object) -> str:
     return typed
 
 
-def part_at(typed: str, config: object) -> object | None:
+def part_at(typed: str, config: "DataclassInstance") -> "DataclassInstance | None":
     """The nested dataclass that a TOML section names; what is nested in a section may be named without it."""
     name, _, rest = typed.replace("-", "_").partition(".")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name) if field.init else None
-        if field.name == name and dataclasses.is_dataclass(value):
+        if field.name == name and has_settings(value):
             return part_at(rest, value) if rest else value
     sections = (getattr(config, field.name) for field in dataclasses.fields(config) if field.init)
     found = (part_at(typed, section) for section in sections if isinstance(section, Section))
     return next((part for part in found if part is not None), None)
 
 
-def flags_of(recipe: dict, config: object, source: str) -> list[str]:
+def flags_of(recipe: dict, config: "DataclassInstance", source: str) -> list[str]:
     """A TOML table -> the flags that say the same, so that one parser checks all values. Raises ValueError."""
     fields = {path: field for path, field, _ in settings_of(config)}
     given: dict[str, list[str]] = {}
@@ -101,7 +105,7 @@ def flags_of(recipe: dict, config: object, source: str) -> list[str]:
     return [word for words in given.values() for word in words]
 
 
-def keys_of(table: dict, config: object, source: str, prefix: str = "") -> Iterator[tuple[str, object]]:
+def keys_of(table: dict, config: "DataclassInstance", source: str, prefix: str = "") -> Iterator[tuple[str, object]]:
     """("optim.lr", 1e-6) for every single value of a TOML table, each of which is a setting; else ValueError."""
     for key, value in table.items():
         typed = prefix + key
@@ -118,7 +122,7 @@ def keys_of(table: dict, config: object, source: str, prefix: str = "") -> Itera
             raise ValueError(f"{source}: there is no key {typed!r}{hint(typed, config, flag=False)}")
 
 
-def hint(typed: str, config: object, *, flag: bool = True) -> str:
+def hint(typed: str, config: "DataclassInstance", *, flag: bool = True) -> str:
     """What an unknown flag, or key of a recipe, may have been meant for: '; did you mean X?'."""
     typed = typed.removeprefix("--").replace("-", "_")
     section, _, name = typed.partition(".")

@@ -15,14 +15,17 @@ import warnings
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastrl.base.names import did_you_mean
-from fastrl.base.setting import Section
+from fastrl.base.setting import Section, has_settings
 from fastrl.base.texts import check_texts, refuse_secrets
 from fastrl.settings.flags import expand, flags_of, hint, in_full
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def parse(cls: type[T], argv: Sequence[str], axes: dict[str, dict[str, type]]) -> T:
@@ -130,27 +133,29 @@ def cli(default: T, args: list[str], source: str) -> T:
 def settings_only():
     """A tyro registry under which state, a field with init=False, is no option, and sections are no part of flags."""
     from tyro.conf import arg
-    from tyro.constructors import ConstructorRegistry
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
     registry, asked = ConstructorRegistry(), []
 
     @registry.struct_rule
-    def rule(info):
-        if asked or not dataclasses.is_dataclass(info.type):
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        kind = info.type
+        if asked or not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
             return None
         asked.append(info)  # so that tyro's own rule answers
         spec = registry.get_struct_spec(info)
         asked.clear()
-        settings = {f.name for f in dataclasses.fields(info.type) if f.init}
+        assert isinstance(spec, StructConstructorSpec)
+        settings = {f.name for f in dataclasses.fields(kind) if f.init}
         fields = [f for f in spec.fields if f.name in settings]
-        if issubclass(info.type, Section):
+        if issubclass(kind, Section):
             fields = [dataclasses.replace(f, type=Annotated[f.type, arg(prefix_name=False)]) for f in fields]
         return dataclasses.replace(spec, fields=tuple(fields))
 
     return registry
 
 
-def message(said: str, config: object) -> str:
+def message(said: str, config: "DataclassInstance") -> str:
     """tyro draws boxes with a title and a pointer to the help around its message -> the message alone."""
     words = re.sub(r"[\u2500-\u257f]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said))
     line = " ".join(words.split())
@@ -162,7 +167,7 @@ def message(said: str, config: object) -> str:
     return re.sub(r"^--\S+", lambda flag: in_full(flag[0], config), line)
 
 
-def as_dict(config: object) -> dict:
+def as_dict(config: "DataclassInstance") -> dict:
     """A configuration as JSON can hold it, with the class of what is nested, but for sections, under `type`."""
     out = {}
     for field in dataclasses.fields(config):
@@ -171,7 +176,7 @@ def as_dict(config: object) -> dict:
         value = getattr(config, field.name)
         if isinstance(value, Section):
             value = as_dict(value)
-        elif dataclasses.is_dataclass(value):
+        elif has_settings(value):
             value = {"type": type(value).__name__.lower(), **as_dict(value)}
         out[field.name] = list(value) if isinstance(value, tuple) else value
     return out

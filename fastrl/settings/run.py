@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -109,7 +110,10 @@ def check_out(out: str) -> None:
         raise ValueError(f"--out {out}: there is a file of this name; a run folder must be a folder or new")
 
 
-def configure(argv: Sequence[str], cls: type[TrainConfig] = TrainConfig) -> TrainConfig:
+C = TypeVar("C", bound=TrainConfig)
+
+
+def configure(argv: Sequence[str], cls: type[C] = TrainConfig) -> C:
     """The run of a command line; one without a recipe and a model changes the embedded run. cls: it, or with more."""
     given = {arg.partition("=")[0] for arg in argv}
     has_recipe = bool(argv) and argv[0].endswith(".toml")
@@ -131,7 +135,8 @@ def check_combination(config: TrainConfig) -> None:
     if config.optim.name != "adamw" and config.update.per_coordinate:
         raise ValueError(
             f"--optim.name {config.optim.name} moves coordinates in blocks of 8-bit moments, but --update.ratio "
-            f"{config.update.ratio} reads them one by one; use --update.ratio tensor, or --optim.name adamw"
+            f"{getattr(config.update, 'ratio', '')} reads them one by one; use --update.ratio tensor, or "
+            "--optim.name adamw"
         )
     if config.sampling.old_logprobs == "engine" and getattr(config.objective, "is_correction", "none") != "none":
         raise ValueError(
