@@ -104,7 +104,7 @@ def weights_digest(weights: torch.Tensor) -> str:
     """Of a flat buffer of weights, wherever it lies."""
     hashed = hashlib.blake2b(digest_size=8)
     for piece in weights.detach().view(torch.uint8).split(1 << 26):
-        hashed.update(piece.cpu().numpy())
+        hashed.update(piece.cpu().numpy().data)
     return hashed.hexdigest()
 
 
