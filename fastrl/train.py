@@ -111,7 +111,9 @@ def fresh_folder(folder: Path) -> None:
 
 
 def summary(log: RunLog) -> list[str]:
-    """First against last evaluation, as a table."""
+    """First against last evaluation, as a table; of rank 0, which alone knows when the file is whole."""
+    if log.quiet:
+        return []
     rows = [json.loads(line) for line in log.path.read_text().splitlines()]
     evals = [row for row in rows if any(key.startswith("eval/") for key in row)]
     if len(evals) < 2:

@@ -133,9 +133,11 @@ class RunLog:
 
     def curve(self) -> Path | None:
         """Draw reward and evaluation against rollouts into curve.png."""
+        if self.quiet:  # another rank is writing the file
+            return None
         rows = [json.loads(line) for line in self.path.read_text().splitlines()]
         steps = [row for row in rows if "reward" in row]
-        if self.quiet or not steps:
+        if not steps:
             return None
         import matplotlib
 

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from fastrl.base.log import RunLog
+from fastrl.train import summary
 from support.arguments import SHORT_RUN
 from support.programs import ranks
 
@@ -35,3 +37,10 @@ def test_two_ranks_print_no_warning(tmp_path):
     both = ranks(tmp_path, 2, *SHORT_RUN, "--steps", 1)
     assert [run.wait() for run in both] == [0, 0]
     assert "Warning" not in "".join(run.text for run in both)
+
+
+def test_only_the_rank_that_writes_the_log_reads_it(tmp_path):
+    """At the end of a run the others may find half a line in it."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
+    log = RunLog(tmp_path, total_steps=2, quiet=True)
+    assert summary(log) == [] and log.curve() is None
