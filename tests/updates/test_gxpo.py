@@ -7,7 +7,7 @@ import torch
 
 from fastrl.updates.gxpo import GXPO
 from fastrl.updates.sfpo import SFPO
-from fastrl.weights.shard import segments
+from fastrl.weights.shard import Gradient, segments
 from support.arguments import SMALL_STEPS
 from support.cases import mostly_later
 from support.toys import F64, Descent, quadratic
@@ -247,3 +247,13 @@ BAD = [
 def test_bad_settings(options, text):
     with pytest.raises(ValueError, match=text):
         GXPO(**options)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_cosine_gate_asks_for_a_direction_and_not_for_its_sign(sign):
+    """1 - |cosine|: 0 for gradients on one line, and 1 - 0.6 for 3, 4 against 5, 0."""
+    rule, shard = GXPO(gate="cosine"), Descent(torch.zeros(2), lambda theta: theta)
+    g0 = torch.tensor([5.0, 0.0])
+    for slow, wanted in (([2.0, 0.0], 0.0), ([3.0, 4.0], 0.4)):
+        gradient = Gradient(sign * torch.tensor(slow), norm=1.0, loss=0.0)
+        assert rule.signal(shard, {}, gradient, g0) == pytest.approx(wanted, abs=1e-6)
