@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastrl.weights.halves import split
-from fastrl.weights.moves import extrapolate_, interpolate_
+from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
 from fastrl.weights.moves_ref import CHUNK, series
 
 F64 = torch.float64
@@ -59,6 +59,15 @@ def test_scale_by_hand():
     assert stats["scale"] == pytest.approx(1 + 2.5 + 2.5 + 1.75 / 1.5)
     assert scale_of([1.0], scale_max=3.0)[0] == [3.0]
     assert scale_of([0.3, 0.9, -0.5], lookahead=2)[0] == pytest.approx([1.0] * 3, abs=1e-15)  # two steps are two steps
+
+
+def test_scale_of_whole_tensors_by_hand():
+    # <g0, g1> / <g0, g0>: 1 / 2, -1 / 2, 6 / 2 -> 1.5, -8 / 2 -> -1 (no scale), 0 / 0 -> 0. S_3 / S_2 of each
+    law = Extrapolation(lookahead=3, alpha=1.0)
+    inner, square = torch.tensor([[1.0, -1.0, 6.0, -8.0, 0.0], [2.0, 2.0, 2.0, 2.0, 0.0]], dtype=F64)
+    ratio, scale = law.by_tensor(inner, square)
+    assert ratio.tolist() == [0.5, -0.5, 1.5, -1.0, 0.0]
+    assert scale.tolist() == pytest.approx([1.75 / 1.5, 0.75 / 0.5, 4.75 / 2.5, 1.0, 1.0], abs=1e-15)
 
 
 def test_flat_coordinates_are_extrapolated_in_float32_too():
