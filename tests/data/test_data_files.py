@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastrl.base.types import DataError
-from fastrl.data import load_problems
+from fastrl.data import DATASETS, load_problems
 from fastrl.data.base import BOXED_INSTRUCTION
 from fastrl.data.files import PathDataset
 
@@ -194,7 +194,7 @@ def test_an_unknown_kind_of_file_lists_the_known(tmp_path):
 
 def test_unknown_names_get_the_nearest_data_set():
     assert "there is no data set and no file called 'gsm8'; did you mean 'gsm8k'?" in refusal("gsm8")
-    assert "Known data sets: arithmetic, gsm8k, math, math500" in refusal("zzz")
+    assert f"Known data sets: {', '.join(DATASETS)}; or pass" in refusal("zzz")
     assert "no file called ''" in refusal("")
     assert "Nothing is downloaded" in refusal("someone/data-set")
 

@@ -335,8 +335,8 @@ def test_several_mappings_are_reported_with_counts():
 def test_every_named_data_set_offers_the_same_fields():
     for name, dataset in DATASETS.items():
         assert dataset.name == name and find_dataset(name) is dataset
-        assert dataset.default_reward == ("last_character" if name == "arithmetic" else "math")
-        assert ("\\boxed{}" in dataset.default_instruction) == (name != "arithmetic")
+        assert ("\\boxed{}" in dataset.default_instruction) == (dataset.default_reward == "math")
+    assert DATASETS["arithmetic"].default_reward == "last_character" and DATASETS["gsm8k"].default_reward == "math"
 
 
 def test_the_embedded_task_loads_without_files():
