@@ -32,6 +32,16 @@ SHOWN = {
     "A kernel": ["tests/project/test_bench.py::test_without_a_gpu_there_are_only_figures_of_a_model[row_mean]"],
 }
 
+# tests that list the members of an axis, their settings or their names: a new member leaves them green
+LISTS = [
+    "tests/settings/test_sections.py",
+    "tests/settings/test_config_fuzz.py",
+    "tests/data/test_data_files.py",
+    "tests/data/test_data_rows.py",
+    "tests/rewards/test_user_functions.py",
+    "tests/programs/test_profile_program.py::test_a_run_finds_what_the_program_made",
+]
+
 
 def wanted_by(heading: str) -> list[str]:
     own = [path for path in edits(PAGE[heading]) if Path(path).name.startswith("test_")]
@@ -76,9 +86,17 @@ def test_a_recipe_works_to_the_letter(heading, outcomes):
 
 
 @pytest.mark.slow
+def test_the_lists_of_members_stay_green(tree):
+    done = python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *LISTS)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.slow
 def test_the_kernel_of_the_recipe_compiles_and_has_its_row(tree):
     (command,) = re.findall(r"^TRITON_INTERPRET=0 python (\S+) (.*?) +#", PAGE["A kernel"], re.MULTILINE)
     done = python(tree, command[0], *command[1].split(), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr[-2000:]
     table = (tree / "tests" / "golden" / "kernels_sm90.json").read_text()
     assert '"row_mean": {"registers": ' in table and '"policy_loss-clip": {"registers": ' in table
+    done = python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_kernels_aot.py")
+    assert done.returncode == 0, done.stdout[-5000:]

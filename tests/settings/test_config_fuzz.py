@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastrl.base.exits import exit_code
-from fastrl.base.setting import flag_of, settings_of
+from fastrl.base.setting import flag_of, outside, settings_of
 from fastrl.base.texts import check_type
 from fastrl.comparison.plan import CompareConfig
 from fastrl.doctor import DoctorConfig
@@ -23,8 +23,6 @@ from fastrl.profile import ProfileConfig
 from fastrl.settings.run import AXES, EMBEDDED_RECIPE, TrainConfig, configure
 
 # numbers without an upper or lower limit: no limit is a meaning of theirs
-SIGNED = {"ratio-min", "ratio-max", "gate-threshold"}
-ENDLESS = {"ratio-min", "ratio-max", "scale-max"}
 SENSIBLE = [
     ["--steps", "7"],
     ["--lr", "3e-5"],
@@ -51,7 +49,7 @@ NO_NUMBER = [
     "$HOME",
 ]
 NO_INTEGER = ["1.5", "1e-6", "inf", "9" * 5000, "True"]
-HUGE = ["1e300", "1" + "0" * 308, "-1e300"]
+EXTREME = ["-1", "1e300", "1" + "0" * 308, "-1e300", "inf", "-inf"]
 UNHEARD = st.text("abcdefghijklmnopqrstuvwxyz_-0123456789", min_size=1, max_size=30)
 
 
@@ -64,16 +62,21 @@ def kinds(hint: object) -> set:
 
 
 @functools.cache
-def flags_with(objective: str, update: str, allocation: str) -> dict[str, object]:
+def flags_with(objective: str, update: str, allocation: str) -> dict[str, dataclasses.Field]:
     members = {"objective": objective, "update": update, "allocation": allocation}
     default = TrainConfig(**{axis: AXES[axis][name]() for axis, name in members.items()})
-    return {flag_of(path): field.type for path, field, _ in settings_of(default)}
+    return {flag_of(path): field for path, field, _ in settings_of(default)}
 
 
-def bad_numbers(flag: str, kind: type) -> list[str]:
-    word = flag.rpartition(".")[2].removeprefix("--")
-    values = NO_NUMBER + (NO_INTEGER if kind is int else []) + ["-1"] * (word not in SIGNED)
-    return values if word in ENDLESS else values + HUGE + ["inf", "-inf"]
+def allowed(number: float, field: dataclasses.Field) -> bool:
+    """Whether the bounds of a setting say so; a number without bounds allows none of those tried here."""
+    bounds = field.metadata.get("bounds", "")
+    return bool(bounds) and not outside(number, bounds)
+
+
+def bad_numbers(field: dataclasses.Field, kind: type) -> list[str]:
+    extreme = [text for text in EXTREME if not allowed(float(text), field)]
+    return NO_NUMBER + (NO_INTEGER if kind is int else []) + extreme
 
 
 @st.composite
@@ -90,7 +93,7 @@ def bad_settings(draw) -> tuple[list[str], dict, str]:
     if what == "member":
         axis = draw(st.sampled_from(sorted(AXES)))
         return [*SENSIBLE[0], f"--{axis}", draw(UNHEARD) + "?"], {}, f"--{axis}"
-    kind_of = {flag: kinds(hint) for flag, hint in flags.items()}
+    kind_of = {flag: kinds(field.type) for flag, field in flags.items()}
     if what == "extra":
         flag = draw(
             st.sampled_from(
@@ -108,7 +111,7 @@ def bad_settings(draw) -> tuple[list[str], dict, str]:
     flag = draw(st.sampled_from([f for f, kind in kind_of.items() if kind & {int, float}]))
     kind = int if int in kind_of[flag] else float
     if what == "number":
-        value = draw(st.sampled_from(bad_numbers(flag, kind)))
+        value = draw(st.sampled_from(bad_numbers(flags[flag], kind)))
         times = 2 if flag.endswith("betas") else 1
         return [*args, flag, *[value] * times], {}, flag
     value = draw(st.sampled_from(["1e-6", "7", True, {"a": 1}, [[1]], "", math.nan, ["x", 2]]))
@@ -224,10 +227,10 @@ NUMBERS = [
     (cls, field.name, kind, value)
     for cls in CONFIGS
     for field in dataclasses.fields(cls)
-    if field.init and field.name.replace("_", "-") not in SIGNED | ENDLESS
+    if field.init
     for kind in [kinds(typing.get_type_hints(cls)[field.name]) & {int, float}]
     for value in (-1, 10**400, *([math.nan, math.inf] if float in kind else []))
-    if kind
+    if kind and not allowed(value, field)
 ]
 
 
