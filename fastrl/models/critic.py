@@ -67,9 +67,15 @@ class Critic(ShardedModel):
     model: ValueModel
 
     def __init__(
-        self, loaded: LoadedModel, config: CriticConfig, grad_dtype: torch.dtype = torch.float32, *,
-        offload: Offload = "none", master: MasterKind = "float32", spike_sigma: float = Guard.spike_sigma,
-    ):  # fmt: skip
+        self,
+        loaded: LoadedModel,
+        config: CriticConfig,
+        grad_dtype: torch.dtype = torch.float32,
+        *,
+        offload: Offload = "none",
+        master: MasterKind = "float32",
+        spike_sigma: float = Guard.spike_sigma,
+    ):
         guard = Guard(lr_setting="--critic.optim.lr", spike_sigma=spike_sigma)
         super().__init__(ValueModel(loaded.model), config.optim, guard, grad_dtype, master=master, offload=offload)
         self.packs, self.rule = loaded.packs, Single(epochs_per_batch=config.passes)

@@ -46,9 +46,16 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_policy_loss(
-    model: "PreTrainedModel", input_ids: Tensor, response_mask: Tensor, fused: FusedLoss, count: float, *,
-    inv_temperature: float = 1.0, num_tokens: int, packed: Packing | None = None,
-) -> tuple[LinearLoss, Tensor]:  # fmt: skip
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    response_mask: Tensor,
+    fused: FusedLoss,
+    count: float,
+    *,
+    inv_temperature: float = 1.0,
+    num_tokens: int,
+    packed: Packing | None = None,
+) -> tuple[LinearLoss, Tensor]:
     """As `token_logprobs`, and the loss with it, divided by count: `linear_policy_loss`'s result, and logprobs [B, S].
 
     The head's gradient is added to its float32 `.grad`; that of the hidden states goes on when the loss' backward() is
@@ -61,17 +68,30 @@ def token_policy_loss(
     advantage, w = (x[response_mask].float() for x in (fused.advantage, fused.w / count))
     vectors = TokenVectors(advantage, w, old, ref)
     out = linear_policy_loss(
-        fused.loss, hidden, weight.detach()[:num_tokens], input_ids[response_mask], vectors,
-        inv_temperature=inv_temperature, weight_grad=weight.grad[:num_tokens], triton=True,
-    )  # fmt: skip
+        fused.loss,
+        hidden,
+        weight.detach()[:num_tokens],
+        input_ids[response_mask],
+        vectors,
+        inv_temperature=inv_temperature,
+        weight_grad=weight.grad[:num_tokens],
+        triton=True,
+    )
     return out, spread(out.logprobs, response_mask)
 
 
 def token_logprobs(
-    model: "PreTrainedModel", input_ids: Tensor, response_mask: Tensor, *, inv_temperature: float = 1.0,
-    num_tokens: int, need_entropy: bool = False, head_grad_in_place: bool = False, packed: Packing | None = None,
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    response_mask: Tensor,
+    *,
+    inv_temperature: float = 1.0,
+    num_tokens: int,
+    need_entropy: bool = False,
+    head_grad_in_place: bool = False,
+    packed: Packing | None = None,
     triton: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """Right-padded input_ids, response_mask [B, S] -> logprobs [B, S], entropy [B, S] or None; nats, label-aligned.
 
     Zero outside the mask. Only masked positions enter the head. `num_tokens`: the tokenizer's size; ids beyond it (a

@@ -133,9 +133,14 @@ def load_tokenizer(name: str):
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa", checkpoint: CheckpointMode = "none",
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    attention: str = "sdpa",
+    checkpoint: CheckpointMode = "none",
     liger: bool = False,
-) -> LoadedModel:  # fmt: skip
+) -> LoadedModel:
     """Weights of a model in `dtype` on `device`, in train mode without dropout, with its tokenizer and stop ids.
 
     Raises ValueError when the model or its tokenizer cannot be loaded, or the model has no LM head.
@@ -151,9 +156,13 @@ def load_model(
     model_config(name)  # refuses what comes with code, before any weights are fetched
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False,
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
             device_map=None,
-        )  # fmt: skip
+        )
     except (OSError, ValueError) as error:
         raise ValueError(named(name, error)) from error
     head = model.get_output_embeddings()

@@ -22,10 +22,17 @@ class Policy(ShardedModel):
     model: "PreTrainedModel"
 
     def __init__(
-        self, loaded: LoadedModel, optim: OptimConfig, guard: Guard, *,
-        temperature: float = 1.0, grad_dtype: torch.dtype = torch.float32, triton: bool = False,
-        master: MasterKind = "float32", offload: Offload = "none",
-    ):  # fmt: skip
+        self,
+        loaded: LoadedModel,
+        optim: OptimConfig,
+        guard: Guard,
+        *,
+        temperature: float = 1.0,
+        grad_dtype: torch.dtype = torch.float32,
+        triton: bool = False,
+        master: MasterKind = "float32",
+        offload: Offload = "none",
+    ):
         super().__init__(loaded.model, optim, guard, grad_dtype, master=master, offload=offload)
         self.tokenizer, self.pad_id, self.packs = loaded.tokenizer, loaded.pad_id, loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton
@@ -47,9 +54,15 @@ class Policy(ShardedModel):
         """
         with self.saving():
             out, logprobs = token_policy_loss(
-                self.model, batch.input_ids, batch.response_mask, fused, count, inv_temperature=self.inv_temperature,
-                num_tokens=len(self.tokenizer), packed=pack(batch) if self.packs else None,
-            )  # fmt: skip
+                self.model,
+                batch.input_ids,
+                batch.response_mask,
+                fused,
+                count,
+                inv_temperature=self.inv_temperature,
+                num_tokens=len(self.tokenizer),
+                packed=pack(batch) if self.packs else None,
+            )
         sums = out.named()
         # a token that is not finite has no part in the fused loss; autograd would pass it on, and the guard see it
         assert self.flat.grads is not None
@@ -61,7 +74,13 @@ class Policy(ShardedModel):
         """Label-aligned log-probabilities and entropy of a microbatch, [B, S] nats, differentiable."""
         with self.saving():
             return token_logprobs(
-                self.model, batch.input_ids, batch.response_mask, inv_temperature=self.inv_temperature,
-                num_tokens=len(self.tokenizer), need_entropy=need_entropy, head_grad_in_place=True,
-                packed=pack(batch) if self.packs else None, triton=self.triton,
-            )  # fmt: skip
+                self.model,
+                batch.input_ids,
+                batch.response_mask,
+                inv_temperature=self.inv_temperature,
+                num_tokens=len(self.tokenizer),
+                need_entropy=need_entropy,
+                head_grad_in_place=True,
+                packed=pack(batch) if self.packs else None,
+                triton=self.triton,
+            )

@@ -19,9 +19,17 @@ class Reference:
     """
 
     def __init__(
-        self, name: str, *, dtype: torch.dtype, device: str, attention: str, temperature: float, triton: bool = False,
-        on_host: bool = False, liger: bool = False,
-    ):  # fmt: skip
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        attention: str,
+        temperature: float,
+        triton: bool = False,
+        on_host: bool = False,
+        liger: bool = False,
+    ):
         loaded = load_model(name, dtype=dtype, device=device, attention=attention, liger=liger)
         self.model, self.num_tokens = loaded.model.requires_grad_(False), len(loaded.tokenizer)
         self.packs = loaded.packs
@@ -57,7 +65,12 @@ class Reference:
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""
         self.wake()
         values, _ = token_logprobs(
-            self.model, batch.input_ids, batch.response_mask, inv_temperature=self.inv_temperature,
-            num_tokens=self.num_tokens, packed=pack(batch) if self.packs else None, triton=self.triton,
-        )  # fmt: skip
+            self.model,
+            batch.input_ids,
+            batch.response_mask,
+            inv_temperature=self.inv_temperature,
+            num_tokens=self.num_tokens,
+            packed=pack(batch) if self.packs else None,
+            triton=self.triton,
+        )
         return values
