@@ -1,5 +1,6 @@
 """A copy of this checkout that is imported instead of it, and recipes of the documents applied to it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -66,8 +67,6 @@ def copy(folder: Path) -> Path:
 
 def python(tree: Path, *args: object, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
     """Run Python in the copy."""
-    import os
-
     command = [tree.parent / "venv" / "bin" / "python", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=timeout)
