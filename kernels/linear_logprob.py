@@ -1,6 +1,6 @@
 """log p(target) from hidden states and the LM head, without an [N, V] tensor.
 
-    z[n] = inv_temperature * hidden[n] @ weight.T
+    z[n] = inv_temperature * f(hidden[n] @ weight.T)        f: the model's `LogitMap`, the identity for most
     lse[n] = logsumexp(z[n])
     logprob[n] = z[n, target[n]] - lse[n]
     entropy[n] = lse[n] - sum_v p[n, v] z[n, v]
@@ -10,13 +10,15 @@ The forward keeps three floats per row; the backward recomputes the logits, a ch
     dz[n, v] = dlogprob[n] (1[v == target[n]] - p[n, v]) + dlse[n] p[n, v]
                - dentropy[n] p[n, v] (log p[n, v] + entropy[n])
 
-GEMMs are the vendor library's. Between them are the Triton kernels of `rows.py` on CUDA, and torch elsewhere.
+and the gradient of the raw logits is inv_temperature f' dz. GEMMs are the vendor library's. Between them are the Triton kernels of `rows.py` on CUDA, and torch elsewhere.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
+
+from fastrl.kernels.logit_map import PLAIN, LogitMap
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at a time without Triton: 64 MiB
 # With it: the float32 weight gradient is read and written once per chunk, which takes longer than the product that is
@@ -25,14 +27,20 @@ CHUNK_ROWS = 4096
 
 
 def linear_logprob_ref(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, inv_temperature: float | Tensor = 1.0, need_entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    inv_temperature: float | Tensor = 1.0,
+    logit_map: LogitMap = PLAIN,
+    need_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The definition: hidden [N, H], weight [V, H], target [N] -> logprobs [N], entropy [N] or None, lse [N].
 
     Computed in at least float32 (float64 stays float64), with all logits alive.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = scaled(hidden.to(dtype) @ weight.to(dtype).T, inv_temperature)
+    logits = scaled(logit_map(hidden.to(dtype) @ weight.to(dtype).T), inv_temperature)
     lse = logits.logsumexp(dim=-1)
     logprobs = logits.gather(-1, target[:, None].long()).squeeze(-1) - lse
     logp = logits.log_softmax(dim=-1)
@@ -42,15 +50,16 @@ def linear_logprob_ref(
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, inv_temperature, need_entropy, weight_grad, triton):
+    def forward(ctx, hidden, weight, target, inv_temperature, logit_map, need_entropy, weight_grad, triton):
         ctx.set_materialize_grads(False)  # outputs that the loss does not use cost nothing in the backward
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, lse = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(lse) if need_entropy else None
-        chunks = TritonChunks(hidden, weight) if triton else TorchChunks(hidden, weight)
+        chunks = TritonChunks(hidden, weight, logit_map) if triton else TorchChunks(hidden, weight, logit_map)
         chunks.forward_all(target, inv_temperature, logprobs, lse, entropy)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
-        ctx.inv_temperature, ctx.weight_grad, ctx.triton = inv_temperature, weight_grad, triton
+        ctx.inv_temperature, ctx.weight_grad, ctx.of_chunks = inv_temperature, weight_grad, type(chunks)
+        ctx.logit_map = logit_map
         return logprobs, entropy, lse
 
     @staticmethod
@@ -65,7 +74,7 @@ class LinearLogprob(torch.autograd.Function):
         elif into is not None or ctx.needs_input_grad[1]:
             # chunks add up in full precision, also for a bfloat16 buffer
             dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        chunks = TritonChunks(hidden, weight) if ctx.triton else TorchChunks(hidden, weight)
+        chunks = ctx.of_chunks(hidden, weight, ctx.logit_map)
         for rows in chunks:
             vectors = [None if x is None else x[rows] for x in (lse, entropy, dlogprobs, dlse, dentropy)]
             dz = chunks.gradient(chunks.logits(rows), target[rows], part(ctx.inv_temperature, rows), *vectors)
@@ -76,14 +85,14 @@ class LinearLogprob(torch.autograd.Function):
         if into is not None and dweight is not into:
             into += dweight
         returned = dweight.to(weight.dtype) if into is None and dweight is not None else None
-        return dhidden, returned, None, None, None, None, None
+        return dhidden, returned, None, None, None, None, None, None
 
 
 class TorchChunks:
     """Chunks of rows in torch, in the precision of the inputs but at least float32."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor):
-        self.hidden, self.weight = hidden, weight
+    def __init__(self, hidden: Tensor, weight: Tensor, logit_map: LogitMap = PLAIN):
+        self.hidden, self.weight, self.logit_map = hidden, weight, logit_map
         self.step = min(CHUNK_ROWS, max(1, CHUNK_ELEMENTS // len(weight)))
 
     def __iter__(self):
@@ -98,24 +107,25 @@ class TorchChunks:
             scale = part(inv_temperature, rows)
             self.forward(self.logits(rows), target[rows], scale, logprobs[rows], lse[rows], own)
 
-    @staticmethod
-    def forward(z, target, inv_temperature, logprobs, lse, entropy) -> None:
-        z = scaled_(z, inv_temperature)
+    def forward(self, z, target, inv_temperature, logprobs, lse, entropy) -> None:
+        z = scaled_(self.logit_map.over(z), inv_temperature)
         torch.logsumexp(z, dim=-1, out=lse)
         torch.sub(z.gather(-1, target[:, None].long()).squeeze(-1), lse, out=logprobs)
         if entropy is not None:
             logp = z.sub_(lse[:, None])
             torch.sum(logp.exp().mul_(logp), dim=-1, out=entropy).neg_()
 
-    @staticmethod
-    def gradient(z, target, inv_temperature, lse, entropy, dlogprobs, dlse, dentropy) -> Tensor:
+    def gradient(self, z, target, inv_temperature, lse, entropy, dlogprobs, dlse, dentropy) -> Tensor:
+        z = self.logit_map.over(z)
+        slope = self.logit_map.slope(z)
         logp = scaled_(z, inv_temperature).sub_(lse[:, None])
         probs = logp.exp()
         dz = probs * (-dlogprobs if dlse is None else dlse - dlogprobs)[:, None]
         if dentropy is not None:
             dz -= probs.mul_(logp.add_(entropy[:, None])).mul_(dentropy[:, None])
         dz.scatter_add_(-1, target[:, None].long(), dlogprobs[:, None])
-        return scaled_(dz, inv_temperature)
+        dz = scaled_(dz, inv_temperature)
+        return dz if self.logit_map == PLAIN else dz.mul_(slope)
 
     @staticmethod
     def add_weight_gradient(into: Tensor, dz: Tensor, hidden: Tensor) -> None:
@@ -125,11 +135,12 @@ class TorchChunks:
 class TritonChunks:
     """Chunks of rows in one workspace of logits; their gradient takes its place, in the dtype of the model."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor):
+    def __init__(self, hidden: Tensor, weight: Tensor, logit_map: LogitMap = PLAIN):
         from fastrl.kernels import rows as kernels
 
-        self.kernels, self.hidden, self.weight = kernels, hidden, weight
-        self.forward, self.add_weight_gradient = kernels.row_forward, kernels.add_weight_gradient
+        self.kernels, self.hidden, self.weight, self.logit_map = kernels, hidden, weight, logit_map
+        self.forward = partial(kernels.row_forward, logit_map=logit_map)
+        self.add_weight_gradient = kernels.add_weight_gradient
 
     @cached_property
     def workspace(self) -> Tensor:
@@ -142,10 +153,10 @@ class TritonChunks:
         return self.kernels.logits_into(self.workspace, self.hidden[rows], self.weight)
 
     def forward_all(self, *given) -> None:
-        self.kernels.slab_forward(self.hidden, self.weight, *given)
+        self.kernels.slab_forward(self.hidden, self.weight, *given, logit_map=self.logit_map)
 
     def gradient(self, *given) -> Tensor:
-        return self.kernels.row_gradient(*given, dtype=self.hidden.dtype)
+        return self.kernels.row_gradient(*given, dtype=self.hidden.dtype, logit_map=self.logit_map)
 
 
 def slices(length: int, step: int) -> list[slice]:
@@ -180,6 +191,7 @@ def linear_logprob(
     target: Tensor,
     *,
     inv_temperature: float | Tensor = 1.0,
+    logit_map: LogitMap = PLAIN,
     need_entropy: bool = False,
     weight_grad: Tensor | None = None,
     triton: bool | None = None,
@@ -187,7 +199,8 @@ def linear_logprob(
     """hidden [N, H], weight [V, H] of one dtype, target [N] in [0, V) -> logprobs, entropy, lse, each [N], nats.
 
     Outputs are float32 (float64 for float64 inputs); entropy is None unless asked for. All three are differentiable in
-    hidden and weight. inv_temperature: one for all, or [N] float32. With `weight_grad` [V, H] the weight gradient is
+    hidden and weight. inv_temperature: one for all, or [N] float32. logit_map: what the model does to its logits before
+    the temperature. With `weight_grad` [V, H] the weight gradient is
     added there during the backward and does not travel through autograd. triton: whether to take that path; None = on
     CUDA.
 
@@ -198,7 +211,7 @@ def linear_logprob(
         triton = hidden.is_cuda and hidden.dtype != torch.float64
     check_head("linear_logprob", hidden, weight, target, inv_temperature, weight_grad=weight_grad, triton=triton)
     scale = inv_temperature if isinstance(inv_temperature, Tensor) else float(inv_temperature)
-    return LinearLogprob.apply(hidden, weight, target, scale, need_entropy, weight_grad, triton)
+    return LinearLogprob.apply(hidden, weight, target, scale, logit_map, need_entropy, weight_grad, triton)
 
 
 def check_head(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.linear_logprob import TorchChunks, TritonChunks, check_head, linear_logprob_ref, part
+from fastrl.kernels.logit_map import PLAIN, LogitMap
 from fastrl.kernels.policy_loss import STATS, PolicyLoss, TokenLoss, check_vectors, policy_loss, policy_loss_ref
 
 
@@ -62,15 +63,15 @@ def linear_policy_loss_ref(
     vectors: TokenVectors,
     *,
     inv_temperature: float | Tensor = 1.0,
+    logit_map: LogitMap = PLAIN,
 ) -> LinearLoss:
     """The definition: linear_logprob_ref, policy_loss_ref, and autograd between them, with all logits alive."""
     ignored = target < 0
     w = torch.where(ignored, torch.zeros_like(vectors.w), vectors.w)
     with torch.enable_grad():
         hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        logprobs, entropy, _ = linear_logprob_ref(
-            hidden, weight, target.clamp(min=0), inv_temperature=inv_temperature, need_entropy=True
-        )
+        how = dict(inv_temperature=inv_temperature, logit_map=logit_map, need_entropy=True)
+        logprobs, entropy, _ = linear_logprob_ref(hidden, weight, target.clamp(min=0), **how)
         assert entropy is not None  # need_entropy
         token = of_tokens(policy_loss_ref, loss, logprobs.detach(), vectors._replace(w=w))
         linear = (token.coef.to(logprobs.dtype) * logprobs).sum() - loss.entropy * (w * entropy).sum()
@@ -109,13 +110,14 @@ def linear_policy_loss(
     vectors: TokenVectors,
     *,
     inv_temperature: float | Tensor = 1.0,
+    logit_map: LogitMap = PLAIN,
     weight_grad: Tensor | None = None,
     triton: bool | None = None,
 ) -> LinearLoss:
     """hidden [N, H], weight [V, H] of one dtype; target [N], negative where w = 0 is meant.
 
-    weight_grad [V, H] float32 is added to in place; without it the result holds a new one. inv_temperature, triton: as
-    in `linear_logprob`. The loss can be added to others and its backward() called, but not scaled.
+    weight_grad [V, H] float32 is added to in place; without it the result holds a new one. inv_temperature,
+    logit_map, triton: as in `linear_logprob`. The loss can be added to others and its backward() called, but not scaled.
 
     Raises ValueError on shapes, dtypes or a loss that do not fit.
     """
@@ -134,7 +136,7 @@ def linear_policy_loss(
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     elif weight_grad.dtype != torch.float32:
         raise ValueError(f"linear_policy_loss: weight_grad must be torch.float32, got {weight_grad.dtype}")
-    chunks = TritonChunks(hidden, weight) if triton else TorchChunks(hidden, weight)
+    chunks = TritonChunks(hidden, weight, logit_map) if triton else TorchChunks(hidden, weight, logit_map)
     with torch.no_grad():
         made = in_chunks(loss, chunks, target, vectors, inv_temperature, weight_grad)
     return made._replace(loss=Saved.apply(hidden, made.loss, made.hidden_grad))

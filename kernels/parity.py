@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.linear_logprob import linear_logprob
+from fastrl.kernels.logit_map import PLAIN, LogitMap
 
 NUM_ROWS = 1024  # of hidden states: with the words below, more than one slab
 NUM_WORDS = 20_000  # of the head: more than two blocks, and little memory
@@ -11,8 +12,8 @@ LOGPROB_NATS = 1e-3  # far above rounding (1e-5), far below anything wrong
 GRADIENT_FRAC = 0.02  # of the norm; rounding to bfloat16 makes 0.004
 
 
-def head_fault(weight: Tensor) -> str:
-    """weight [V, H] of the head -> what is wrong with the Triton path, empty if nothing."""
+def head_fault(weight: Tensor, logit_map: LogitMap = PLAIN) -> str:
+    """weight [V, H] of the head, and what follows it -> what is wrong with the Triton path, empty if nothing."""
     weight = weight.detach()[:NUM_WORDS]
     generator = torch.Generator(device=weight.device).manual_seed(0)
     hidden = torch.randn(NUM_ROWS, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
@@ -23,9 +24,8 @@ def head_fault(weight: Tensor) -> str:
         leaf = hidden.clone().requires_grad_()
         gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         with torch.enable_grad():
-            logprobs, entropy, _ = linear_logprob(
-                leaf, weight, target, inv_temperature=0.8, need_entropy=True, weight_grad=gradient, triton=triton
-            )
+            how = dict(inv_temperature=0.8, logit_map=logit_map, need_entropy=True, triton=triton)
+            logprobs, entropy, _ = linear_logprob(leaf, weight, target, weight_grad=gradient, **how)
             assert entropy is not None  # need_entropy
             (logprobs * upstream[0] + 0.1 * entropy * upstream[1]).sum().backward()
         assert leaf.grad is not None

@@ -1,8 +1,9 @@
 """Rows of logits, one program each: log-probability and entropy, and their gradient written over the logits.
 
-    z'      = inv_temperature z
+    z'      = inv_temperature f(z), f(z) = scale z or softcap tanh(scale z / softcap)
     lse     = logsumexp(z'),   logprob = z'[target] - lse,   entropy = lse - sum_v p[v] z'[v]
-    dz[v]   = inv_temperature (dlogprob (1[v == target] - p[v]) + dlse p[v] - dentropy p[v] (log p[v] + entropy))
+    dz'[v]  = dlogprob (1[v == target] - p[v]) + dlse p[v] - dentropy p[v] (log p[v] + entropy)
+    dz[v]   = inv_temperature f'(z) dz'[v]
 
 What `linear_logprob` and `linear_policy_loss` share: GEMMs by the vendor library, and these kernels between them. The
 forward reads 4 bytes per logit; the gradient reads 4 and writes 2 (bfloat16) or 4 over them: a chunk of logits is all
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels.jit import jit
+from fastrl.kernels.logit_map import PLAIN, LogitMap
 
 # compiled for sm_90, 32 to 50 registers and no spills: two programs or more per multiprocessor (tests/support/aot.py)
 BLOCK_V = 8192
@@ -22,6 +24,12 @@ NUM_WARPS = 16
 ROW_ALIGN = 16  # floats; every row of logits starts at 64 bytes
 SLAB_ROWS, SLAB_WORDS = 16384, 1024  # a product of this size takes longer than two launches
 SLAB_ELEMENTS = SLAB_ROWS * SLAB_WORDS  # float32 logits alive while only log-probabilities are asked for: 64 MiB
+
+
+@jit
+def tanh(x):
+    # exp overflows to inf, and 2 / inf is 0; NaN stays NaN
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @jit
@@ -36,7 +44,9 @@ def row_forward_kernel(
     z_stride_n,
     V,
     first_word,
-    inv_temperature,
+    inv_temperature,  # times the softcap, if there is one, else times the scale
+    inner,
+    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     RESUME: tl.constexpr,
@@ -60,7 +70,10 @@ def row_forward_kernel(
         picked = float("nan")  # z' of the target; an id that is no word never gets one
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)  # [BLOCK_V]
-        x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) * inv_temperature
+        x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        if SOFTCAP:
+            x = tl.where(v < V, tanh(x * inner), -float("inf"))
+        x *= inv_temperature
         new_top = tl.maximum(top, tl.max(x, 0))
         shift = tl.where(new_top > -float("inf"), new_top, 0.0)  # a block of nothing but -inf
         gap = tl.where(top > -float("inf"), top - shift, 0.0)
@@ -73,8 +86,10 @@ def row_forward_kernel(
         total = total * keep + tl.sum(e, 0)
         top = new_top
     inside = (target >= 0) & (target < V)
-    here = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32) * inv_temperature
-    picked = tl.where(inside, here, picked)
+    here = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        here = tanh(here * inner)
+    picked = tl.where(inside, here * inv_temperature, picked)
     if FINISH:
         logprob = tl.minimum((picked - top) - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(logprob_ptr + n, logprob)
@@ -102,7 +117,9 @@ def row_gradient_kernel(
     z_stride_n,
     dz_stride_n,
     V,
-    inv_temperature,
+    inv_temperature,  # times the softcap, if there is one, else times the scale
+    inner,
+    SOFTCAP: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -126,12 +143,16 @@ def row_gradient_kernel(
         v = start + tl.arange(0, BLOCK_V)  # [BLOCK_V]
         x = tl.load(z_ptr + n * z_stride_n + v, mask=v < V, other=-float("inf")).to(tl.float32)
         tl.debug_barrier()
+        slope = inv_temperature
+        if SOFTCAP:
+            x = tl.where(v < V, tanh(x * inner), -float("inf"))
+            slope = inv_temperature * inner * (1.0 - x * x)
         logp = x * inv_temperature - lse
         p = tl.exp(logp)
         weight = on_all + tl.zeros([BLOCK_V], tl.float32)
         if HAS_DENTROPY:
             weight -= dentropy * (tl.where(p > 0, logp, 0.0) + entropy)
-        dz = (p * weight + tl.where(v == target, dlogprob, 0.0)) * inv_temperature
+        dz = (p * weight + tl.where(v == target, dlogprob, 0.0)) * slope
         tl.store(dz_ptr + n * dz_stride_n + v, dz.to(dz_ptr.dtype.element_ty), mask=v < V)
 
 
@@ -162,6 +183,7 @@ def row_forward(
     lse: Tensor,
     entropy: Tensor | None,
     *,
+    logit_map: LogitMap = PLAIN,
     state: Tensor | None = None,
     first_word: int = 0,
     finish: bool = True,
@@ -171,12 +193,13 @@ def row_forward(
     z may be the columns from first_word on of a larger vocabulary, taken in order: `state` [n, 4] float32 then carries
     what is known of a row from one call to the next, and only the last one (finish) writes the others.
     """
-    per_token = isinstance(inv_temperature, Tensor)
+    outer, inner = factors(inv_temperature, logit_map)
+    per_token = isinstance(outer, Tensor)
     block = min(BLOCK_V, max(SLAB_WORDS, triton.next_power_of_2(z.shape[1])))
     row_forward_kernel[(len(z),)](
         z,
         target,
-        inv_temperature if per_token else None,
+        outer if per_token else None,
         logprobs,
         lse,
         entropy,
@@ -184,7 +207,9 @@ def row_forward(
         z.stride(0),
         z.shape[1],
         first_word,
-        1.0 if per_token else inv_temperature,
+        1.0 if per_token else outer,
+        inner,
+        SOFTCAP=logit_map.softcap > 0,
         ENTROPY=entropy is not None,
         PER_TOKEN=per_token,
         RESUME=first_word > 0,
@@ -195,6 +220,12 @@ def row_forward(
     )
 
 
+def factors(inv_temperature: float | Tensor, logit_map: LogitMap) -> tuple[float | Tensor, float]:
+    """What the kernels multiply by: z' = outer z, or outer tanh(inner z) with a softcap."""
+    factor, inner = (logit_map.softcap, logit_map.inner) if logit_map.softcap else (logit_map.scale, 1.0)
+    return inv_temperature if factor == 1.0 else inv_temperature * factor, inner
+
+
 def slab_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -203,6 +234,8 @@ def slab_forward(
     logprobs: Tensor,
     lse: Tensor,
     entropy: Tensor | None,
+    *,
+    logit_map: LogitMap = PLAIN,
 ) -> None:
     """hidden [n, H], weight [V, H] -> logprobs, lse, entropy [n] float32 in place, 64 MiB of logits alive at a time.
 
@@ -224,6 +257,7 @@ def slab_forward(
                 logprobs[rows],
                 lse[rows],
                 own,
+                logit_map=logit_map,
                 state=state,
                 first_word=word,
                 finish=word + width >= len(weight),
@@ -239,19 +273,22 @@ def row_gradient(
     dlogprobs: Tensor,
     dlse: Tensor | None,
     dentropy: Tensor | None,
+    *,
     dtype: torch.dtype,
+    logit_map: LogitMap = PLAIN,
 ) -> Tensor:
     """z [n, V], vectors [n] -> dz [n, V] of `dtype`, which is z's or half as wide, over the same memory; z is gone."""
     dz = z
     if dtype != z.dtype:
         whole = z.as_strided((len(z), z.stride(0)), (z.stride(0), 1)).view(dtype)
         dz = whole[:, : z.shape[1]]
-    per_token = isinstance(inv_temperature, Tensor)
+    outer, inner = factors(inv_temperature, logit_map)
+    per_token = isinstance(outer, Tensor)
     row_gradient_kernel[(len(z),)](
         z,
         dz,
         target,
-        inv_temperature if per_token else None,
+        outer if per_token else None,
         lse,
         entropy,
         dlogprobs,
@@ -260,7 +297,9 @@ def row_gradient(
         z.stride(0),
         dz.stride(0),
         z.shape[1],
-        1.0 if per_token else inv_temperature,
+        1.0 if per_token else outer,
+        inner,
+        SOFTCAP=logit_map.softcap > 0,
         HAS_DLSE=dlse is not None,
         HAS_DENTROPY=dentropy is not None,
         PER_TOKEN=per_token,

@@ -28,7 +28,7 @@ def test_more_logits_than_int32_counts():
     row_forward(logits, target, 1.0, logprobs, lse, None)
     expected = torch.logsumexp(torch.cat([torch.zeros(V - 1), torch.tensor([8.0])]).double(), 0).item()
     torch.testing.assert_close(lse, torch.full((N,), expected), rtol=1e-6, atol=2e-5)
-    last = row_gradient(logits, target, 1.0, lse, None, torch.ones(N), None, None, torch.bfloat16)[-1].float()
+    last = row_gradient(logits, target, 1.0, lse, None, torch.ones(N), None, None, dtype=torch.bfloat16)[-1].float()
     p = torch.exp(torch.tensor(8.0 - expected))
     assert last[target[-1]].item() == pytest.approx(1 - p.item(), rel=1e-2)
     assert (last.sum() - last[target[-1]]).item() == pytest.approx(p.item() - 1, rel=1e-2)
@@ -55,7 +55,7 @@ def test_the_gradient_over_its_own_logits_has_no_race():
     expected = (torch.nn.functional.one_hot(target, V) - (logits - lse[:, None]).exp()) * dlogprobs[:, None]
     for _ in range(50):
         z = logits.clone()
-        dz = row_gradient(z, target, 1.0, lse, None, dlogprobs, None, None, torch.bfloat16)
+        dz = row_gradient(z, target, 1.0, lse, None, dlogprobs, None, None, dtype=torch.bfloat16)
         torch.testing.assert_close(dz.float(), expected, rtol=2**-7, atol=1e-6)
 
 

@@ -76,7 +76,7 @@ def test_a_run_on_a_gpu_says_which_head_it_has(monkeypatch, capsys, tmp_path):
     loaded.model.lm_head.weight.data = loaded.model.lm_head.weight.data.clone()  # mapped files start anywhere
     assert head_kernels(loaded, "cuda:0", log)
     assert "kernels: the head runs on Triton" in capsys.readouterr().out
-    monkeypatch.setattr(rows, "row_gradient", lambda *given, dtype: given[0].zero_())
+    monkeypatch.setattr(rows, "row_gradient", lambda *given, **how: given[0].zero_())
     assert not head_kernels(loaded, "cuda:0", log)
     said = capsys.readouterr().out
     assert "WARNING: the head runs in torch" in said and "hidden gradient off by 1 of its norm" in said

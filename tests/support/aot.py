@@ -64,14 +64,16 @@ def apo_loss():
 
 def row_forward():
     types = dict.fromkeys(("logprob_ptr", "lse_ptr", "state_ptr"), VECTOR) | dict.fromkeys(("z_stride_n", "V"), "i32")
-    types |= {"target_ptr": "*i64", "first_word": "i32", "inv_temperature": "fp32"}
+    types |= {"target_ptr": "*i64", "first_word": "i32", "inv_temperature": "fp32", "inner": "fp32"}
     for entropy in (False, True):
-        for slab, per_token in ((False, False), (True, False), (False, True)):
+        for slab, per_token, cap in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)):
             given = {"z_ptr": VECTOR} | ({"entropy_ptr": VECTOR} if entropy else {})
             given |= {"inv_temperature_ptr": VECTOR} if per_token else {}
             block = rows.SLAB_WORDS if slab else rows.BLOCK_V
-            constants = dict(ENTROPY=entropy, PER_TOKEN=per_token, RESUME=slab, FINISH=not slab, BLOCK_V=block)
-            name = "row_forward-fp32" + "-slab" * slab + "-per_token" * per_token + "-entropy" * entropy
+            constants = dict(SOFTCAP=bool(cap), ENTROPY=entropy, PER_TOKEN=bool(per_token))
+            constants |= dict(RESUME=bool(slab), FINISH=not slab, BLOCK_V=block)
+            name = "row_forward-fp32" + "-slab" * slab + "-per_token" * per_token + "-softcap" * cap
+            name += "-entropy" * entropy
             warps = block * rows.NUM_WARPS // rows.BLOCK_V
             yield name, (rows.row_forward_kernel, types | given, constants, warps)
 
@@ -80,13 +82,14 @@ def row_gradient():
     types = dict.fromkeys(("lse_ptr", "dlogprob_ptr"), VECTOR) | dict.fromkeys(
         ("z_stride_n", "dz_stride_n", "V"), "i32"
     )
-    types |= {"target_ptr": "*i64", "inv_temperature": "fp32"}
+    types |= {"target_ptr": "*i64", "inv_temperature": "fp32", "inner": "fp32"}
     for entropy in (False, True):
-        for dz, per_token in (("fp32", False), ("bf16", False), ("bf16", True)):
+        for dz, per_token, cap in (("fp32", 0, 0), ("bf16", 0, 0), ("bf16", 1, 0), ("fp32", 0, 1), ("bf16", 0, 1)):
             given = {"z_ptr": VECTOR, "dz_ptr": f"*{dz}"} | ({"inv_temperature_ptr": VECTOR} if per_token else {})
             given |= dict.fromkeys(("entropy_ptr", "dentropy_ptr", "dlse_ptr"), VECTOR) if entropy else {}
-            constants = dict(HAS_DLSE=entropy, HAS_DENTROPY=entropy, PER_TOKEN=per_token, BLOCK_V=rows.BLOCK_V)
-            name = f"row_gradient-fp32-{dz}" + "-per_token" * per_token + "-entropy" * entropy
+            constants = dict(SOFTCAP=bool(cap), HAS_DLSE=entropy, HAS_DENTROPY=entropy)
+            constants |= dict(PER_TOKEN=bool(per_token), BLOCK_V=rows.BLOCK_V)
+            name = f"row_gradient-fp32-{dz}" + "-per_token" * per_token + "-softcap" * cap + "-entropy" * entropy
             yield name, (rows.row_gradient_kernel, types | given, constants, rows.NUM_WARPS)
 
 
