@@ -10,7 +10,8 @@ The forward keeps three floats per row; the backward recomputes the logits, a ch
     dz[n, v] = dlogprob[n] (1[v == target[n]] - p[n, v]) + dlse[n] p[n, v]
                - dentropy[n] p[n, v] (log p[n, v] + entropy[n])
 
-and the gradient of the raw logits is inv_temperature f' dz. GEMMs are the vendor library's. Between them are the Triton kernels of `rows.py` on CUDA, and torch elsewhere.
+and the gradient of the raw logits is inv_temperature f' dz. GEMMs are the vendor library's. Between them are the Triton
+kernels of `rows.py` on CUDA, and torch elsewhere.
 """
 
 from functools import cached_property, partial

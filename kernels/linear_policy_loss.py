@@ -116,8 +116,8 @@ def linear_policy_loss(
 ) -> LinearLoss:
     """hidden [N, H], weight [V, H] of one dtype; target [N], negative where w = 0 is meant.
 
-    weight_grad [V, H] float32 is added to in place; without it the result holds a new one. inv_temperature,
-    logit_map, triton: as in `linear_logprob`. The loss can be added to others and its backward() called, but not scaled.
+    weight_grad [V, H] float32 is added to in place; without it the result holds a new one. inv_temperature, logit_map,
+    triton: as in `linear_logprob`. The loss can be added to others and its backward() called, but not scaled.
 
     Raises ValueError on shapes, dtypes or a loss that do not fit.
     """

@@ -18,6 +18,7 @@ from fastrl.checkpoint.tensor_form import check_tensors, read_header
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", re.ASCII)
 # what other programs would run code from; no checkpoint of ours has them
 CODE = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".distcp", ".metadata", ".npy", ".npz", ".py", ".so")
+OF_RUN = ("optim-", "rng-", "state.json")  # files of a checkpoint that are not the model's
 MAX_STEP, MAX_RANKS, MAX_BYTES, MAX_FILES = 10**12, 2**16, 2**50, 2**20
 
 
@@ -72,16 +73,47 @@ def read(path: Path, sizes: dict[str, int], device: str) -> tuple[dict, dict[str
 
 def verify(path: Path) -> dict:
     """Check the manifest, and this rank's share of the files against it -> the manifest. Raises CheckpointError."""
+    manifest = read_manifest(path)
+    beside = sorted({p.name for p in path.iterdir()} - {*manifest["files"], "MANIFEST.json"})
+    if beside:
+        raise CheckpointError(f"{path}: {beside[0]!r} is not named in the manifest; take it out of the folder")
+    check_files(path, manifest["files"])
+    return manifest
+
+
+def verify_model(path: Path) -> None:
+    """Check the files of the model in a checkpoint against its manifest; a folder without one passes.
+
+    Raises CheckpointError, on every rank alike. The folder may have lost what only a resumed run reads, and may hold
+    more files than the manifest names.
+    """
+    fault = ""
+    try:
+        if (path / "MANIFEST.json").exists():
+            files = read_manifest(path)["files"]
+            check_files(path, {name: files[name] for name in files if not name.startswith(OF_RUN)})
+    except CheckpointError as error:
+        fault = str(error)
+    except OSError as error:
+        fault = f"{path}: not readable ({error}); use another checkpoint"
+    fault = ranks.first_text(fault)
+    if fault:
+        raise CheckpointError(fault)
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint's folder, checked in itself. Raises CheckpointError."""
     if not path.is_dir() or regular_size(path / "MANIFEST.json") is None:
         raise CheckpointError(f"{path}: no MANIFEST.json, so this is not a complete checkpoint")
     manifest = read_json(path / "MANIFEST.json")
     check_manifest(manifest, path)
     if (path / "MANIFEST.json").read_bytes() != manifest_text(manifest).encode():
         raise CheckpointError(f"{path}: MANIFEST.json has changed since it was written (not a byte may)")
-    files = manifest["files"]
-    beside = sorted({p.name for p in path.iterdir()} - {*files, "MANIFEST.json"})
-    if beside:
-        raise CheckpointError(f"{path}: {beside[0]!r} is not named in the manifest; take it out of the folder")
+    return manifest
+
+
+def check_files(path: Path, files: dict[str, dict[str, int]]) -> None:
+    """Raise CheckpointError where one of the files is missing or, if it is in this rank's share, has changed."""
     for number, (name, wanted) in enumerate(sorted(files.items())):
         size = regular_size(path / name)
         if size is None:
@@ -89,7 +121,6 @@ def verify(path: Path) -> dict:
         mine = number % ranks.size() == ranks.rank()
         if size != wanted["size"] or (mine and checksum(path / name) != wanted["crc32"]):
             raise CheckpointError(f"{path}: {name} has changed since it was written (size or checksum)")
-    return manifest
 
 
 def check_manifest(manifest: object, path: Path) -> None:

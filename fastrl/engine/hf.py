@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fastrl.base.types import Completion
 from fastrl.engine.base import Request, Sampling
-from fastrl.kernels.linear_logprob import chunk_logits
-from fastrl.models.head import head_weight
+from fastrl.models.decoding import Decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +46,7 @@ class HFEngine:
             loaded.model,
             eos_ids=loaded.eos_ids,
             pad_id=loaded.pad_id,
-            num_tokens=len(loaded.tokenizer),
+            num_tokens=loaded.num_tokens,
             max_num_seqs=max_num_seqs,
         )
 
@@ -91,19 +90,17 @@ class HFEngine:
         """Sample one batch and append its completions to `results`."""
         rows = torch.tensor([k for k, (_, r) in enumerate(batch) for _ in r.seeds], device=self.device)
         seeds = torch.tensor([s for _, r in batch for s in r.seeds], device=self.device)
-        hidden, cache, mask = self.prefill([r.prompt_ids for _, r in batch])
-        hidden, mask = hidden[rows], mask[rows]
-        cache.batch_select_indices(rows)
+        text = Decoding(self.model, [r.prompt_ids for _, r in batch], pad_id=self.pad_id)
+        text.select(rows)
         ids = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.int64, device=self.device)
-        precision = torch.promote_types(hidden.dtype, torch.float32)
+        precision = torch.promote_types(text.hidden.dtype, torch.float32)
         logprobs = torch.zeros(ids.shape, dtype=precision, device=self.device)
         lengths = torch.full((len(rows),), sampling.max_new_tokens, device=self.device)
         stopped = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         at = torch.arange(len(rows), device=self.device)  # which row of the batch each running row is
-        head = head_weight(self.model)[: self.num_tokens]
         for t in range(sampling.max_new_tokens):
             self.progress()
-            token, logprob = draw(chunk_logits(hidden, head), sampling, seeds[at], t)
+            token, logprob = draw(text.logits(self.num_tokens), sampling, seeds[at], t)
             ids[at, t], logprobs[at, t] = token, logprob
             ended = torch.isin(token, self.eos_ids) & ~stopped[at]
             lengths[at[ended]] = t + 1
@@ -114,10 +111,9 @@ class HFEngine:
                 break
             if num_running <= (1 - COMPACT_WHEN) * len(at):
                 keep = running.nonzero()[:, 0]
-                at, token, mask = at[keep], token[keep], mask[keep]
-                cache.batch_select_indices(keep)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = self.forward(token[:, None], mask, cache)
+                at, token = at[keep], token[keep]
+                text.select(keep)
+            text.append(token)
         table = zip(ids.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
         for i, request in batch:
             for _ in request.seeds:
@@ -126,24 +122,6 @@ class HFEngine:
                 results[i].append(
                     Completion(token_ids=row_ids[:n], rollout_logprobs=row_logprobs[:n], finish_reason=reason)
                 )
-
-    def prefill(self, prompts: list[list[int]]):
-        """Prompts -> hidden [n, H] after their last token, the cache, the left-padded mask [n, P]."""
-        from fastrl.engine.cache import growing_cache
-
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        cache = growing_cache(self.model.config)
-        return self.forward(ids, mask, cache), cache, mask
-
-    def forward(self, ids: Tensor, mask: Tensor, cache) -> Tensor:
-        """ids [n, T] appended to the cache, mask [n, past + T] -> hidden [n, H] of the last position."""
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = self.model.base_model(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return out.last_hidden_state[:, -1]
 
 
 def draw(logits: Tensor, sampling: Sampling, seeds: Tensor, t: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from fastrl.base.types import Problem
 from fastrl.engine.base import Engine, Sampling
 from fastrl.engine.hf import HFEngine
 from fastrl.engine.vllm import VllmConfig, VllmEngine, installed_version
+from fastrl.models.check import check_model
 from fastrl.models.loading import LoadedModel
 from fastrl.weights.buffer import FlatParams
 
@@ -62,7 +63,7 @@ def open_engine(
         flat or FlatParams(loaded.model, grad_dtype=None),
         settings.vllm,
         eos_ids=loaded.eos_ids,
-        num_tokens=len(loaded.tokenizer),
+        num_tokens=loaded.num_tokens,
         max_model_len=size.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         kv_bytes=size.kv_bytes,
@@ -74,14 +75,19 @@ def open_engine(
 def frozen_engine(
     settings: EngineSection, loaded: LoadedModel, problems: list[Problem], sampling: Sampling, seed: int
 ) -> Iterator[Engine]:
-    """An engine over a model that is not trained, large enough for the problems; closed at the end."""
+    """An engine over a model that is not trained, large enough for the problems; closed at the end.
+
+    Raises ValueError where it would not sample from the model's own distribution.
+    """
     device = next(loaded.model.parameters()).device
+    name = pick_engine(settings.engine, str(device))
+    check_model(loaded, sampled=name == "hf")
     kv_bytes = int(settings.vllm.kv_gib * 2**30)
     if device.type == "cuda" and not kv_bytes:
         kv_bytes = int(FREE_FOR_KV * torch.cuda.mem_get_info(device)[0])
     longest = max(len(p.prompt_ids) for p in problems) + sampling.max_new_tokens
     size = EngineSize(max_model_len=longest, kv_bytes=kv_bytes, seed=seed)
-    engine = open_engine(pick_engine(settings.engine, str(device)), loaded, None, settings, size)
+    engine = open_engine(name, loaded, None, settings, size)
     try:
         yield engine
     finally:

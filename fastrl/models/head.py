@@ -1,5 +1,6 @@
 """From hidden states to log-probabilities and losses: the one place where logits are shifted against labels."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,12 +10,36 @@ from torch.nn.functional import embedding
 from fastrl.base import faults
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.kernels.linear_policy_loss import LinearLoss, TokenVectors, linear_policy_loss
+from fastrl.kernels.logit_map import LogitMap
 from fastrl.models import packing
 from fastrl.models.packing import HasBody, Packing
 from fastrl.objectives.base import FusedLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# what configurations call it; the logits are multiplied by the first, divided by the second, capped by the third
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling",)
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+MULTIPLY_BY_DIVISOR = {"hyperclovax"}  # by model_type
+
+
+def logit_map(model: "PreTrainedModel") -> LogitMap:
+    """What the model does to its logits after the LM head. `models.check` finds out whether that is all.
+
+    Granite with `logits_scaling: 8` -> LogitMap(scale=1/8); Gemma 2 -> LogitMap(softcap=30.0).
+    """
+    config = model.config.get_text_config()
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        return [float(value) for name in names if (value := getattr(config, name, None))]
+
+    divisors = numbers(DIVISORS)
+    if config.model_type in MULTIPLY_BY_DIVISOR:
+        divisors = [1 / divisor for divisor in divisors]
+    return LogitMap(math.prod(numbers(MULTIPLIERS)) / math.prod(divisors), sum(numbers(CAPS)[:1]))
 
 
 def head_weight(model: "PreTrainedModel") -> Tensor:
@@ -74,6 +99,7 @@ def token_policy_loss(
         input_ids[response_mask],
         vectors,
         inv_temperature=inv_temperature,
+        logit_map=logit_map(model),
         weight_grad=weight.grad[:num_tokens],
         triton=True,
     )
@@ -110,6 +136,7 @@ def token_logprobs(
         (weight.detach() if in_place else weight)[:num_tokens],
         input_ids[:, 1:][response_mask[:, 1:]],
         inv_temperature=inv_temperature,
+        logit_map=logit_map(model),
         need_entropy=need_entropy,
         weight_grad=weight_grad,
         triton=triton,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from fastrl.models import packing
+from fastrl.checkpoint.reading import verify_model
+from fastrl.models import dropout, packing
 from fastrl.models.liger import patch
 from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_pickles
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
@@ -28,11 +29,12 @@ class LoadedModel:
     tokenizer: "PreTrainedTokenizerBase"
     eos_ids: tuple[int, ...]  # every id that ends a completion
     path: str
+    packs: bool  # whether `token_logprobs` may be given a packing
 
     @property
-    def packs(self) -> bool:
-        """Whether `token_logprobs` may be given a packing."""
-        return packing.supports(self.model)
+    def num_tokens(self) -> int:
+        """Ids that can be sampled: those of the tokenizer. A vocabulary may have padding beyond them."""
+        return len(self.tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -99,11 +101,14 @@ def save_model(loaded: "LoadedModel", folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # parameters are views of one buffer, which safetensors would take for shared weights
-    state = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in loaded.model.state_dict().items()
-    }
+    # Parameters are views of one buffer, which safetensors would take for shared weights: each gets memory of its own.
+    # Names of one parameter go on sharing it, and transformers writes it once, as the source has it.
+    copies: dict[int, torch.Tensor] = {}
+    state = {}
+    for key, tensor in loaded.model.state_dict(keep_vars=True).items():
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        state[key] = copies[id(tensor)]
     loaded.model.save_pretrained(folder, state_dict=state)
     try:
         loaded.tokenizer.save_pretrained(folder)
@@ -143,7 +148,8 @@ def load_model(
 ) -> LoadedModel:
     """Weights of a model in `dtype` on `device`, in train mode without dropout, with its tokenizer and stop ids.
 
-    Raises ValueError when the model or its tokenizer cannot be loaded, or the model has no LM head.
+    Raises ValueError when the model or its tokenizer cannot be loaded, the model has no LM head or weights that are not
+    finite, and CheckpointError for a checkpoint whose files have changed since it was written.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
@@ -153,6 +159,7 @@ def load_model(
     path = model_path(name)
     if Path(path).is_dir():
         refuse_pickles(name, Path(path))
+        verify_model(Path(path))
     model_config(name)  # refuses what comes with code, before any weights are fetched
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -164,13 +171,13 @@ def load_model(
             device_map=None,
         )
     except (OSError, ValueError) as error:
+        if "scaled_dot_product_attention" in str(error):
+            raise ValueError(f"--model {name}: this family has no SDPA attention; use --attention eager") from error
         raise ValueError(named(name, error)) from error
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"--model {name}: {type(model).__name__} has no plain LM head")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    dropout.switch_off(model)
     if attention == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(packing.register())
     if liger:
@@ -180,8 +187,19 @@ def load_model(
     eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}
     if not eos:
         raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
+    refuse_infinite(name, model)
     model.to(device)  # pyright: ignore[reportArgumentType] transformers' wrapper hides that it is a method
-    return LoadedModel(model.train(), tokenizer, tuple(sorted(eos)), path)
+    return LoadedModel(model.train(), tokenizer, tuple(sorted(eos)), path, packing.supports(model))
+
+
+def refuse_infinite(name: str, model: nn.Module) -> None:
+    """Raise ValueError where a weight is NaN or infinite: nothing can be learnt from there."""
+    for key, parameter in model.named_parameters():
+        if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
+            raise ValueError(
+                f"--model {name}: {key} has weights that are not finite; the file is damaged, or what it was trained "
+                "with diverged. Use another checkpoint"
+            )
 
 
 def named(name: str, error: Exception, before: str = "") -> str:

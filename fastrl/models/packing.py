@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 ATTENTION = "fastrl_sdpa"  # the name transformers knows `attention` by
 CAUSAL = {"full_attention", "sliding_attention"}
+# arguments of attention that SDPA has no place for
+EAGER_ONLY = {
+    "softcap": "bounds the model's attention scores (attn_logit_softcapping)",
+    "s_aux": "takes part of the model's attention away (attention sinks)",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,9 +77,46 @@ class HasBody(Protocol):
 
 
 def supports(model: "PreTrainedModel") -> bool:
-    """Whether attention is the only layer of the model that looks at more than one token, and can be replaced."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    return model.config._attn_implementation == ATTENTION and kinds <= CAUSAL
+    """Whether attention is the only layer of the model that looks at more than one token, and can be replaced.
+
+    `layer_types` says so where a configuration has it. Where it has none, `attention` must have been given a packing in
+    every layer: a family may have attention of its own, or layers of another kind that its configuration does not name.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    replaced = model.config._attn_implementation == ATTENTION and kinds <= CAUSAL
+    return replaced and packed_calls(model) >= config.num_hidden_layers
+
+
+def packed_calls(model: "PreTrainedModel") -> int:
+    """How often a forward of a packing asks `attention`."""
+    from transformers import AttentionInterface
+
+    calls: list[bool] = []
+
+    def counted(*args, packing: Packing | None = None, **kwargs):
+        calls.append(packing is not None)
+        return attention(*args, packing=packing, **kwargs)
+
+    row = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    flat = Packing(
+        input_ids=row,
+        position_ids=torch.arange(2, device=model.device)[None],
+        place=torch.arange(2, device=model.device)[None],
+        home=torch.arange(2, device=model.device),
+        rows=torch.arange(2, device=model.device),
+        row_starts=torch.tensor([0, 2], dtype=torch.int32, device=model.device),
+        row_home=torch.arange(2, device=model.device),
+    )
+    AttentionInterface.register(ATTENTION, counted)
+    try:
+        with torch.no_grad():
+            forward(model, flat)
+    except Exception:  # whatever a family says that cannot take flat rows: its rows are padded
+        return 0
+    finally:
+        AttentionInterface.register(ATTENTION, attention)
+    return sum(calls)
 
 
 def attention(
@@ -87,9 +129,15 @@ def attention(
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA; with a packing, of query, key and value [1, heads, N, d] -> [1, N, heads, d]."""
+    """transformers' SDPA; with a packing, of query, key and value [1, heads, N, d] -> [1, N, heads, d].
+
+    Raises ValueError for what SDPA cannot do and transformers' would leave out.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    left_out = [name for name in EAGER_ONLY if kwargs.get(name) is not None]
+    if left_out:
+        raise ValueError(f"--attention sdpa leaves out what {EAGER_ONLY[left_out[0]]}; use --attention eager")
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     B, S = packing.place.shape

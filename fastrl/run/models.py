@@ -7,8 +7,9 @@ import torch
 
 from fastrl.base.log import RunLog
 from fastrl.kernels.parity import head_fault
+from fastrl.models.check import check_model
 from fastrl.models.critic import Critic
-from fastrl.models.head import head_weight
+from fastrl.models.head import head_weight, logit_map
 from fastrl.models.loading import LoadedModel, load_model
 from fastrl.models.policy import Policy
 from fastrl.models.reference import Reference
@@ -52,6 +53,7 @@ def load_models(resolved: Resolved, log: RunLog) -> Models:
         )
 
     loaded = load()
+    check_model(loaded, sampled=resolved.engine == "hf")
     triton = head_kernels(loaded, resolved.device, log)
     kept = dict(grad_dtype=getattr(torch, memory.grad_dtype), master=memory.master, offload=memory.offload)
     temperature, sigma = config.sampling.temperature, config.stopping.spike_sigma
@@ -83,7 +85,7 @@ def head_kernels(loaded: LoadedModel, device: str, log: RunLog) -> bool:
         log.say("kernels: Triton is not installed; the head runs in torch, slower and with more memory")
         return False
     log.say(f"kernels: flat updates run on {backend_on(torch.device(device))}")
-    fault = head_fault(head)
+    fault = head_fault(head, logit_map(loaded.model))
     slower = "the head runs in torch, slower and with more memory, for its Triton kernels failed"
     log.say(f"kernels: WARNING: {slower}: {fault}" if fault else "kernels: the head runs on Triton")
     return not fault

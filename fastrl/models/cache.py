@@ -5,7 +5,7 @@ Imports transformers, so it is imported where sampling begins.
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 GROWTH = 1.5
 LEAST_ROOM = 32  # tokens
@@ -39,7 +39,8 @@ class GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         # with their room, or the next token would copy the selected rows a second time
         past = self.get_seq_length()
-        assert self.room is not None
+        if self.room is None:  # a layer that keeps nothing, such as an MLP that is counted as one
+            return
         keys, values = self.room
         self.room = keys.index_select(0, indices), values.index_select(0, indices)
         self.keys, self.values = (buffer[..., :past, :] for buffer in self.room)
@@ -50,3 +51,12 @@ def growing_cache(config) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Make row i of the cache the former row rows[i]; a row may be left out, or taken several times."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.reorder_cache(rows)  # states, and in hybrid layers keys and values with them
+        else:
+            layer.batch_select_indices(rows)
