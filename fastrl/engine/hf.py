@@ -14,6 +14,7 @@ from torch import Tensor
 from fastrl.base.types import Completion
 from fastrl.engine.base import Request, Sampling
 from fastrl.models.decoding import Decoding
+from fastrl.models.modes import without_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,12 +62,8 @@ class HFEngine:
 
     @torch.inference_mode()
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        training = self.model.training
-        self.model.eval()  # in train mode, gradient checkpointing would switch the cache off
-        try:
+        with without_checkpoints(self.model):
             return self.in_batches(requests, sampling)
-        finally:
-            self.model.train(training)
 
     def in_batches(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         results: list[list[Completion]] = [[] for _ in requests]

@@ -4,8 +4,8 @@ A fixed batch of random tokens goes through the model's own forward, row by row 
 way in which fastrl computes log-probabilities:
 
     head      fastrl's head on the model's own last hidden states
-    trainer   right-padded rows, in train mode
-    again     the same once more: noise that training leaves on
+    trainer   right-padded rows
+    again     the same once more: noise that is left on
     packed    the rows as one sequence, the shared prompt once
     engine    prompts with left padding, then token by token with the cache, rows leaving on the way
 
@@ -26,6 +26,7 @@ from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.models.decoding import Decoding
 from fastrl.models.head import head_weight, logit_map, token_logprobs
 from fastrl.models.loading import LoadedModel, first_line, load_model, named, pick_device
+from fastrl.models.modes import without_checkpoints
 from fastrl.models.packing import pack
 
 if TYPE_CHECKING:
@@ -179,14 +180,13 @@ def own_forward(model: "PreTrainedModel", rows: Rows, num_tokens: int) -> tuple[
 @contextmanager
 def as_written(model: "PreTrainedModel") -> Iterator[None]:
     """Inside, the model is in eval mode, and its attention the definition, where it has a choice."""
-    training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(attention)
-        model.train(training)
+    attention = model.config._attn_implementation
+    with without_checkpoints(model):
+        model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(attention)
 
 
 def of_head(loaded: LoadedModel, hidden: Tensor, rows: Rows) -> Tensor:
@@ -203,22 +203,19 @@ def of_trainer(loaded: LoadedModel, rows: Rows, *, packed: bool = False) -> Tens
 
 def of_engine(loaded: LoadedModel, rows: Rows) -> Tensor:
     """As `engine.hf` samples: prompts once, rows from them, and rows that have ended leave the cache."""
-    model, n = loaded.model, len(rows.prompts)
-    training = model.training
-    model.eval()
-    text = Decoding(model, [rows.prompts[0], rows.prompts[2]], pad_id=loaded.pad_id)
-    at = list(range(n))
-    text.select(torch.tensor([0, 0, 1], device=model.device))
+    model, at = loaded.model, list(range(len(rows.prompts)))
     found: list[list[Tensor]] = [[] for _ in at]
-    for t in range(max(map(len, rows.completions))):
-        keep = [i for i, row in enumerate(at) if t < len(rows.completions[row])]
-        if len(keep) < len(at):
-            at = [at[i] for i in keep]
-            text.select(torch.tensor(keep, device=model.device))
-        tokens = torch.tensor([rows.completions[row][t] for row in at], device=model.device)
-        logprobs = text.logits(loaded.num_tokens).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        for row, value in zip(at, logprobs, strict=True):
-            found[row].append(value)
-        text.append(tokens)
-    model.train(training)
+    with without_checkpoints(model):
+        text = Decoding(model, [rows.prompts[0], rows.prompts[2]], pad_id=loaded.pad_id)
+        text.select(torch.tensor([0, 0, 1], device=model.device))
+        for t in range(max(map(len, rows.completions))):
+            keep = [i for i, row in enumerate(at) if t < len(rows.completions[row])]
+            if len(keep) < len(at):
+                at = [at[i] for i in keep]
+                text.select(torch.tensor(keep, device=model.device))
+            tokens = torch.tensor([rows.completions[row][t] for row in at], device=model.device)
+            logprobs = text.logits(loaded.num_tokens).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            for row, value in zip(at, logprobs, strict=True):
+                found[row].append(value)
+            text.append(tokens)
     return torch.stack([value for row in found for value in row])

@@ -24,6 +24,7 @@ MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling",)
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 MULTIPLY_BY_DIVISOR = {"hyperclovax"}  # by model_type
+NOT_APPLIED = {"mpt"}  # have a multiplier in their configuration only
 
 
 def logit_map(model: "PreTrainedModel") -> LogitMap:
@@ -33,13 +34,15 @@ def logit_map(model: "PreTrainedModel") -> LogitMap:
     """
     config = model.config.get_text_config()
 
-    def numbers(names: tuple[str, ...]) -> list[float]:
-        return [float(value) for name in names if (value := getattr(config, name, None))]
+    def product(names: tuple[str, ...]) -> float:
+        values = [getattr(config, name, None) for name in names]
+        return math.prod(float(value) for value in values if isinstance(value, (int, float)) and value)
 
-    divisors = numbers(DIVISORS)
-    if config.model_type in MULTIPLY_BY_DIVISOR:
-        divisors = [1 / divisor for divisor in divisors]
-    return LogitMap(math.prod(numbers(MULTIPLIERS)) / math.prod(divisors), sum(numbers(CAPS)[:1]))
+    scale = 1.0 if config.model_type in NOT_APPLIED else product(MULTIPLIERS)
+    divisor = product(DIVISORS)
+    caps = [cap for name in CAPS if (cap := getattr(config, name, None))]
+    scale = scale * divisor if config.model_type in MULTIPLY_BY_DIVISOR else scale / divisor
+    return LogitMap(scale, float(caps[0]) if caps else 0.0)
 
 
 def head_weight(model: "PreTrainedModel") -> Tensor:

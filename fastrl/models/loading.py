@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fastrl.checkpoint.reading import verify_model
-from fastrl.models import dropout, packing
+from fastrl.models import packing
 from fastrl.models.liger import patch
+from fastrl.models.modes import make_quiet
 from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_pickles
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
 
@@ -146,7 +147,7 @@ def load_model(
     checkpoint: CheckpointMode = "none",
     liger: bool = False,
 ) -> LoadedModel:
-    """Weights of a model in `dtype` on `device`, in train mode without dropout, with its tokenizer and stop ids.
+    """Weights of a model in `dtype` on `device`, without dropout, with its tokenizer and stop ids.
 
     Raises ValueError when the model or its tokenizer cannot be loaded, the model has no LM head or weights that are not
     finite, and CheckpointError for a checkpoint whose files have changed since it was written.
@@ -177,19 +178,19 @@ def load_model(
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"--model {name}: {type(model).__name__} has no plain LM head")
-    dropout.switch_off(model)
     if attention == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(packing.register())
     if liger:
         patch(model)
     checkpoint_layers(model, checkpoint)
+    make_quiet(model)
     stop = model.generation_config.eos_token_id if isinstance(model.generation_config, GenerationConfig) else None
     eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}
     if not eos:
         raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
     refuse_infinite(name, model)
     model.to(device)  # pyright: ignore[reportArgumentType] transformers' wrapper hides that it is a method
-    return LoadedModel(model.train(), tokenizer, tuple(sorted(eos)), path, packing.supports(model))
+    return LoadedModel(model, tokenizer, tuple(sorted(eos)), path, packing.supports(model))
 
 
 def refuse_infinite(name: str, model: nn.Module) -> None:

@@ -1,10 +1,13 @@
-"""Dropout and other noise of training, switched off: the policy that learns must be the policy that sampled.
+"""No dropout, and no noise of training: the policy that learns must be the policy that sampled.
 
-Half of transformers' families keep a rate as a number in a module or in the configuration, and not as an nn.Dropout.
+Train mode is what transformers asks for before it checkpoints a layer, and before it adds noise: nn.Dropout, rates that
+half of its families keep as numbers, jitter and sampled routes of experts. So a model stays in eval mode, but for the
+modules that checkpoint, and there the rates are 0.
 """
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,12 +15,13 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RATE = re.compile(r"drop|jitter", re.IGNORECASE)  # attention_dropout, resid_pdrop, layerdrop, router_jitter_noise
+RATE = re.compile("drop", re.IGNORECASE)  # attention_dropout, resid_pdrop, layerdrop
 
 
-def switch_off(model: "PreTrainedModel") -> None:
-    """Set every rate of dropout or jitter in the modules and the configurations of a model to zero, in place."""
+def make_quiet(model: "PreTrainedModel") -> None:
+    """Put a model into the mode that it is trained in; after `weights.activations.checkpoint_layers`."""
     for module in model.modules():
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     for holder in holders(model):
@@ -25,6 +29,18 @@ def switch_off(model: "PreTrainedModel") -> None:
             # a rate is a fraction: counts and switches of such a name stay
             if RATE.search(name) and isinstance(value, float) and 0 < value <= 1:
                 setattr(holder, name, 0.0)
+
+
+@contextmanager
+def without_checkpoints(model: nn.Module) -> Iterator[None]:
+    """Inside, all of the model is in eval mode: where layers are checkpointed there would be no cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def holders(model: "PreTrainedModel") -> Iterator[Any]:
