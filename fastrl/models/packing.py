@@ -79,24 +79,30 @@ class HasBody(Protocol):
 def supports(model: "PreTrainedModel") -> bool:
     """Whether attention is the only layer of the model that looks at more than one token, and can be replaced.
 
-    `layer_types` says so where a configuration has it. Where it has none, `attention` must have been given a packing in
-    every layer: a family may have attention of its own, or layers of another kind that its configuration does not name.
+    `layer_types` says so where a configuration has it. In any case `attention` must have been given a packing in every
+    layer, and a window in every layer that has one: a family may have attention of its own, layers that its
+    configuration does not name, or windows that it puts into masks only.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    replaced = model.config._attn_implementation == ATTENTION and kinds <= CAUSAL
-    return replaced and packed_calls(model) >= config.num_hidden_layers
+    layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or []
+    if model.config._attn_implementation != ATTENTION or not CAUSAL.issuperset(kinds):
+        return False
+    windowed = kinds.count("sliding_attention") if kinds else layers * bool(getattr(config, "sliding_window", None))
+    calls = packed_calls(model)
+    return len(calls) >= layers and len([window for window in calls if window]) >= windowed
 
 
-def packed_calls(model: "PreTrainedModel") -> int:
-    """How often a forward of a packing asks `attention`."""
+def packed_calls(model: "PreTrainedModel") -> list[int | None]:
+    """Windows, or None, with which a forward of a packing asks `attention`."""
     from transformers import AttentionInterface
 
-    calls: list[bool] = []
+    calls: list[int | None] = []
 
-    def counted(*args, packing: Packing | None = None, **kwargs):
-        calls.append(packing is not None)
-        return attention(*args, packing=packing, **kwargs)
+    def counted(*args, packing: Packing | None = None, sliding_window: int | None = None, **kwargs):
+        if packing is not None:
+            calls.append(sliding_window)
+        return attention(*args, packing=packing, sliding_window=sliding_window, **kwargs)
 
     row = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     flat = Packing(
@@ -113,10 +119,10 @@ def packed_calls(model: "PreTrainedModel") -> int:
         with torch.no_grad():
             forward(model, flat)
     except Exception:  # whatever a family says that cannot take flat rows: its rows are padded
-        return 0
+        return []
     finally:
         AttentionInterface.register(ATTENTION, attention)
-    return sum(calls)
+    return calls
 
 
 def attention(
