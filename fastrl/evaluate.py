@@ -62,6 +62,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
                 engine=engine,
                 rewards=rewards,
                 tokenizer=tokenizer,
+                eos_ids=loaded.eos_ids,
                 sampling=sampling,
                 seed=config.seed,
                 grade_truncated=config.sampling.grade_truncated,

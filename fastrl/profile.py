@@ -108,6 +108,7 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
                 engine=engine,
                 rewards=rewards,
                 tokenizer=tokenizer,
+                eos_ids=loaded.eos_ids,
                 sampling=sampling,
                 seed=config.seed,
                 grade_truncated=config.sampling.grade_truncated,

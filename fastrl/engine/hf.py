@@ -47,7 +47,7 @@ class HFEngine:
             loaded.model,
             eos_ids=loaded.eos_ids,
             pad_id=loaded.pad_id,
-            num_tokens=len(loaded.tokenizer),
+            num_tokens=loaded.num_tokens,
             max_num_seqs=max_num_seqs,
         )
 

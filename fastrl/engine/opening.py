@@ -62,7 +62,7 @@ def open_engine(
         flat or FlatParams(loaded.model, grad_dtype=None),
         settings.vllm,
         eos_ids=loaded.eos_ids,
-        num_tokens=len(loaded.tokenizer),
+        num_tokens=loaded.num_tokens,
         max_model_len=size.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         kv_bytes=size.kv_bytes,

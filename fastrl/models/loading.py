@@ -11,7 +11,8 @@ from torch import nn
 
 from fastrl.models import packing
 from fastrl.models.liger import patch
-from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_pickles
+from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_ends, refuse_pickles
+from fastrl.models.tokens import num_ids
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ class LoadedModel:
     def packs(self) -> bool:
         """Whether `token_logprobs` may be given a packing."""
         return packing.supports(self.model)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that can be sampled: those of the tokenizer, as far as the head has rows for them."""
+        rows = self.model.get_output_embeddings().weight.shape[0]
+        return min(num_ids(self.tokenizer), int(rows))
 
     @property
     def pad_id(self) -> int:
@@ -180,8 +187,10 @@ def load_model(
     eos = {tokenizer.eos_token_id, *([stop] if isinstance(stop, int) else stop or [])} - {None}
     if not eos:
         raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
+    loaded = LoadedModel(model.train(), tokenizer, tuple(sorted(eos)), path)
+    refuse_ends(name, loaded.eos_ids, loaded.num_tokens)
     model.to(device)  # pyright: ignore[reportArgumentType] transformers' wrapper hides that it is a method
-    return LoadedModel(model.train(), tokenizer, tuple(sorted(eos)), path)
+    return loaded
 
 
 def named(name: str, error: Exception, before: str = "") -> str:

@@ -35,6 +35,7 @@ class Policy(ShardedModel):
     ):
         super().__init__(loaded.model, optim, guard, grad_dtype, master=master, offload=offload)
         self.tokenizer, self.pad_id, self.packs = loaded.tokenizer, loaded.pad_id, loaded.packs
+        self.num_tokens = loaded.num_tokens
         self.inv_temperature, self.triton = 1.0 / temperature, triton
 
     def score(self, batch: TrainBatch) -> Tensor:
@@ -60,7 +61,7 @@ class Policy(ShardedModel):
                 fused,
                 count,
                 inv_temperature=self.inv_temperature,
-                num_tokens=len(self.tokenizer),
+                num_tokens=self.num_tokens,
                 packed=pack(batch) if self.packs else None,
             )
         sums = out.named()
@@ -78,7 +79,7 @@ class Policy(ShardedModel):
                 batch.input_ids,
                 batch.response_mask,
                 inv_temperature=self.inv_temperature,
-                num_tokens=len(self.tokenizer),
+                num_tokens=self.num_tokens,
                 need_entropy=need_entropy,
                 head_grad_in_place=True,
                 packed=pack(batch) if self.packs else None,

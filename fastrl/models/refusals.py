@@ -6,6 +6,7 @@ pickles, which can run code when they are read.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -54,6 +55,17 @@ def refuse_pickles(name: str, folder: Path) -> None:
         raise ValueError(
             f"--model {name}: weights must be in model.safetensors or its shards, and there are {got}; save the model "
             "with save_pretrained of transformers, where you trust it"
+        )
+
+
+def refuse_ends(name: str, eos_ids: Iterable[int], num_tokens: int) -> None:
+    """Raise ValueError where an end of text can never be sampled: no completion would end by it."""
+    beyond = [id for id in eos_ids if not 0 <= id < num_tokens]
+    if beyond:
+        raise ValueError(
+            f"--model {name}: the end-of-text id {beyond[0]} cannot be sampled, for model and tokenizer have the ids 0 "
+            f"to {num_tokens - 1} in common; use the tokenizer that belongs to the model, or correct eos_token_id in "
+            "its generation_config.json"
         )
 
 

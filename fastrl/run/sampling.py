@@ -61,6 +61,7 @@ def make_rollout(
         engine=engine,
         rewards=rewards,
         tokenizer=models.loaded.tokenizer,
+        eos_ids=models.loaded.eos_ids,
         seed=config.seed,
         sampling=config.sampling.drawn(),
         grade_truncated=config.sampling.grade_truncated,
