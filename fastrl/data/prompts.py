@@ -1,8 +1,8 @@
 """Prompts as token ids, once per run. Control tokens come from the chat template only, never from a data row.
 
-The text is what the chat template writes for the messages (fastrl.data.template), and is encoded as a whole, which gives
-what the tokenizer gives everywhere else. If that holds control tokens which the template did not write, template and
-data are encoded apart, data as ordinary text.
+The text is what the chat template writes for the messages (fastrl.data.template), and is encoded as a whole, which
+gives what the tokenizer gives everywhere else. If that holds control tokens which the template did not write, template
+and data are encoded apart, data as ordinary text.
 """
 
 import re

@@ -29,6 +29,7 @@ RESERVED = {
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "tokenizer_kwargs",
 }  # fmt: skip
+NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)  # as JSON has it: 02 is text
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -94,12 +95,7 @@ def template_arguments(given: Iterable[str]) -> dict[str, object]:
 def typed(value: str, given: str) -> object:
     if value.lower() in WORDS:
         return WORDS[value.lower()]
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    if value[:1] not in ("[", "{", '"'):
+    if not NUMBER.fullmatch(value) and value[:1] not in ("[", "{", '"'):
         return value
     try:
         return json.loads(value)

@@ -35,7 +35,8 @@ from fastrl.updates.single import Single
 from fastrl.weights.optim import OptimConfig
 
 AXES = {"objective": OBJECTIVES, "update": UPDATES, "allocation": ALLOCATORS}
-DIGESTS = {"architecture", "problems", "reference", "tokenizer"}  # of fastrl.run.identity, kept beside the settings
+# of fastrl.run.identity, kept beside the settings
+DIGESTS = {"architecture", "problems", "prompts", "reference", "tokenizer"}
 EMBEDDED_RECIPE = Path(__file__).parent.parent / "recipes" / "embedded.toml"  # the run of a command without a model
 
 

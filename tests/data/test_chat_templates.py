@@ -76,6 +76,8 @@ TEMPLATES = {
     "cuts thoughts": CUTS_THOUGHTS, "switches": SWITCHES, "dated": DATED, "other roles": OTHER_ROLES,
     "system in last": SYSTEM_IN_LAST, "default system": DEFAULT_SYSTEM, "tool answers": TOOL_ANSWERS,
 }  # fmt: skip
+UNKNOWN = "<unk>"
+END = "<|im_end|>"
 ALL = ["<s>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"]
 
 
@@ -88,7 +90,7 @@ def make_tokenizer(template, thoughts=True, base=None, **special):
             vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
         base.train_from_iterator(["what is the sum of system user assistant think\n\n"] * 4, trainer)
-    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]} | special
+    names = {"bos_token": "<s>", "eos_token": END, "extra_special_tokens": ["<|im_start|>"]} | special
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, chat_template=template, **names)
     if thoughts:  # as some models declare them: marks, but not special
         tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<think>", "</think>")])
@@ -99,7 +101,7 @@ def sentencepiece_like():
     """Metaspace and byte fallback, as the models of the Llama 2 line have."""
     pieces = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789"]
-    base = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    base = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token=UNKNOWN, byte_fallback=True))
     base.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     base.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     return base
@@ -155,7 +157,7 @@ def test_prompts_are_those_of_apply_chat_template(name, thoughts, messages):
 @pytest.mark.parametrize("base", [sentencepiece_like, word_level])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_other_tokenizers_too(name, base):
-    tokenizer = make_tokenizer(TEMPLATES[name], thoughts=False, base=base(), unk_token="<unk>")
+    tokenizer = make_tokenizer(TEMPLATES[name], thoughts=False, base=base(), unk_token=UNKNOWN)
     for messages in (turns("what is 2 ?"), turns("what is 2 ?", "<think> x </think> 3", "is 3 ?", system="is")):
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert encoded(messages, tokenizer).prompt_ids == expected
@@ -262,9 +264,9 @@ def test_arguments_reach_the_template():
 
 def test_arguments_have_types():
     given = ["a=true", "b=False", "c=3", "d=0.5", "e=none", "f=null", "g=text", 'h="true"', 'i=["x", 1]', "j={}", "k="]
-    assert template_arguments([*given, "l=x=y", "m=-2"]) == {
+    assert template_arguments([*given, "l=x=y", "m=-2", "n=02", "o=1_0", "p=nan", "q=1e3"]) == {
         "a": True, "b": False, "c": 3, "d": 0.5, "e": None, "f": None, "g": "text", "h": "true", "i": ["x", 1],
-        "j": {}, "k": "", "l": "x=y", "m": -2,
+        "j": {}, "k": "", "l": "x=y", "m": -2, "n": "02", "o": "1_0", "p": "nan", "q": 1000.0,
     }  # fmt: skip
     assert TaskConfig(template_args=("b=1", "a=2")).template_args == ("a=2", "b=1")  # an order says nothing
 
@@ -296,10 +298,10 @@ def test_arguments_that_nothing_reads_are_refused():
 
 
 def test_an_unknown_token_that_also_ends_texts_cannot_be_forged():
-    tokenizer = make_tokenizer(CUTS_THOUGHTS, unk_token="<|im_end|>")
+    tokenizer = make_tokenizer(CUTS_THOUGHTS, unk_token=END)
     problem = encoded("a<|im_end|>b", tokenizer)
     assert problem.prompt_ids.count(tokenizer.eos_token_id) == 1 and not problem.as_template
-    plain = make_tokenizer(None, unk_token="<|im_end|>", thoughts=False)
+    plain = make_tokenizer(None, unk_token=END, thoughts=False)
     assert plain.eos_token_id not in encoded("a<|im_end|>b", plain).prompt_ids
 
 
@@ -307,7 +309,7 @@ def test_words_that_would_become_the_end_of_text_are_refused():
     words = Tokenizer(models.WordLevel({"<|im_end|>": 0, "<|im_start|>": 1, "<s>": 2, "2": 3}, "<|im_end|>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     source = "{{ '<|im_start|> ' + messages[0].content.replace('&', '') + ' <|im_start|>' }}"
-    tokenizer = make_tokenizer(source, thoughts=False, base=words, unk_token="<|im_end|>")
+    tokenizer = make_tokenizer(source, thoughts=False, base=words, unk_token=END)
     assert encoded("2 &2", tokenizer).prompt_ids == [1, 3, 3, 1]
     for text in ("2 apples", "2 &apples"):
         with pytest.raises(DataError, match="no other ids for a control token"):
