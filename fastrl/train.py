@@ -22,14 +22,17 @@ import torch
 from fastrl import checkpoint
 from fastrl.base import faults, ranks
 from fastrl.base.exits import exit_code, fail, run_program
-from fastrl.base.log import RunLog, printable, say, versions, write_json
+from fastrl.base.log import RunLog, check_logger, printable, say, versions, write_json
 from fastrl.base.spans import Progress, Spans, collector_paused
 from fastrl.base.types import EngineError, NumericsError
 from fastrl.base.versions import check_versions
+from fastrl.models.loading import load_tokenizer
+from fastrl.rewards import RewardSet
 from fastrl.run.build import build
+from fastrl.run.problems import check_fit, load_work
 from fastrl.run.resolve import describe, memory_lines, resolve
 from fastrl.run.resume import resume
-from fastrl.run.sampling import open_rewards, profile_plan
+from fastrl.run.sampling import open_rewards, wanted_profile
 from fastrl.settings.parse import as_dict
 from fastrl.settings.run import TrainConfig, configure
 from fastrl.step.trainer import Stopped, Trainer
@@ -126,10 +129,21 @@ def summary(log: RunLog) -> list[str]:
     return lines
 
 
+def look_over(config: TrainConfig, rewards: RewardSet) -> None:
+    """For a dry run: what would end the run before its first step, and a prompt. Reads no weights, writes nothing."""
+    for name in config.run.log:
+        check_logger(name)
+    work = load_work(config, load_tokenizer(config.model), rewards)
+    say("\n".join(work.report))
+    check_fit(config, work.problems, RunLog(config.run.folder, total_steps=config.run.steps))
+    if wanted := wanted_profile(config, work.task.problems):
+        say(wanted.said)
+
+
 def main(argv: list[str]) -> int:
     started = time.monotonic()
     check_versions()
-    config = configure(argv)
+    config = configure(argv).pinned()
     planned = faults.from_environment().planned
     resolved = resolve(config)
     rewards = open_rewards(config)
@@ -138,8 +152,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(as_dict(config), indent=2))
         say("\n".join([*lines, *memory_lines(resolved)]))
         with rewards:
-            for line in profile_plan(config, rewards):
-                say(line)
+            look_over(config, rewards)
         return 0
     if config.threads:
         torch.set_num_threads(config.threads)

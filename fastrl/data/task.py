@@ -22,7 +22,7 @@ FEW_REFUSED = 5
 class TaskConfig:
     """How problems of a data set become prompts."""
 
-    data_dir: str = "../shared/data"  # where the named data sets lie
+    data_dir: str = ""  # folder with local copies of the named data sets; none: they are fetched from the hub
     template: str = "auto"  # chat, plain, or auto: chat where the tokenizer has a template
     # NAME=VALUE, what the chat template is called with besides, such as enable_thinking=false
     template_args: tuple[str, ...] = setting((), known_as=("chat_template_kwargs", "apply_chat_template_kwargs"))
@@ -60,6 +60,7 @@ def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: Rew
     loaded = dataset.load(split, config.data_dir)
     problems = loaded.problems[:limit] if limit else loaded.problems
     report = [f"data: {dataset.name} ({split}): {len(problems)} problems, {loaded.mapping}"]
+    report += [f"  from {loaded.source}"] if loaded.source else []
     if loaded.excluded:
         report.append(f"  excluded by the data set's own list: {len(loaded.excluded)}")
     report += listed("rows that cannot be used", [str(row) for row in loaded.bad_rows])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastrl.models import packing
+from fastrl.models.fetching import fetched
 from fastrl.models.liger import patch
 from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_ends, refuse_pickles
 from fastrl.models.tokens import num_ids
@@ -62,18 +63,17 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
 
 
-def model_path(name: str) -> str:
-    """'embedded', a folder or a hub name -> what transformers can load. Raises ValueError for what is no model."""
+def model_path(name: str, *, weights: bool = False) -> str:
+    """'embedded', a folder, or owner/name[@revision] of the hub -> the folder of a model.
+
+    Of the hub only configuration and tokenizer are fetched, unless the weights are asked for. Raises ValueError for
+    what is no model.
+    """
     if name == EMBEDDED:
         return str(Path(__file__).parent.parent / "assets" / "tiny")
     folder = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if not folder.is_dir():
-        if looks_local:
-            raise ValueError(
-                f"--model {name}: no such folder. Give a Hugging Face model folder, a hub name, or 'embedded'"
-            )
-        return name
+        folder = fetched(name, weights=weights)
     if not (folder / "config.json").exists():
         raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
     refuse_code(name, folder)
@@ -126,12 +126,9 @@ def load_tokenizer(name: str):
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path = model_path(name)
-    if Path(path).is_dir():
-        wanted = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        if not any((Path(path) / file).exists() for file in wanted):
-            raise ValueError(
-                f"--model {name}: the folder has no tokenizer (none of {', '.join(wanted)}); copy one into it"
-            )
+    wanted = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((Path(path) / file).exists() for file in wanted):
+        raise ValueError(f"--model {name}: the folder has no tokenizer (none of {', '.join(wanted)}); copy one into it")
     try:
         refuse_auto_map(name, "tokenizer_config.json", get_tokenizer_config(path))
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -157,9 +154,8 @@ def load_model(
 
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(name)
-    path = model_path(name)
-    if Path(path).is_dir():
-        refuse_pickles(name, Path(path))
+    path = model_path(name, weights=True)
+    refuse_pickles(name, Path(path))
     model_config(name)  # refuses what comes with code, before any weights are fetched
     try:
         model = AutoModelForCausalLM.from_pretrained(

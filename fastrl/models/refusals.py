@@ -50,12 +50,17 @@ def refuse_pickles(name: str, folder: Path) -> None:
             if not (folder / shard).is_file():
                 raise ValueError(f"--model {name}: {index.name} names {shard!r:.100}, which is missing")
     elif not (folder / "model.safetensors").is_file():
-        found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        got = f"only {', '.join(found[:3])}, pickles that can run code when they are read" if found else "none"
-        raise ValueError(
-            f"--model {name}: weights must be in model.safetensors or its shards, and there are {got}; save the model "
-            "with save_pretrained of transformers, where you trust it"
-        )
+        refuse_pickled(name, [path.name for path in folder.iterdir()])
+
+
+def refuse_pickled(name: str, files: Iterable[str]) -> None:
+    """Raise ValueError for a model without safetensors, of which these are the files."""
+    found = sorted(file for file in files if file.endswith(PICKLES))
+    got = f"only {', '.join(found[:3])}, pickles that can run code when they are read" if found else "none"
+    raise ValueError(
+        f"--model {name}: weights must be in model.safetensors or its shards, and there are {got}; save the model "
+        "with save_pretrained of transformers, where you trust it"
+    )
 
 
 def refuse_ends(name: str, eos_ids: Iterable[int], num_tokens: int) -> None:
