@@ -74,7 +74,7 @@ def pinned_data(typed: str, data_dir: str) -> str:
     """The same with the commit that a branch of the hub is now, so that a run, its evaluation and its continuation read
     the same. Asks the hub where it has to; raises DataError."""
     dataset = find_dataset(typed)
-    if isinstance(dataset, NamedDataset) and not data_dir:
+    if isinstance(dataset, NamedDataset) and dataset.repo and not data_dir:
         dataset = dataset.hub
     if not isinstance(dataset, HubDataset) or COMMIT.fullmatch(dataset.repo.revision):
         return typed

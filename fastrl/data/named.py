@@ -1,6 +1,6 @@
 """Data sets with a name of their own: fetched from the hub at a commit that is known, or read from local copies."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastrl.base.hub import Repo
@@ -21,10 +21,10 @@ class NamedDataset:
     """
 
     name: str
-    repo: str  # owner/name on the hub
+    repo: str = ""  # owner/name on the hub, if it is there
     revision: str = "main"  # a commit, where it is known; else what the branch is at the start of a run
     config: str = ""
-    splits: dict[str, str]  # --split -> the repository's name of it
+    splits: dict[str, str] = field(default_factory=dict)  # --split -> the repository's name of it
     files: dict[str, str]  # split -> path of a local copy below --data-dir
     rewrite: Rewrite | None = None
     default_reward: str = "math"
@@ -45,6 +45,8 @@ class NamedDataset:
         return replace(self, revision=revision)
 
     def load(self, split: str, data_dir: str = "") -> Loaded:
+        if not data_dir and not self.repo:
+            raise DataError(f"data set {self.name!r} is not on the hub; pass the folder that holds it as --data-dir")
         if not data_dir:
             if split not in self.splits:
                 raise DataError(

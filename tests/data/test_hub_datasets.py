@@ -1,7 +1,5 @@
 """Data sets by name from a hub on this machine: which commit, which files, from the cache, and what is said without."""
 
-import time
-
 import pytest
 
 from fastrl.base.exits import exit_code
@@ -10,34 +8,10 @@ from fastrl.data import DATASETS, load_problems, pinned_data
 from fastrl.data.base import convert_row
 from fastrl.data.hub import choose, matches, split_of
 from fastrl.data.math import list_of_answers, power_of_ten
-from support.hub_server import commit_of, jsonl, parquet, serve
+from support.hub_server import commit_of, jsonl, parquet
 
 GSM8K = [{"question": f"{n} and 1?", "answer": f"It is so.\n#### {n + 1}"} for n in range(6)]
 PIN = DATASETS["gsm8k"].revision
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub that this process asks, with an empty cache."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    with serve() as server:
-        template = "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
-        yield server
-        close_session()
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    from huggingface_hub import constants
-
-    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def gsm8k(hub, commit=PIN, rows=GSM8K):
@@ -80,7 +54,6 @@ def test_without_an_answer_one_line_says_what_to_do_and_at_once(hub, offline):
     gsm8k(hub)
     cache = r"openai/gsm8k@\w+ is not in the cache \(.*cache\)"
     what = "run once with a network, or give the path of local files as --data"
-    started = time.monotonic()
     for status in (500, 502, 503, 504, 429):
         hub.status = status
         with pytest.raises(DataError, match=rf"^data set 'gsm8k': {cache}, and .* \(answers {status}\); {what}$"):
@@ -89,8 +62,7 @@ def test_without_an_answer_one_line_says_what_to_do_and_at_once(hub, offline):
     with pytest.raises(DataError, match=rf"{cache}, and .* \(ReadTimeout.*\); {what}"):
         load_problems("gsm8k", split="train")
     hub.delay = 0.0
-    assert time.monotonic() - started < 15  # six requests, no second tries
-    assert len(hub.asked) == 6
+    assert len(hub.asked) == 6  # one each, and no second tries
     offline()
     with pytest.raises(DataError, match=rf"{cache} and HF_HUB_OFFLINE is set; {what}") as caught:
         load_problems("gsm8k", split="train")
