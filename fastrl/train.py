@@ -129,6 +129,14 @@ def summary(log: RunLog) -> list[str]:
     return lines
 
 
+def same_commits(config: TrainConfig) -> None:
+    """Raise ValueError where ranks have resolved a name of the hub to other commits: it has moved just now."""
+    resolved = [config.model, config.data, *config.evaluation.eval]
+    others = [each for each in ranks.gather(resolved) if each != resolved]
+    if others:
+        raise ValueError(f"one rank reads {', '.join(resolved)} and another {', '.join(others[0])}; start again")
+
+
 def look_over(config: TrainConfig, rewards: RewardSet) -> None:
     """For a dry run: what would end the run before its first step, and a prompt. Reads no weights, writes nothing."""
     for name in config.run.log:
@@ -172,6 +180,7 @@ def main(argv: list[str]) -> int:
         for line in lines:
             log.say(line)
         watchdog.start()
+        same_commits(config)
         with collector_paused():
             trainer = stop.trainer = build(resolved, log, rewards, stop, spans)
         if config.run.resume:

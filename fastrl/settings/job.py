@@ -15,9 +15,8 @@ from fastrl.settings.sections import EngineSection, SamplingSection
 class JobConfig:
     """A model on problems."""
 
-    model: str = setting(
-        EMBEDDED, known_as="model_name_or_path"
-    )  # a model folder, owner/name[@revision], or `embedded`
+    # a model folder, owner/name[@revision], or `embedded`
+    model: str = setting(EMBEDDED, known_as="model_name_or_path")
     # a data-set name, a file or folder of problems, or owner/name[:config][@revision] of the hub
     data: str = setting("gsm8k", known_as=("dataset", "dataset_name"))
     split: str = "train"  # of the data set: train or test
