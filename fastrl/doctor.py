@@ -113,9 +113,10 @@ def tokenizer(config: DoctorConfig) -> list[str]:
         max_prompt_tokens=config.task.max_prompt_tokens,
         template_args=template_arguments(config.task.template_args),
     )
+    ids = "" if num_ids(opened) == len(opened) else f" with ids to {num_ids(opened) - 1}"
     kind = "a chat template" if opened.chat_template else "no chat template"
     return [
-        f"{num_ids(opened)} ids, end {opened.eos_token!r} {opened.eos_token_id}, padding {pad}, {kind}",
+        f"{len(opened)} tokens{ids}, end {opened.eos_token!r} {opened.eos_token_id}, padding {pad}, {kind}",
         f"a prompt, {describe_prompt(problem, opened)}",
     ]
 

@@ -54,7 +54,7 @@ def repo_of(name: str) -> Repo:
     found = TYPED.fullmatch(name)
     if not found or name.startswith((".", "~")):
         raise ValueError(
-            f"--model {name}: there is no such folder. Give a Hugging Face model folder, owner/name[@revision] of the "
+            f"--model {name}: no such folder. Give a Hugging Face model folder, owner/name[@revision] of the "
             "hub, or 'embedded'"
         )
     return Repo(kind="model", name=found["name"], revision=found["revision"] or "main")

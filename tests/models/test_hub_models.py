@@ -65,11 +65,11 @@ def test_a_moved_branch_is_another_commit(hub):
 )
 def test_a_name_of_another_form_is_refused_without_a_request(name, hub):
     for read in (model_config, load_tokenizer, load):
-        with pytest.raises(ValueError, match=r"--model .*: there is no such folder.*owner/name\[@revision\]") as caught:
+        with pytest.raises(ValueError, match=r"--model .*: no such folder.*owner/name\[@revision\]") as caught:
             read(name)
         assert "\n" not in str(caught.value)
     assert not hub.asked
-    with pytest.raises(ValueError, match="there is no such folder.*known by name: qwen2.5-0.5b"):
+    with pytest.raises(ValueError, match="no such folder.*known by name: qwen2.5-0.5b"):
         find_config(name)
 
 
