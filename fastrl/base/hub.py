@@ -69,9 +69,9 @@ def snapshot_of(repo: Repo) -> Snapshot:
     if commit and (files := cached_files(repo, commit)):
         return Snapshot(repo=repo, commit=commit, files=files)
     try:
-        info = hub.HfApi().repo_info(
-            repo.name, revision=repo.revision, repo_type=repo.kind, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
+        api = hub.HfApi()
+        ask = api.dataset_info if repo.kind == "dataset" else api.model_info
+        info = ask(repo.name, revision=repo.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
         commit = cached_commit(repo) if unreachable(error) else ""
         files = cached_files(repo, commit) if commit else None

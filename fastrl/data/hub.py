@@ -159,10 +159,10 @@ def of_card(files: list[str], card: dict, config: str, name: str) -> dict[str, l
         if isinstance(entry, dict) and "path" in entry:
             parts = {str(entry.get("split", "train")): entry["path"]}
         for split, paths in parts.items():
-            patterns.setdefault(split, []).extend(paths if isinstance(paths, list) else [paths])
+            patterns.setdefault(split, []).extend(map(str, paths if isinstance(paths, list) else [paths]))
     inside = f"{folder}/" if folder else ""
     return {
-        split: [file for file in files if any(matches(file, inside + str(pattern)) for pattern in wanted)]
+        split: [file for file in files if any(matches(file, inside + pattern) for pattern in wanted)]
         for split, wanted in patterns.items()
     }
 

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastrl.base.types import DataError, Problem
 from fastrl.data.template import ChatTemplate, Messages, Part
@@ -28,7 +28,7 @@ def encode_prompts(
     template: str = "auto",
     instruction: str,
     max_prompt_tokens: int,
-    template_args: Mapping[str, object] | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> tuple[list[Problem], list[tuple[str, int]]]:
     """-> the problems that fit, and (id, number of tokens) of those that do not.
 
@@ -128,7 +128,7 @@ class Encoder:
         refused = DataError("the tokenizer has no other ids for a control token in this text; delete the row")
         if not any(part.is_data for part in parts):
             unknown = self.tokenizer.unk_token_id
-            written = "".join(part.text for part in parts).count(self.tokenizer.unk_token or "\0")
+            written = "".join(part.text for part in parts).count(str(self.tokenizer.unk_token or "\0"))
             if unknown in self.control_ids and ids.count(unknown) != written:
                 raise refused
             return ids
@@ -174,8 +174,9 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     them is no mark. Nor is the unknown token, for ordinary text may give it, unless it also begins or ends a text.
     """
     source = str(tokenizer.chat_template or "")
-    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    unknown = {tokenizer.unk_token_id} - ends
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        unknown = None
 
     def is_mark(text: str) -> bool:
         return len(text) > 1 and not text.isspace() and text in source
@@ -183,5 +184,5 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return {
         token.content: id
         for id, token in tokenizer.added_tokens_decoder.items()
-        if id not in unknown and (token.special or is_mark(token.content))
+        if id != unknown and (token.special or is_mark(token.content))
     }

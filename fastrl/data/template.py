@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastrl.base.names import did_you_mean
 from fastrl.base.types import DataError
@@ -73,13 +73,13 @@ def in_place(blanks: str, first: str, mark: str) -> str:
 WAYS: tuple[Way, ...] = (before, before_blanks, in_place)
 
 
-def template_arguments(given: Iterable[str]) -> dict[str, object]:
+def template_arguments(given: Iterable[str]) -> dict[str, Any]:
     """["enable_thinking=false", "budget=512"] -> {"enable_thinking": False, "budget": 512}.
 
     A value is true, false, none, a number, JSON that begins with a bracket, a brace or a quote, else text. Raises
     ValueError on what has no such form, a name given twice, or one that is fastrl's to set.
     """
-    arguments: dict[str, object] = {}
+    arguments: dict[str, Any] = {}
     for each in given:
         name, equals, value = each.partition("=")
         if not equals or not name.isidentifier():
@@ -106,7 +106,7 @@ def typed(value: str, given: str) -> object:
 class ChatTemplate:
     """The template of a tokenizer, with the generation prompt. control: texts of the control tokens."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", control: Iterable[str], arguments: Mapping[str, object]):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", control: Iterable[str], arguments: Mapping[str, Any]):
         self.tokenizer, self.arguments = tokenizer, arguments
         texts = sorted((text for text in control if text), key=len, reverse=True)
         self.controls = re.compile("|".join(map(re.escape, texts)) or "(?!)")

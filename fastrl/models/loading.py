@@ -13,7 +13,7 @@ from fastrl.models import packing
 from fastrl.models.fetching import fetched
 from fastrl.models.liger import patch
 from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_ends, refuse_pickles
-from fastrl.models.tokens import num_ids
+from fastrl.models.tokens import num_sampled
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
 
 if TYPE_CHECKING:
@@ -38,9 +38,8 @@ class LoadedModel:
 
     @property
     def num_tokens(self) -> int:
-        """Ids that can be sampled: those of the tokenizer, as far as the head has rows for them."""
-        rows = self.model.get_output_embeddings().weight.shape[0]
-        return min(num_ids(self.tokenizer), int(rows))
+        """How many ids can be sampled, from 0 on."""
+        return num_sampled(self.model, self.tokenizer)
 
     @property
     def pad_id(self) -> int:

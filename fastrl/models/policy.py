@@ -1,5 +1,6 @@
 """The trained policy: log-probabilities of batches, and what update rules move."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from fastrl.base.types import TrainBatch
 from fastrl.models.head import token_logprobs, token_policy_loss
 from fastrl.models.loading import LoadedModel
 from fastrl.models.packing import pack
+from fastrl.models.tokens import num_sampled
 from fastrl.objectives.base import FusedLoss
 from fastrl.weights.guard import Guard
 from fastrl.weights.optim import OptimConfig
@@ -35,12 +37,16 @@ class Policy(ShardedModel):
     ):
         super().__init__(loaded.model, optim, guard, grad_dtype, master=master, offload=offload)
         self.tokenizer, self.pad_id, self.packs = loaded.tokenizer, loaded.pad_id, loaded.packs
-        self.num_tokens = loaded.num_tokens
         self.inv_temperature, self.triton = 1.0 / temperature, triton
 
     def score(self, batch: TrainBatch) -> Tensor:
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""
         return self.logprobs(batch)[0]
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """How many ids can be sampled, from 0 on; the head's other rows are padding."""
+        return num_sampled(self.model, self.tokenizer)
 
     @property
     def fuses(self) -> bool:

@@ -46,11 +46,9 @@ class Rollout:
     canary_metrics: dict[str, float] = field(default_factory=dict, init=False)  # of the newest weights
     checked_version: int | None = field(default=None, init=False)
     num_ids: int = field(init=False)
-    ends: set[int] = field(init=False)
 
     def __post_init__(self):
         self.num_ids = num_ids(self.tokenizer)
-        self.ends = {*self.eos_ids, self.tokenizer.eos_token_id}
 
     def run(self, plan: list[tuple[Problem, int]], step: int) -> list[RolloutGroup]:
         """[(problem, group_size)] of all ranks -> this rank's groups, sampled for training step `step` and scored."""
@@ -101,7 +99,7 @@ class Rollout:
         flat = [c for completions in sampled for c in completions]
         for completion in flat[:1]:
             completion.rollout_logprobs = faults.through("rollout_logprobs", completion.rollout_logprobs)
-        texts = completion_texts(self.tokenizer, [c.token_ids for c in flat], self.ends)
+        texts = completion_texts(self.tokenizer, [c.token_ids for c in flat], self.eos_ids)
         for completion, text in zip(flat, texts, strict=True):
             completion.text = text
         version = self.engine.policy_version
