@@ -94,6 +94,8 @@ def test_what_cannot_be_had_is_said_in_one_line(hub, offline):
         with pytest.raises(ValueError, match=f"--model {name}: .*{said}") as caught:
             load(name)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="config.json has an auto_map"):
+        model_path("me/code", weights=True)
     assert not any("safetensors" in path for path in hub.asked if "me/code" in path)
     hub.status, asked = 503, len(hub.asked)
     with pytest.raises(
