@@ -68,8 +68,8 @@ def snapshot_of(repo: Repo) -> Snapshot:
     commit = repo.revision if COMMIT.fullmatch(repo.revision) else ""
     if commit and (files := cached_files(repo, commit)):
         return Snapshot(repo=repo, commit=commit, files=files)
+    api = hub.HfApi()
     try:
-        api = hub.HfApi()
         ask = api.dataset_info if repo.kind == "dataset" else api.model_info
         info = ask(repo.name, revision=repo.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
@@ -83,7 +83,13 @@ def snapshot_of(repo: Repo) -> Snapshot:
         raise HubError(f"{repo.page} names no commit for the revision {repo.revision!r}; is HF_ENDPOINT a hub?")
     if commit and info.sha != commit:
         say(f"hub: WARNING: {repo.page} gives commit {info.sha} where {commit} was asked for")
-    return Snapshot(repo=repo, commit=info.sha, files=sorted(file.rfilename for file in info.siblings or []))
+    files = [file.rfilename for file in info.siblings or []]
+    if not files:  # some mirrors list them by their tree alone
+        try:
+            files = api.list_repo_files(repo.name, revision=info.sha, repo_type=repo.kind)
+        except Exception as error:
+            raise HubError(explain(repo, error)) from error
+    return Snapshot(repo=repo, commit=info.sha, files=sorted(files))
 
 
 def fetch(snapshot: Snapshot, files: Sequence[str]) -> Path:

@@ -140,6 +140,17 @@ def test_a_branch_that_has_moved_is_another_commit_and_without_a_network_the_las
     assert f"main is taken for {first}, as when it was last asked" in capsys.readouterr().out
 
 
+def test_a_mirror_with_another_commit_is_said_aloud(hub, offline, capsys):
+    own = gsm8k(hub, commit=commit_of(5))
+    hub.branches["datasets", "openai/gsm8k"][PIN] = own  # asked for the commit, it names its own
+    hub.lists_siblings = False
+    for _ in range(2):
+        assert len(load_problems("gsm8k", split="train").problems) == 6
+        said = capsys.readouterr().out
+        assert f"gives commit {own} where {PIN} was asked for" in said or f"{PIN} is taken for {own}" in said
+        offline()
+
+
 def test_a_commit_that_is_not_known_is_resolved_once_and_written_down(hub):
     assert DATASETS["hmmt"].revision == "main"  # no commit of it could be looked up
     rows = [{"problem": "2+2?", "answer": "4", "problem_idx": 1}, {"problem": "2+3?", "answer": "5", "problem_idx": 2}]

@@ -27,6 +27,7 @@ class Hub:
         self.status = 0  # of all answers, if not 0
         self.gated: set[str] = set()
         self.delay = 0.0  # seconds before an answer
+        self.lists_siblings = True
 
     def push(self, kind: str, name: str, files: Files, *, commit: str = "", branch: str = "main") -> str:
         """A commit on a branch; kind: datasets or models -> the commit."""
@@ -55,7 +56,7 @@ class Hub:
         commit = branches.get(asked, asked)
         files = commits[commit]
         if action == "revision":
-            siblings = [{"rfilename": file} for file in files]
+            siblings = [{"rfilename": file} for file in files] if self.lists_siblings else []
             return 200, {}, json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
         if action == "tree":
             tree = [
