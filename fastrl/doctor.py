@@ -24,7 +24,9 @@ from fastrl.base.versions import check_versions
 from fastrl.data.base import BOXED_INSTRUCTION
 from fastrl.data.prompts import describe_prompt, encode_prompts
 from fastrl.data.task import TaskConfig
+from fastrl.data.template import template_arguments
 from fastrl.models.loading import EMBEDDED, load_tokenizer, model_config, parameter_shapes, pick_device
+from fastrl.models.tokens import num_ids
 from fastrl.rewards import VERIFIERS, RewardSet
 from fastrl.settings.parse import parse
 
@@ -109,10 +111,12 @@ def tokenizer(config: DoctorConfig) -> list[str]:
         template=config.task.template,
         instruction=instruction,
         max_prompt_tokens=config.task.max_prompt_tokens,
+        template_args=template_arguments(config.task.template_args),
     )
+    ids = "" if num_ids(opened) == len(opened) else f" with ids to {num_ids(opened) - 1}"
     kind = "a chat template" if opened.chat_template else "no chat template"
     return [
-        f"{len(opened)} tokens, end {opened.eos_token!r} {opened.eos_token_id}, padding {pad}, {kind}",
+        f"{len(opened)} tokens{ids}, end {opened.eos_token!r} {opened.eos_token_id}, padding {pad}, {kind}",
         f"a prompt, {describe_prompt(problem, opened)}",
     ]
 

@@ -40,7 +40,7 @@ class EvaluateSampling(SamplingSection):
 class EvaluateConfig(JobConfig):
     """A model on problems it is not trained on; a checkpoint is a model."""
 
-    # a data-set name, or a file or folder of problems
+    # a data-set name, a file or folder of problems, or owner/name[:config][@revision] of the hub
     data: str = setting("arithmetic", known_as=("dataset", "dataset_name"))
     split: str = "test"  # of the data set: train or test
     k: int = setting(8, "[1, 1e5]")  # completions per problem
@@ -62,6 +62,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
                 engine=engine,
                 rewards=rewards,
                 tokenizer=tokenizer,
+                eos_ids=loaded.eos_ids,
                 sampling=sampling,
                 seed=config.seed,
                 grade_truncated=config.sampling.grade_truncated,
@@ -83,7 +84,7 @@ def table(metrics: dict[str, float]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    config = parse(EvaluateConfig, argv, {})
+    config = parse(EvaluateConfig, argv, {}).pinned()
     metrics = evaluate(config)
     say("\n".join(table(metrics)))
     document = {"protocol": as_dict(config), "versions": versions(), **metrics}

@@ -80,6 +80,7 @@ def of_a_run(run: TrainConfig) -> ProfileConfig:
 
 def make(config: ProfileConfig) -> tuple[Path, Profile]:
     """Sample what the file does not have yet -> the file and the whole profile."""
+    config = config.pinned()
     sampling = config.sampling.drawn()
     device, dtype = pick_device(config.device, config.dtype)
     specs = list(config.reward) or default_rewards(config.data)
@@ -108,6 +109,7 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
                 engine=engine,
                 rewards=rewards,
                 tokenizer=tokenizer,
+                eos_ids=loaded.eos_ids,
                 sampling=sampling,
                 seed=config.seed,
                 grade_truncated=config.sampling.grade_truncated,

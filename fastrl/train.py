@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,14 +23,17 @@ import torch
 from fastrl import checkpoint
 from fastrl.base import faults, ranks
 from fastrl.base.exits import exit_code, fail, run_program
-from fastrl.base.log import RunLog, printable, say, versions, write_json
+from fastrl.base.log import RunLog, check_logger, printable, say, versions, write_json
 from fastrl.base.spans import Progress, Spans, collector_paused
 from fastrl.base.types import EngineError, NumericsError
 from fastrl.base.versions import check_versions
+from fastrl.models.loading import load_tokenizer, model_path
+from fastrl.rewards import RewardSet
 from fastrl.run.build import build
-from fastrl.run.resolve import describe, memory_lines, resolve
+from fastrl.run.problems import check_fit, load_work
+from fastrl.run.resolve import Resolved, describe, memory_lines, resolve
 from fastrl.run.resume import resume
-from fastrl.run.sampling import open_rewards, profile_plan
+from fastrl.run.sampling import open_rewards, wanted_profile
 from fastrl.settings.parse import as_dict
 from fastrl.settings.run import TrainConfig, configure
 from fastrl.step.trainer import Stopped, Trainer
@@ -126,6 +130,28 @@ def summary(log: RunLog) -> list[str]:
     return lines
 
 
+def same_commits(config: TrainConfig) -> None:
+    """Raise ValueError where ranks have resolved a name of the hub to other commits: it has moved just now."""
+    resolved = [config.model, config.data, *config.evaluation.eval]
+    others = [each for each in ranks.gather(resolved) if each != resolved]
+    if others:
+        raise ValueError(f"one rank reads {', '.join(resolved)} and another {', '.join(others[0])}; start again")
+
+
+def look_over(resolved: Resolved, rewards: RewardSet) -> None:
+    """A dry run: the plan, and what would end the run before its first step. Reads no weights, writes nothing."""
+    config = resolved.config
+    print(json.dumps(as_dict(config), indent=2))
+    say("\n".join([*describe(resolved), *memory_lines(resolved)]))
+    for name in config.run.log:
+        check_logger(name)
+    work = load_work(config, load_tokenizer(config.model), rewards)
+    say("\n".join(work.report))
+    check_fit(config, work.problems, RunLog(config.run.folder, total_steps=config.run.steps))
+    if wanted := wanted_profile(config, work.task.problems):
+        say(wanted.said)
+
+
 def main(argv: list[str]) -> int:
     started = time.monotonic()
     check_versions()
@@ -133,13 +159,9 @@ def main(argv: list[str]) -> int:
     planned = faults.from_environment().planned
     resolved = resolve(config)
     rewards = open_rewards(config)
-    lines = describe(resolved)
     if config.run.dry_run:
-        print(json.dumps(as_dict(config), indent=2))
-        say("\n".join([*lines, *memory_lines(resolved)]))
         with rewards:
-            for line in profile_plan(config, rewards):
-                say(line)
+            look_over(replace(resolved, config=config.pinned()), rewards)
         return 0
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -156,9 +178,13 @@ def main(argv: list[str]) -> int:
     try:
         for fault in planned:
             log.say(f"WARNING: FASTRL_FAULT is set, this run will be broken on purpose: {fault}")
-        for line in lines:
-            log.say(line)
+        config = config.pinned()
+        same_commits(config)
+        resolved = replace(resolved, config=config)
+        model_path(config.model, weights=True)  # fetched before anybody waits for progress
         watchdog.start()
+        for line in describe(resolved):
+            log.say(line)
         with collector_paused():
             trainer = stop.trainer = build(resolved, log, rewards, stop, spans)
         if config.run.resume:

@@ -74,3 +74,30 @@ def run_fastrl(tmp_path):
         return subprocess.CompletedProcess(args, code, stdout=started.text, stderr=errors)
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine that this process asks, with an empty cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    from support.hub_server import serve
+
+    with serve() as server:
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+        yield server
+        close_session()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Call it, and this process has HF_HUB_OFFLINE set."""
+    from huggingface_hub import constants
+
+    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,5 +1,6 @@
 """What a person and a script see of a run: one console line per step, metrics.jsonl, status.json, curve.png."""
 
+import importlib
 import json
 import math
 import os
@@ -158,29 +159,36 @@ class RunLog:
         return self.folder / "curve.png"
 
 
-def open_logger(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
-    """'tensorboard' | 'wandb' -> write(step, values) and close(). Raises ValueError when the package is missing."""
+def check_logger(name: str) -> None:
+    """Raise ValueError unless the package of 'tensorboard' | 'wandb' can be imported."""
+    modules = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+    if name not in modules:
+        raise ValueError(f"--log {name}: there is {' and '.join(LOGGERS)}; metrics.jsonl is always written")
     try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
-
-            def write(step: int, values: dict[str, float]) -> None:
-                for key, value in values.items():
-                    writer.add_scalar(key, value, step)
-
-            return write, writer.close
-        if name == "wandb":
-            import wandb
-
-            run = wandb.init(project="fastrl", name=folder.name, dir=str(folder))
-            return lambda step, values: run.log(values, step=step), run.finish
+        importlib.import_module(modules[name])
     except ImportError as error:
         raise ValueError(
             f"--log {name} needs a package that is not installed ({error}); `pip install {name}`"
         ) from error
-    raise ValueError(f"--log {name}: there is {' and '.join(LOGGERS)}; metrics.jsonl is always written")
+
+
+def open_logger(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
+    """'tensorboard' | 'wandb' -> write(step, values) and close(). Raises ValueError when the package is missing."""
+    check_logger(name)
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return write, writer.close
+    import wandb
+
+    run = wandb.init(project="fastrl", name=folder.name, dir=str(folder))
+    return lambda step, values: run.log(values, step=step), run.finish
 
 
 def versions() -> dict[str, str]:

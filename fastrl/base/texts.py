@@ -11,7 +11,7 @@ from fastrl.base.setting import flag_of, settings_of
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-PROSE = ("instruction", "args")  # fields of free text
+PROSE = ("instruction", "args", "template_args")  # fields of free text
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_TEXT, MAX_PART = 1000, 255  # characters of a setting, and bytes between its slashes: what file systems take
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")  # in names of variables

@@ -42,6 +42,7 @@ class Problem:
     answer: str
     columns: dict = field(default_factory=dict)  # all other columns of the row; reward functions receive them
     prompt_ids: list[int] = field(default_factory=list)  # filled once by data.encode_prompts
+    as_template: bool = True  # whether they are the chat template's own; filled with them
     profile_rewards: Tensor | None = None  # [N] float32, rewards of N offline completions
     profile_right: Tensor | None = None  # [N] float32 in [0, 1], whether each of them was right; their mean: pass rate
 

@@ -46,6 +46,7 @@ class Loaded:
     bad_rows: list[BadRow]
     mapping: str  # which columns became prompt and answer, for the start-up screen
     excluded: dict[str, list[str]]  # id -> reasons, of the rows left out on purpose
+    source: str = ""  # repository, commit and file, of what the hub has given
 
 
 class Dataset(Protocol):

@@ -1,4 +1,4 @@
-"""Readers of Arrow tables: .parquet and the .arrow files of a saved Hugging Face data set. Need pyarrow if called."""
+"""Readers of Arrow tables: .parquet and the .arrow files of a saved Hugging Face data set. Import pyarrow if called."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
-    """(row number from 1, row). Raises DataError if the file is damaged, ValueError without pyarrow."""
+    """(row number from 1, row). Raises DataError if the file is damaged."""
     return read(path, parquet_batches)
 
 
@@ -21,10 +21,8 @@ def read_arrow(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def read(path: Path, batches) -> Iterator[tuple[int, object]]:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ValueError(f"{path}: reading {path.suffix} needs pyarrow: pip install pyarrow") from error
+    import pyarrow
+
     line = 0
     try:
         for batch in batches(path):

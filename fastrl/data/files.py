@@ -1,4 +1,4 @@
-"""Data sets that lie in files: any file or folder by its path, or by name in the data folder.
+"""Data sets that lie in files: any file or folder by its path.
 
 A folder is one of
     saved      state.json + *.arrow, or dataset_dict.json with such a folder per split     (datasets: save_to_disk)
@@ -23,7 +23,6 @@ READERS = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
-EXCLUDE_FILE = "exclude_ids.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,36 +42,10 @@ class PathDataset:
         return problems_from_rows(read_rows(self.path, split), source=self.name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NamedDataset:
-    """One file per split in the data folder. Training leaves out the ids of exclude_ids.json there."""
-
-    name: str
-    files: dict[str, str]  # split -> path in the data folder
-    default_reward: str = "math"
-    default_instruction: str = BOXED_INSTRUCTION
-
-    def load(self, split: str, data_dir: str) -> Loaded:
-        folder = Path(data_dir).expanduser()
-        if not folder.is_dir():
-            raise DataError(
-                f"data set {self.name!r}: there is no data folder {str(data_dir)!r} (looked in {folder.resolve()}); "
-                "pass the folder that holds the problem files as --data-dir"
-            )
-        if split not in self.files:
-            raise DataError(f"data set {self.name!r} has {', '.join(self.files)} but no split {split!r}; use --split")
-        path = folder / self.files[split]
-        if not path.is_file():
-            raise DataError(f"data set {self.name!r}: {missing(path)}. Is --data-dir {data_dir} the right folder?")
-        exclude = read_exclude(folder / EXCLUDE_FILE) if split == "train" else {}
-        return problems_from_rows(read_rows(path, split), source=str(path), exclude=exclude)
-
-
 def read_rows(path: Path, split: str) -> Iterator[tuple[str, int, object]]:
     """(file name, line or row number from 1, row or DataError) of a file, or of the split's files in a folder.
 
-    Raises DataError when there is nothing to read, ValueError when pyarrow is needed and missing.
-    """
+    Raises DataError when there is nothing to read,"""
     if not path.exists():
         raise missing(path)
     for file in split_files(path, split) if path.is_dir() else [path]:
@@ -119,13 +92,6 @@ def missing(path: Path) -> DataError:
     near = nearest(wanted, sorted(file.name for file in parent.iterdir()), cutoff=0.3)  # it is there, meant or not
     hint = f"the nearest name there is {near!r}" if near else f"nothing there is called like {wanted!r}"
     return DataError(f"{path} does not exist; the folder {parent} does, and {hint}")
-
-
-def read_exclude(path: Path) -> dict[str, list[str]]:
-    """id -> why it is not trained on. A missing file is a DataError, so that nobody trains on them unknowingly."""
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; it names the ids not to train on. Write {{}} into it to exclude none")
-    return read_object(path)
 
 
 def read_meta(path: Path, key: str) -> list:

@@ -1,28 +1,24 @@
 """Prompts as token ids, once per run. Control tokens come from the chat template only, never from a data row.
 
-The template is rendered with a marker in place of each message, so it never sees data. The text between the markers is
-the template's. The joined text is encoded as a whole, which gives what the tokenizer gives everywhere else; if that
-holds control tokens which the template did not write, template and data are encoded apart, data as ordinary text.
+The text is what the chat template writes for the messages (fastrl.data.template), and is encoded as a whole, which
+gives what the tokenizer gives everywhere else. If that holds control tokens which the template did not write, template
+and data are encoded apart, data as ordinary text.
 """
 
 import re
-import secrets
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastrl.base.types import DataError, Problem
+from fastrl.data.template import ChatTemplate, Messages, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = ("auto", "chat", "plain")
-# Jinja's trim removes it like any white space, so its absence after rendering tells that the template trims
-PAD = "\u2003"
-Messages = list[dict[str, str]]
 
 
 def encode_prompts(
@@ -32,32 +28,43 @@ def encode_prompts(
     template: str = "auto",
     instruction: str,
     max_prompt_tokens: int,
+    template_args: Mapping[str, Any] | None = None,
 ) -> tuple[list[Problem], list[tuple[str, int]]]:
-    """-> the problems that fit, prompt_ids filled in place, and (id, number of tokens) of those that do not.
+    """-> the problems that fit, and (id, number of tokens) of those that do not.
+
+    Fills `prompt_ids` in place, and `as_template`: whether they are the ids of the tokenizer's `apply_chat_template`.
+    They are not where text of the row looks like a control token, for it stays text.
 
     template: chat (the tokenizer's own, with the generation prompt), plain (the bare text, after BOS if the tokenizer
-    puts one there), auto (chat if there is a template). instruction: appended to the last user message on a new line,
-    unless empty. Raises ValueError on a template that cannot be had, DataError if no prompt fits or one has no ids.
+    puts one there), auto (chat if there is a template). template_args: what the template is called with besides.
+    instruction: appended to the last user message on a new line, unless empty. Raises ValueError on a template that
+    cannot be had, DataError if no prompt fits or one has no ids.
     """
     if template not in TEMPLATES:
         raise ValueError(f"--template is {template!r}, expected one of {', '.join(TEMPLATES)}")
     if template == "chat" and not tokenizer.chat_template:
         raise ValueError("--template chat, but the tokenizer has no chat template; use --template plain")
+    is_chat = bool(tokenizer.chat_template) and template != "plain"
+    if template_args and not is_chat:
+        raise ValueError("--template-args are for a chat template, and prompts are plain here; leave them out")
     encoder = Encoder(tokenizer)
-    chat = tokenizer.chat_template and template != "plain"
-    parts_of, start = (encoder.chat, []) if chat else (encoder.plain, encoder.bos)
+    start = [] if is_chat else encoder.bos
+    chat = ChatTemplate(tokenizer, encoder.control, template_args or {}) if is_chat else None
 
     prompts = []
     for problem in problems:
         with naming(problem):
-            prompts.append(parts_of(with_instruction(problem.prompt, instruction)))
-    joined = encoder.ids_of_all(["".join(part.text for part in parts) for parts in prompts])
+            messages = with_instruction(problem.prompt, instruction)
+            prompts.append(chat.parts(messages) if chat else (plain(messages), True))
+    joined = encoder.ids_of_all(["".join(part.text for part in parts) for parts, _ in prompts])
     kept, dropped = [], []
-    for problem, parts, ids in zip(problems, prompts, joined, strict=True):
+    for problem, (parts, is_own_text), whole in zip(problems, prompts, joined, strict=True):
         with naming(problem):
-            ids = start + encoder.checked(parts, ids)
+            checked = encoder.checked(parts, whole)
+        ids = start + checked
         if 0 < len(ids) <= max_prompt_tokens:
             problem.prompt_ids = ids
+            problem.as_template = is_own_text and checked == whole
             kept.append(problem)
         else:
             dropped.append((problem.id, len(ids)))
@@ -95,24 +102,15 @@ def with_instruction(prompt: str | Messages, instruction: str) -> Messages:
     return messages
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    text: str
-    is_data: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where message `index` goes, and how the template trims it there."""
-
-    index: int
-    lstrip: bool
-    rstrip: bool
-
-    def fill(self, messages: Messages) -> Part:
-        text = messages[self.index]["content"]
-        text = text.lstrip() if self.lstrip else text
-        return Part(text.rstrip() if self.rstrip else text, is_data=True)
+def plain(messages: Messages) -> list[Part]:
+    """The messages below each other, a blank line between; nothing marks who speaks."""
+    others = {message["role"] for message in messages} - {"system", "developer", "user"}
+    if others:
+        raise DataError(
+            f"a conversation with messages of {', '.join(sorted(others))} has no plain form; "
+            "use --template chat and a tokenizer with a chat template"
+        )
+    return [Part("\n\n".join(message["content"] for message in messages), is_data=True)]
 
 
 class Encoder:
@@ -123,52 +121,17 @@ class Encoder:
         # what the tokenizer may put at the end of a text (EOS) would end the completion before it begins
         empty = tokenizer.encode("")
         self.bos = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
-        self.skeleton = cache(self.render)
         self.template_ids = cache(self.ids)
-
-    def chat(self, messages: Messages) -> list[Part]:
-        skeleton = self.skeleton(tuple(message["role"] for message in messages))
-        return [piece.fill(messages) if isinstance(piece, Slot) else piece for piece in skeleton]
-
-    def plain(self, messages: Messages) -> list[Part]:
-        """The messages below each other, a blank line between; nothing marks who speaks."""
-        others = {message["role"] for message in messages} - {"system", "developer", "user"}
-        if others:
-            raise DataError(
-                f"a conversation with messages of {', '.join(sorted(others))} has no plain form; "
-                "use --template chat and a tokenizer with a chat template"
-            )
-        return [Part("\n\n".join(message["content"] for message in messages), is_data=True)]
-
-    def render(self, roles: tuple[str, ...]) -> list[Part | Slot]:
-        """The template's text for messages of these roles, cut where their contents belong."""
-        markers = [secrets.token_hex(16) for _ in roles]
-        messages = [{"role": r, "content": f"{PAD}{m}{PAD}"} for r, m in zip(roles, markers, strict=True)]
-        listed = ", ".join(roles)
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like, mostly about the order of roles
-            raise DataError(
-                f"the chat template does not take messages of {listed}: {error}; change the row or use --template plain"
-            ) from error
-        assert isinstance(text, str)  # tokenize=False
-        pieces = re.split(f"({PAD}?(?:{'|'.join(markers)}){PAD}?)", text)
-        skeleton: list[Part | Slot] = []
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                index = markers.index(piece.strip(PAD))
-                skeleton.append(Slot(index, lstrip=not piece.startswith(PAD), rstrip=not piece.endswith(PAD)))
-            elif piece:
-                skeleton.append(Part(piece, is_data=False))
-        lost = set(range(len(roles))) - {piece.index for piece in skeleton if isinstance(piece, Slot)}
-        if lost:
-            raise DataError(
-                f"the chat template leaves out message {min(lost)} of {listed}; change the row or use --template plain"
-            )
-        return skeleton
 
     def checked(self, parts: list[Part], ids: list[int]) -> list[int]:
         """Ids of the joined text -> ids of it in which all control tokens are from parts that are not data."""
+        refused = DataError("the tokenizer has no other ids for a control token in this text; delete the row")
+        if not any(part.is_data for part in parts):
+            unknown = self.tokenizer.unk_token_id
+            written = "".join(part.text for part in parts).count(str(self.tokenizer.unk_token or "\0"))
+            if unknown in self.control_ids and ids.count(unknown) != written:
+                raise refused
+            return ids
         wanted = [id for part in parts if not part.is_data for id in self.controls(self.template_ids(part.text))]
         if self.controls(ids) == wanted:
             return ids
@@ -176,7 +139,7 @@ class Encoder:
         for part in parts:
             ids += self.data_ids(part.text) if part.is_data else self.template_ids(part.text)
         if self.controls(ids) != wanted:
-            raise DataError("the tokenizer has no other ids for a control token in this text; delete the row")
+            raise refused
         return ids
 
     def ids_of_all(self, texts: list[str]) -> list[list[int]]:
@@ -208,9 +171,12 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """Text -> id of the tokens that structure a conversation: the special ones, and those the chat template names.
 
     The latter because some models declare their role marks as not special; a single character or white space among
-    them is no mark. Nor is the unknown token: ordinary text may give it.
+    them is no mark. Nor is the unknown token, for ordinary text may give it, unless it also begins or ends a text.
     """
     source = str(tokenizer.chat_template or "")
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        unknown = None
 
     def is_mark(text: str) -> bool:
         return len(text) > 1 and not text.isspace() and text in source
@@ -218,5 +184,5 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return {
         token.content: id
         for id, token in tokenizer.added_tokens_decoder.items()
-        if id != tokenizer.unk_token_id and (token.special or is_mark(token.content))
+        if id != unknown and (token.special or is_mark(token.content))
     }

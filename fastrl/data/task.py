@@ -8,6 +8,7 @@ from fastrl.base.types import DataError, Problem
 from fastrl.data import describe_prompt, encode_prompts, find_dataset
 from fastrl.data.base import MAX_BAD_FRAC
 from fastrl.data.prompts import TEMPLATES
+from fastrl.data.template import template_arguments
 from fastrl.rewards import RewardSet
 
 SHOWN = 3  # examples of each kind of dropped row on the start-up screen
@@ -21,8 +22,10 @@ FEW_REFUSED = 5
 class TaskConfig:
     """How problems of a data set become prompts."""
 
-    data_dir: str = "../shared/data"  # where the named data sets lie
+    data_dir: str = ""  # folder with local copies of the named data sets; none: they are fetched from the hub
     template: str = "auto"  # chat, plain, or auto: chat where the tokenizer has a template
+    # NAME=VALUE, what the chat template is called with besides, such as enable_thinking=false
+    template_args: tuple[str, ...] = setting((), known_as=("chat_template_kwargs", "apply_chat_template_kwargs"))
     instruction: str = "auto"  # appended to every prompt; auto: what the data set asks for
     # longer prompts are dropped and counted
     max_prompt_tokens: int = setting(1024, "[1, 1e7]", known_as="max_prompt_length")
@@ -31,6 +34,8 @@ class TaskConfig:
         check_bounds(self)
         if self.template not in TEMPLATES:
             raise ValueError(f"--template is {self.template!r}, expected one of {', '.join(TEMPLATES)}")
+        template_arguments(self.template_args)  # refuses what has no form
+        object.__setattr__(self, "template_args", tuple(sorted(self.template_args)))  # their order says nothing
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +60,7 @@ def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: Rew
     loaded = dataset.load(split, config.data_dir)
     problems = loaded.problems[:limit] if limit else loaded.problems
     report = [f"data: {dataset.name} ({split}): {len(problems)} problems, {loaded.mapping}"]
+    report += [f"  from {loaded.source}"] if loaded.source else []
     if loaded.excluded:
         report.append(f"  excluded by the data set's own list: {len(loaded.excluded)}")
     report += listed("rows that cannot be used", [str(row) for row in loaded.bad_rows])
@@ -69,8 +75,10 @@ def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: Rew
         template=config.template,
         instruction=instruction,
         max_prompt_tokens=config.max_prompt_tokens,
+        template_args=template_arguments(config.template_args),
     )
     report += listed(f"prompts over {config.max_prompt_tokens} tokens", [f"{i} ({n})" for i, n in too_long])
+    report += unlike_template(problems)
     check_written(data, problems, tokenizer)
     report.append(f"  first prompt, {describe_prompt(problems[0], tokenizer)}")
     return Task(name=dataset.name, problems=problems, report=report)
@@ -107,6 +115,18 @@ def check_written(data: str, problems: list[Problem], tokenizer) -> None:
             f"{data}: the tokenizer of --model has no tokens for {''.join(sorted(lost))[:40]!r}, which problem "
             f"{problem.id} is written with; use a model that knows this text"
         )
+
+
+def unlike_template(problems: list[Problem]) -> list[str]:
+    """A warning where prompts are not what the tokenizer's own template gives."""
+    ids = [p.id for p in problems if not p.as_template]
+    if not ids:
+        return []
+    more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+    return [
+        f"  warning: {len(ids)} prompts are not those of apply_chat_template: their rows have text that looks like "
+        f"control tokens, which stays text: {', '.join(ids[:SHOWN])}{more}"
+    ]
 
 
 def listed(what: str, items: list[str]) -> list[str]:

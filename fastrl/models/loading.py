@@ -11,9 +11,11 @@ from torch import nn
 
 from fastrl.checkpoint.reading import verify_model
 from fastrl.models import packing
+from fastrl.models.fetching import fetched
 from fastrl.models.liger import patch
 from fastrl.models.modes import make_quiet
-from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_pickles
+from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_ends, refuse_pickles
+from fastrl.models.tokens import num_sampled
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ class LoadedModel:
 
     @property
     def num_tokens(self) -> int:
-        """Ids that can be sampled: those of the tokenizer. A vocabulary may have padding beyond them."""
-        return len(self.tokenizer)
+        """How many ids can be sampled, from 0 on."""
+        return num_sampled(self.model, self.tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -58,18 +60,17 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
 
 
-def model_path(name: str) -> str:
-    """'embedded', a folder or a hub name -> what transformers can load. Raises ValueError for what is no model."""
+def model_path(name: str, *, weights: bool = False) -> str:
+    """'embedded', a folder, or owner/name[@revision] of the hub -> the folder of a model.
+
+    Of the hub only configuration and tokenizer are fetched, unless the weights are asked for. Raises ValueError for
+    what is no model.
+    """
     if name == EMBEDDED:
         return str(Path(__file__).parent.parent / "assets" / "tiny")
     folder = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if not folder.is_dir():
-        if looks_local:
-            raise ValueError(
-                f"--model {name}: no such folder. Give a Hugging Face model folder, a hub name, or 'embedded'"
-            )
-        return name
+        folder = fetched(name, weights=weights)
     if not (folder / "config.json").exists():
         raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
     refuse_code(name, folder)
@@ -125,12 +126,9 @@ def load_tokenizer(name: str):
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path = model_path(name)
-    if Path(path).is_dir():
-        wanted = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        if not any((Path(path) / file).exists() for file in wanted):
-            raise ValueError(
-                f"--model {name}: the folder has no tokenizer (none of {', '.join(wanted)}); copy one into it"
-            )
+    wanted = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((Path(path) / file).exists() for file in wanted):
+        raise ValueError(f"--model {name}: the folder has no tokenizer (none of {', '.join(wanted)}); copy one into it")
     try:
         refuse_auto_map(name, "tokenizer_config.json", get_tokenizer_config(path))
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -157,10 +155,9 @@ def load_model(
 
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(name)
-    path = model_path(name)
-    if Path(path).is_dir():
-        refuse_pickles(name, Path(path))
-        verify_model(Path(path))
+    path = model_path(name, weights=True)
+    refuse_pickles(name, Path(path))
+    verify_model(Path(path))
     model_config(name)  # refuses what comes with code, before any weights are fetched
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -189,8 +186,10 @@ def load_model(
     if not eos:
         raise ValueError(f"--model {name}: neither the tokenizer nor generation_config.json names an end-of-text token")
     refuse_infinite(name, model)
+    eos_ids = tuple(sorted(eos))
+    refuse_ends(name, eos_ids, num_sampled(model, tokenizer))
     model.to(device)  # pyright: ignore[reportArgumentType] transformers' wrapper hides that it is a method
-    return LoadedModel(model, tokenizer, tuple(sorted(eos)), path, packing.supports(model))
+    return LoadedModel(model, tokenizer, eos_ids, path, packing.supports(model))
 
 
 def refuse_infinite(name: str, model: nn.Module) -> None:

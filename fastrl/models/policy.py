@@ -1,5 +1,6 @@
 """The trained policy: log-probabilities of batches, and what update rules move."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from fastrl.base.types import TrainBatch
 from fastrl.models.head import token_logprobs, token_policy_loss
 from fastrl.models.loading import LoadedModel
 from fastrl.models.packing import pack
+from fastrl.models.tokens import num_sampled
 from fastrl.objectives.base import FusedLoss
 from fastrl.weights.guard import Guard
 from fastrl.weights.optim import OptimConfig
@@ -41,6 +43,11 @@ class Policy(ShardedModel):
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""
         return self.logprobs(batch)[0]
 
+    @cached_property
+    def num_tokens(self) -> int:
+        """How many ids can be sampled, from 0 on; the head's other rows are padding."""
+        return num_sampled(self.model, self.tokenizer)
+
     @property
     def fuses(self) -> bool:
         """Whether `fused_loss` can be called: on Triton, with a float32 gradient buffer to add the head's to."""
@@ -60,7 +67,7 @@ class Policy(ShardedModel):
                 fused,
                 count,
                 inv_temperature=self.inv_temperature,
-                num_tokens=len(self.tokenizer),
+                num_tokens=self.num_tokens,
                 packed=pack(batch) if self.packs else None,
             )
         sums = out.named()
@@ -78,7 +85,7 @@ class Policy(ShardedModel):
                 batch.input_ids,
                 batch.response_mask,
                 inv_temperature=self.inv_temperature,
-                num_tokens=len(self.tokenizer),
+                num_tokens=self.num_tokens,
                 need_entropy=need_entropy,
                 head_grad_in_place=True,
                 packed=pack(batch) if self.packs else None,

@@ -31,7 +31,7 @@ class Reference:
         liger: bool = False,
     ):
         loaded = load_model(name, dtype=dtype, device=device, attention=attention, liger=liger)
-        self.model, self.num_tokens = loaded.model.requires_grad_(False), len(loaded.tokenizer)
+        self.model, self.num_tokens = loaded.model.requires_grad_(False), loaded.num_tokens
         self.packs = loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton
         self.weights = self.kept = None

@@ -6,6 +6,7 @@ pickles, which can run code when they are read.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -49,11 +50,27 @@ def refuse_pickles(name: str, folder: Path) -> None:
             if not (folder / shard).is_file():
                 raise ValueError(f"--model {name}: {index.name} names {shard!r:.100}, which is missing")
     elif not (folder / "model.safetensors").is_file():
-        found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        got = f"only {', '.join(found[:3])}, pickles that can run code when they are read" if found else "none"
+        refuse_pickled(name, [path.name for path in folder.iterdir()])
+
+
+def refuse_pickled(name: str, files: Iterable[str]) -> None:
+    """Raise ValueError for a model without safetensors, of which these are the files."""
+    found = sorted(file for file in files if file.endswith(PICKLES))
+    got = f"only {', '.join(found[:3])}, pickles that can run code when they are read" if found else "none"
+    raise ValueError(
+        f"--model {name}: weights must be in model.safetensors or its shards, and there are {got}; save the model "
+        "with save_pretrained of transformers, where you trust it"
+    )
+
+
+def refuse_ends(name: str, eos_ids: Iterable[int], num_tokens: int) -> None:
+    """Raise ValueError where an end of text can never be sampled: no completion would end by it."""
+    beyond = [id for id in eos_ids if not 0 <= id < num_tokens]
+    if beyond:
         raise ValueError(
-            f"--model {name}: weights must be in model.safetensors or its shards, and there are {got}; save the model "
-            "with save_pretrained of transformers, where you trust it"
+            f"--model {name}: the end-of-text id {beyond[0]} cannot be sampled, for model and tokenizer have the ids 0 "
+            f"to {num_tokens - 1} in common; use the tokenizer that belongs to the model, or correct eos_token_id in "
+            "its generation_config.json"
         )
 
 

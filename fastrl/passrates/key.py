@@ -10,7 +10,8 @@ import torch
 
 from fastrl.base.types import Problem
 from fastrl.engine.base import Sampling
-from fastrl.models.loading import model_path
+from fastrl.models.fetching import pinned_model
+from fastrl.models.loading import EMBEDDED, model_path
 from fastrl.rewards import split_weight
 
 # key field -> what a user may have changed
@@ -85,11 +86,9 @@ def digest(items: Iterable) -> str:
 
 def model_digest(name: str) -> str:
     """Of the weight files and configuration in a model's folder; a hub name gives its commit. Loads nothing."""
-    path = Path(model_path(name))
+    path = Path(name).expanduser() if name != EMBEDDED else Path(model_path(name))
     if not path.is_dir():
-        from transformers.utils.hub import cached_file, extract_commit_hash
-
-        return f"{name}@{extract_commit_hash(cached_file(name, 'config.json'), None)}"
+        return pinned_model(name)
     # generation_config.json has the tokens that end a completion; a checkpoint's optimizer files are no weights
     files = [path / "config.json", path / "generation_config.json", *sorted(path.glob("model*.safetensors"))]
     return digest([file.name, file_digest(file)] for file in files if file.exists())

@@ -49,10 +49,20 @@ def go_on(trainer: Trainer, config: TrainConfig, path: Path, state: dict, tensor
         raise CheckpointError(f"{path}: state.json has no config or no identity; use one that is complete")
     allowed = may_change(config)
     check_same(stored, trainer.config, allowed, path)
-    check_same(identity, trainer.identity, allowed, path)
+    # what may change them has been asked about
+    reencoded = {"prompts"} if prompts_follow(stored, identity, trainer) else set()
+    check_same(identity, trainer.identity, allowed | reencoded, path)
     trainer.load_state_dict(state, tensors)
     trainer.last_checkpoint = path
     trainer.log.say(f"resume: step {trainer.completed} from {path}")
     then, now = len(list(path.glob("optim-rank*.safetensors"))), ranks.size()
     if then != now:
         trainer.log.say(f"resume: written by {then} ranks, and this run has {now}: sums are rounded in another order")
+
+
+def prompts_follow(stored: dict, identity: dict, trainer: Trainer) -> bool:
+    """Whether something else that has changed explains prompts that are encoded otherwise now."""
+    causes = ("problems", "tokenizer")
+    return stored.get("task") != trainer.config.get("task") or any(
+        identity.get(name) != trainer.identity.get(name) for name in causes
+    )

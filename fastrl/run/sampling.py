@@ -8,11 +8,10 @@ from fastrl.base import ranks
 from fastrl.base.log import RunLog
 from fastrl.base.spans import Spans
 from fastrl.base.types import Problem
-from fastrl.data.task import default_rewards, load_task
+from fastrl.data.task import default_rewards
 from fastrl.engine.base import Engine
 from fastrl.engine.opening import EngineSize, open_engine
 from fastrl.engine.vllm import VllmEngine
-from fastrl.models.loading import load_tokenizer
 from fastrl.models.shapes import NoPlan
 from fastrl.passrates.file import find_profile
 from fastrl.passrates.key import ProfileKey
@@ -61,6 +60,7 @@ def make_rollout(
         engine=engine,
         rewards=rewards,
         tokenizer=models.loaded.tokenizer,
+        eos_ids=models.loaded.eos_ids,
         seed=config.seed,
         sampling=config.sampling.drawn(),
         grade_truncated=config.sampling.grade_truncated,
@@ -93,15 +93,6 @@ def wanted_profile(config: TrainConfig, problems: list[Problem]) -> WantedProfil
     )
     path, said = find_profile(key, config.sampling.profile, config.run.folder.parent)
     return WantedProfile(key=key, path=path, said=said)
-
-
-def profile_plan(config: TrainConfig, rewards: RewardSet) -> list[str]:
-    """For a dry run: which profile would be read or made, if any. Reads the problems and loads no model."""
-    if not needs_profile(config):
-        return []
-    task = load_task(config.data, config.split, config.task, load_tokenizer(config.model), rewards, config.limit)
-    wanted = wanted_profile(config, task.problems)
-    return [wanted.said] if wanted else []
 
 
 def make_profiler(

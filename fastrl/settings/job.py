@@ -1,10 +1,12 @@
 """What training, evaluation and profiling have in common: a model, problems, and what samples."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from fastrl.base.setting import check_bounds, setting
+from fastrl.data import pinned_data
 from fastrl.data.task import TaskConfig
+from fastrl.models.fetching import pinned_model
 from fastrl.models.loading import EMBEDDED, Attention
 from fastrl.settings.sections import EngineSection, SamplingSection
 
@@ -13,8 +15,9 @@ from fastrl.settings.sections import EngineSection, SamplingSection
 class JobConfig:
     """A model on problems."""
 
-    model: str = setting(EMBEDDED, known_as="model_name_or_path")  # a Hugging Face model folder or name, or `embedded`
-    # a data-set name, or a file or folder of problems
+    # a model folder, owner/name[@revision], or `embedded`
+    model: str = setting(EMBEDDED, known_as="model_name_or_path")
+    # a data-set name, a file or folder of problems, or owner/name[:config][@revision] of the hub
     data: str = setting("gsm8k", known_as=("dataset", "dataset_name"))
     split: str = "train"  # of the data set: train or test
     limit: int = setting(0, "[0, 1e9]")  # use only the first problems; 0 = all
@@ -32,3 +35,11 @@ class JobConfig:
 
     def __post_init__(self):
         check_bounds(self)
+
+    def pinned(self) -> Self:
+        """With commits in place of branches of the hub, so that all that reads them reads the same, later as well.
+
+        Asks the hub where it has to. Raises ValueError for a model and DataError for a data set that cannot be had.
+        """
+        data = pinned_data(self.data, self.task.data_dir)
+        return replace(self, model=pinned_model(self.model), data=data)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from fastrl.allocation.uniform import Uniform
 from fastrl.base import ranks
 from fastrl.base.names import did_you_mean
 from fastrl.base.setting import Section, flag_of, free_settings, setting
+from fastrl.data import pinned_data
 from fastrl.models import liger
 from fastrl.models.critic import CriticConfig
 from fastrl.models.loading import model_config, pick_device
@@ -35,7 +36,8 @@ from fastrl.updates.single import Single
 from fastrl.weights.optim import OptimConfig
 
 AXES = {"objective": OBJECTIVES, "update": UPDATES, "allocation": ALLOCATORS}
-DIGESTS = {"architecture", "problems", "reference", "tokenizer"}  # of fastrl.run.identity, kept beside the settings
+# of fastrl.run.identity, kept beside the settings
+DIGESTS = {"architecture", "problems", "prompts", "reference", "tokenizer"}
 EMBEDDED_RECIPE = Path(__file__).parent.parent / "recipes" / "embedded.toml"  # the run of a command without a model
 
 
@@ -63,6 +65,10 @@ class TrainConfig(JobConfig):
     def __post_init__(self):
         super().__post_init__()
         may_change(self)  # refuses names that nothing has
+
+    def pinned(self) -> Self:
+        sets = tuple(pinned_data(name, self.task.data_dir) for name in self.evaluation.eval)
+        return dataclasses.replace(super().pinned(), evaluation=dataclasses.replace(self.evaluation, eval=sets))
 
 
 SECTIONS = {f.name for f in dataclasses.fields(TrainConfig) if isinstance(f.type, type) and issubclass(f.type, Section)}

@@ -9,6 +9,7 @@ from fastrl.base.spans import Spans
 from fastrl.base.types import Completion, Problem, RolloutGroup
 from fastrl.engine.base import Engine, Request, Sampling, sampling_seed
 from fastrl.engine.checked import sample_checked
+from fastrl.models.tokens import completion_texts, num_ids
 from fastrl.rewards import RewardSet
 from fastrl.step.metrics import evaluation_table
 
@@ -35,6 +36,7 @@ class Rollout:
     tokenizer: "PreTrainedTokenizerBase"
     sampling: Sampling
     seed: int
+    eos_ids: tuple[int, ...] = ()  # that end a completion, besides the tokenizer's
     grade_truncated: bool = False  # grade completions cut off by max_new_tokens instead of giving them 0
     canary: Callable[[], dict[str, float]] | None = None  # run once for each version of the weights; may raise
     make_room: Callable[[], None] = lambda: None  # before the engine takes its memory
@@ -43,6 +45,10 @@ class Rollout:
     reward_metrics: dict[str, float] = field(default_factory=dict, init=False)
     canary_metrics: dict[str, float] = field(default_factory=dict, init=False)  # of the newest weights
     checked_version: int | None = field(default=None, init=False)
+    num_ids: int = field(init=False)
+
+    def __post_init__(self):
+        self.num_ids = num_ids(self.tokenizer)
 
     def run(self, plan: list[tuple[Problem, int]], step: int) -> list[RolloutGroup]:
         """[(problem, group_size)] of all ranks -> this rank's groups, sampled for training step `step` and scored."""
@@ -89,12 +95,11 @@ class Rollout:
                 self.checked_version = self.engine.policy_version
             faults.at("generate")
             self.engine.progress = self.spans.beat
-            sampled = sample_checked(self.engine, requests, sampling, len(self.tokenizer))
+            sampled = sample_checked(self.engine, requests, sampling, self.num_ids)
         flat = [c for completions in sampled for c in completions]
         for completion in flat[:1]:
             completion.rollout_logprobs = faults.through("rollout_logprobs", completion.rollout_logprobs)
-        ids = [c.token_ids for c in flat]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of no rows it makes one
+        texts = completion_texts(self.tokenizer, [c.token_ids for c in flat], self.eos_ids)
         for completion, text in zip(flat, texts, strict=True):
             completion.text = text
         version = self.engine.policy_version

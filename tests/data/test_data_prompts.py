@@ -208,12 +208,12 @@ class Recorder:
 
 
 @pytest.mark.promise("D4", trials=1)
-def test_the_template_sees_markers_that_cannot_be_guessed_and_no_data():
+def test_a_row_is_never_a_template_and_markers_cannot_be_guessed():
     recorder = Recorder(TOKENIZER)
     for prompt in ("{{ 7*7 }}", "{% raw %}", "{{ 7*7 }}"):
         text = f"<s><|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>"
         assert TOKENIZER.decode(encode(prompt, recorder)) == text
-    markers = [content.strip() for contents in recorder.contents for content in contents]
+    markers = [c for contents in recorder.contents for c in map(str.strip, contents) if not c.startswith("{")]
     assert len(set(markers)) == 3 and all(re.fullmatch("[0-9a-f]{32}", marker) for marker in markers)
 
 
@@ -224,11 +224,11 @@ def test_a_prompt_that_repeats_earlier_markers_is_only_text():
     assert f"user\n{stolen}<|im_end|>" in TOKENIZER.decode(encode(stolen, recorder))
 
 
-def test_the_template_is_rendered_once_per_sequence_of_roles():
+def test_the_place_of_contents_is_looked_for_once_per_sequence_of_roles():
     recorder = Recorder(TOKENIZER)
     problems = [Problem(id=str(i), prompt=f"{i}?", answer="") for i in range(20)]
     encode_prompts(problems, recorder, instruction="", max_prompt_tokens=100)
-    assert len(recorder.contents) == 1
+    assert len(recorder.contents) == 20 + 1
     assert [TOKENIZER.decode(p.prompt_ids).split("\n")[1] for p in problems] == [f"{i}?<|im_end|>" for i in range(20)]
 
 

@@ -348,7 +348,7 @@ def test_the_embedded_task_loads_without_files():
 def test_importing_the_package_loads_no_heavy_library():
     code = (
         "import sys, fastrl.data as d; d.load_problems('arithmetic', split='test'); "
-        "print([m for m in ('transformers', 'tokenizers', 'pyarrow') if m in sys.modules])"
+        "print([m for m in ('transformers', 'tokenizers', 'pyarrow', 'huggingface_hub') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -172,7 +172,7 @@ def test_a_recipe_with_a_misspelt_key(program, tmp_path):
 
 def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(program, tmp_path):
     (tmp_path / "r.toml").write_text(
-        "steps = 7\n[objective]\ntype = 'grpo'\nclip_high = 0.28\n[optim]\nbetas = [0.5, 0.6]\n"
+        "steps = 7\ndata = 'arithmetic'\n[objective]\ntype = 'grpo'\nclip_high = 0.28\n[optim]\nbetas = [0.5, 0.6]\n"
     )
     code, out, _ = program(train, "r.toml", "--dry-run", "--lr", "3e-4", "--reward", "exact", "--reward", "math:0.5")
     assert code == 0 and not (tmp_path / "runs").exists()
@@ -182,6 +182,7 @@ def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(program, t
     )
     assert shown["optim"]["lr"] == 3e-4 and shown["reward"] == ["exact", "math:0.5"]
     assert "objective: grpo" in out and "clip_high=0.28" in out and "memory: planned" in out
+    assert "data: arithmetic (train): 8192 problems" in out and "first prompt, 12 tokens: 1*4*9*5-6-2=" in out
 
 
 def test_evaluate_says_what_is_wrong(program):

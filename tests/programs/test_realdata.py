@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from support.folders import byte_model
 from support.run_folders import rows
 
 pytestmark = [pytest.mark.realdata, pytest.mark.slow]
@@ -12,34 +13,7 @@ pytestmark = [pytest.mark.realdata, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory):
     """A tiny Qwen2 with random weights and a tokenizer of single bytes with a chat template."""
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-
-    folder = tmp_path_factory.mktemp("random-qwen2")
-    end = "<|endoftext|>"
-    vocabulary = {token: i for i, token in enumerate([end, *sorted(ByteLevel.alphabet())])}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        eos_token_id=0,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    return byte_model(tmp_path_factory.mktemp("random-qwen2"))
 
 
 def test_training_on_gsm8k(run_fastrl, random_model, data_dir, tmp_path):

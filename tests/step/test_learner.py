@@ -169,13 +169,8 @@ def test_a_token_that_is_no_word_stops_the_fused_update_as_it_stops_the_other(tm
     assert trainer.learner.policy.flat.grads.isfinite().all()
     row = (~trainer.learner.objective.silent(batch)).nonzero()[0, 0]
     last = batch.response_mask[row].nonzero()[-1, 0]
-    trainer.learner.policy.tokenizer = (
-        trainer.learner.policy.tokenizer.get_vocab()
-    )  # all that is asked of it here is its length
-    trainer.learner.policy.tokenizer.pop(
-        max(trainer.learner.policy.tokenizer, key=trainer.learner.policy.tokenizer.get)
-    )
-    batch.input_ids[row, last] = len(trainer.learner.policy.tokenizer)
+    trainer.learner.policy.num_tokens -= 1
+    batch.input_ids[row, last] = trainer.learner.policy.num_tokens
     trainer.learner.accumulate(Minibatch(batch))
     assert not trainer.learner.policy.gradient(0.0).norm < float("inf")
     assert trainer.learner.policy.optimizer_step(0.0)["skipped"] == 1
