@@ -10,8 +10,9 @@ import pytest
 import fastrl.rewards
 from fastrl.rewards import Exact, LastCharacter, grade
 from fastrl.rewards.exact import number
-from fastrl.rewards.literal import clean, literal
-from fastrl.rewards.math import last_box
+from fastrl.rewards.rules.quantity import quantity
+from fastrl.rewards.rules.spelling import clean
+from fastrl.rewards.boxes import last_box
 
 
 @pytest.mark.parametrize(
@@ -163,13 +164,13 @@ def test_last_box_takes_linear_time():
         ("4\u200b2", None),
     ],
 )
-def test_literal(text, value):
-    found = literal(clean(text), lenient=True)
-    assert (found and found.value) == value
+def test_quantity(text, value):
+    found = quantity(clean(text), lenient=True)
+    assert (found and found.number.value) == value
 
 
 @pytest.mark.timeout(20)  # backtracking takes longer than anyone waits
-def test_literal_takes_bounded_time():
-    assert literal(clean("1" * 512), lenient=True).value == int("1" * 512)
+def test_quantity_takes_bounded_time():
+    assert quantity(clean("1" * 512), lenient=True).number.value == int("1" * 512)
     for text in ("1," * 256, "1 " * 256, r"\text{a}" * 73, "1" + r"\text{a" * 73):
-        assert literal(clean(text), lenient=True) is None
+        assert quantity(clean(text), lenient=True) is None
