@@ -24,7 +24,7 @@ from fastrl.rewards.boxes import last_box
 from fastrl.rewards.rules.bases import based, in_ten, same_digits
 from fastrl.rewards.rules.intervals import as_intervals
 from fastrl.rewards.rules.lists import THOUSANDS, same_list
-from fastrl.rewards.rules.measured import in_one_unit, resolved
+from fastrl.rewards.rules.measured import in_one_unit, resolved, turns_into, without_percent
 from fastrl.rewards.rules.names import told_apart
 from fastrl.rewards.rules.quantity import quantity, same_quantity
 from fastrl.rewards.rules.ratios import same_ratio, same_residue, same_time
@@ -150,7 +150,7 @@ class Math(Verifier):
             answer = quantity(without_label(found), lenient=True)
             if answer is not None:
                 return status_of(same_name(gold_quantity.name, answer.name) and same_quantity(gold_quantity, answer))
-            if self.numeric_only or other_base is not None:
+            if other_base is not None or self.numeric_only and not turns_into(gold_quantity.unit, found):
                 return "wrong"
             return None
         for same in KINDS:
@@ -175,7 +175,8 @@ def same_name(gold: str | None, answer: str | None) -> bool:
 
 def for_math_verify(gold: str, found: str) -> str | tuple[str, str]:
     """The pair that math-verify is to compare, or "wrong" for units that differ."""
-    pair = in_one_unit(resolved(gold), resolved(without_label(found)))
+    found = without_label(found)
+    pair = in_one_unit(resolved(without_percent(gold, found)), resolved(found))
     return "wrong" if pair is None else told_apart(*as_intervals(*pair))
 
 

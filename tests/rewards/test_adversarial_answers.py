@@ -28,7 +28,6 @@ UNEVALUATED = ("s_gold_expr_uncomputed", "s_sum_uncomputed")
 DEVIATIONS = {
     "diff_of_huge": 0.0,  # a difference of two 50-million-digit numbers
     "set_vs_set_2k": 0.0,  # longer than the length limit
-    "sqrt_sum": 1.0,  # sympy compares sums of roots numerically, and 1e-40 is below its tolerance
 }
 
 

@@ -18,9 +18,6 @@ UNREAD = {
     "minerva": [
         r"np.arcsin(10/13)",
         r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}",
-        r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}",
-        r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}",
-        r"E_{1},E_{2}",
     ]
 }
 NUMBER = re.compile(r"\d*\.?\d+")

@@ -12,7 +12,7 @@ from fastrl.rewards.rules.spelling import unstyled
 
 LISTED = re.compile(r"[(\[][^()\[\]]*[)\]]|\\\{.*\\\}")
 WORD = re.compile(r",? ?(?:\\text ?\{ ?(?:and|or) ?\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])) ?")
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 MAX_ELEMENTS = 100
 
 

@@ -18,6 +18,7 @@ TOKEN = re.compile(
     r"|(?P<command>\\[A-Za-z]+)|(?P<plain>[A-Za-z])"
 )
 BAR = {"bar": "overline", "widehat": "hat", "widetilde": "tilde", "overrightarrow": "vec"}
+COMMAND = re.compile(r"\\[A-Za-z]+")
 CONSTANT = re.compile(r"\+ ?(?P<constant>[Cc])$")
 
 
@@ -26,7 +27,7 @@ def told_apart(gold: str, answer: str) -> tuple[str, str]:
 
     A constant of integration may be c or C.
     """
-    if CONSTANT.search(gold) and CONSTANT.search(answer) and not re.search(r"(?<![A-Za-z])[Cc](?![A-Za-z])", gold[:-1]):
+    if CONSTANT.search(gold) and CONSTANT.search(answer) and "c" not in COMMAND.sub("", gold[:-1]).lower():
         answer = answer[:-1] + gold[-1]
     tokens = [list(TOKEN.finditer(text)) for text in (gold, answer)]
     every = [token for each in tokens for token in each]

@@ -45,7 +45,7 @@ SYNONYMS = [
     (re.compile(r"\\infin(?![A-Za-z])"), r"\\infty"),
     (re.compile(r"\\(?:cdots|dots|dotsc|dotsb)(?![A-Za-z])"), r"\\ldots"),
     (re.compile(r"\\measuredangle(?![A-Za-z])"), r"\\angle"),
-    (re.compile(r"\\colon(?![A-Za-z])"), ":"),
+    (re.compile(r"\\colon(?![A-Za-z])|\{ ?: ?\}"), ":"),
     (re.compile(r"\\(?:sim|approx|doteq|simeq)(?![A-Za-z])"), r"\\approx"),
     (re.compile(r"\\pi(?=[A-Za-z])"), r"\\pi"),
     # degrees and primes
@@ -94,7 +94,8 @@ def spell(text: str) -> str:
 
 
 def edges(text: str) -> str:
-    return BLANKS.sub(" ", text).strip().rstrip(EDGES)
+    text = BLANKS.sub(" ", text).strip().rstrip(EDGES)
+    return text.strip("$").strip().rstrip(EDGES) if text[:1] == text[-1:] == "$" else text
 
 
 @lru_cache(maxsize=8192)
@@ -105,7 +106,7 @@ def spell_short(text: str) -> str:
     if text.count("$") - text.count("\\$") in (2, 4, 6, 8):
         text = re.sub(r"(?<!\\)\$", "", text)
     text = BLANKS.sub(" ", text).strip().rstrip(EDGES)
-    if "\\" in text:
+    if "\\" in text or "{" in text:
         for pattern, replacement in SYNONYMS:
             text = pattern.sub(replacement, text)
         text = infix_to_prefix(unwrapped(text))

@@ -19,10 +19,10 @@ CONSTANTS = frozenset("ei")  # bare, they are no choice letters but numbers
 
 # text, and between texts only digits, capitals and punctuation
 MARKED = re.compile(
-    r"(?=.*[A-Za-z])(?:\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}\\]*\}|[0-9A-Z .,'\-()&]|\\ )+"
+    r"(?=.*[A-Za-z])(?:\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}]*\}|[0-9A-Z .,'\-()&]|\\ )+"
 )
 MARKED_LETTER = re.compile(r"\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}]*[A-Za-z]")
-BARE = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9]+(?:[ \-'][A-Za-z0-9]+)*'?")
+BARE = re.compile(r"(?=.*[^\W\d_])[^\W_]+(?:[ \-'][^\W_]+)*'{0,3}")
 PRODUCT_WITH_A = frozenset("abcdkmnxyz")
 # (B), \textbf{(B)}, B., B: with or without what stands for it
 CHOICE = re.compile(
@@ -34,6 +34,7 @@ SHAPES = {
     "overarc": "reversed", "triangle": "ordered", "vec": "ordered", "overrightarrow": "ordered",
     "square": "ordered", "odot": "ordered",
 }  # fmt: skip
+SAME_SHAPE = {"overrightarrow": "vec", "overarc": "widehat"}
 SHAPE = re.compile(
     rf"(?:m ?)?\\(?P<shape>{'|'.join(SHAPES)})(?![A-Za-z]) ?\{{? ?(?P<points>(?:[A-Z](?:'{{1,3}}|_\{{?\w\}}?)? ?){{1,6}})\}}?"
 )
@@ -59,7 +60,7 @@ def is_product(text: str) -> bool:
     """Whether bare letters and digits are a product of variables: `ab`, `2xy`, `Bh`, `3x`, `x`; not `AB`, `dog`, `BA3`."""
     if all(len(word) == 1 or word.isdigit() for word in text.split()):
         text = text.replace(" ", "")  # 5 x y
-    letters = text.lstrip("0123456789")
+    letters = text.rstrip("'").lstrip("0123456789")
     if letters[-1:].isdigit() or not letters.isalpha() or not letters.isascii():
         return letters == ""
     if len(letters) == 1:
@@ -83,7 +84,7 @@ def fold(gold: str, answer: str) -> bool:
 
 def plain(text: str, folded: bool) -> str:
     r"""`\text{May }5.` -> `may 5`: without commands, with single blanks."""
-    text = " ".join(TEXT.sub(r"\1", text).replace("~", " ").split()).strip(" .,;:\"'`")
+    text = " ".join(TEXT.sub(r"\1", text).replace("~", " ").split()).strip(" .,;:\"`")
     return text.casefold() if folded else text
 
 
@@ -120,7 +121,7 @@ def same_shape(gold: str, answer: str) -> bool | None:
     one, other = SHAPE.fullmatch(gold), SHAPE.fullmatch(answer)
     if one is None:
         return None
-    if other is None or one["shape"] != other["shape"]:
+    if other is None or SAME_SHAPE.get(one["shape"], one["shape"]) != SAME_SHAPE.get(other["shape"], other["shape"]):
         return False
     points, others = POINT.findall(one["points"]), POINT.findall(other["points"])
     return points == others or SHAPES[one["shape"]] == "reversed" and points == others[::-1]
