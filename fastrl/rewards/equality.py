@@ -24,6 +24,8 @@ POINTS = [
     [Rational(n, d) for n, d in ((1069, 1487), (-1787, 733), (-1327, 619), (907, 1549), (-883, 1723), (2027, 769))],
 ]
 ALL_POSITIVE = 2  # of POINTS
+STEPS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.sign, sympy.Heaviside, sympy.Piecewise)
+SPREAD = (1, 997, 99991)  # times POINTS, where floor(n/5) and floor(n/6) are to differ
 UNCERTAIN = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)  # slow, or defined at whole numbers
 
 math_verify_symbolic = grader.sympy_symbolic_eq
@@ -87,7 +89,9 @@ def same(a, b) -> bool | None:
             return same_value(grader.safe_sympy_doit(a), grader.safe_sympy_doit(b))
         if len(names) > len(POINTS[0]) or a.has(*UNCERTAIN) or b.has(*UNCERTAIN):
             return None
-        found = [same_value(*(at(each, names, point) for each in (a, b))) for point in POINTS]
+        factors = SPREAD if a.has(*STEPS) or b.has(*STEPS) else SPREAD[:1]
+        points = [[factor * each for each in point] for factor in factors for point in POINTS]
+        found = [same_value(*(at(each, names, point) for each in (a, b))) for point in points]
     except Exception:
         return None
     if all(found):

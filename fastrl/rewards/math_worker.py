@@ -56,10 +56,9 @@ def parse(text: str):
     """The sympy expression of an answer, or None if it cannot be read.
 
     math-verify drops units, and with them single letters: `\\sin^2 t` and `a + b + c` lose their end. So units are
-    dropped only where they are marked as text, or where nothing can be read otherwise.
+    dropped only where nothing can be read otherwise.
     """
-    marked = any(mark in text for mark in ("\\text", "\\math", "\\mbox", "\\rm"))
-    for units in (marked, not marked):
+    for units in (False, True):
         expression = parse_latex("\\boxed{" + text + "}", units)
         if expression is not None:
             return expression
@@ -91,10 +90,11 @@ parse_gold = functools.lru_cache(maxsize=2048)(parse)
 def compare(gold, text: str) -> str:
     """Status of an answer against a parsed gold."""
     from math_verify import verify
+    from sympy import Basic, nan, zoo
 
     answer = parse(text)
-    if gold is None or answer is None:
-        return "unparsed"
+    if any(each is None or isinstance(each, Basic) and each.has(zoo, nan) for each in (gold, answer)):
+        return "unparsed"  # \frac{1}{0} is equal to nothing
     gold, answer = (with_unit_i(each) for each in (gold, answer))
     return "right" if verify(gold, answer, timeout_seconds=None, raise_on_error=True) else "wrong"
 

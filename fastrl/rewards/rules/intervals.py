@@ -23,6 +23,9 @@ def as_intervals(gold: str, answer: str) -> tuple[str, str]:
 
     Two inequalities become intervals only if they are about the same variable: `x<5` is not `y<5`.
     """
+    members = [MEMBER.match(text) for text in (gold, answer)]
+    if members[0] and members[1] and members[0][0].split() != members[1][0].split():
+        return gold, answer
     gold, answer = french(gold), french(answer)
     solved, solved_answer = solution(gold), solution(answer)
     if solved and solved_answer:

@@ -1,7 +1,8 @@
 r"""Names that math-verify takes for one another, made different before it reads them.
 
 It reads letters without their case, and drops primes and accents: `R` and `r`, `f'(x)` and `f(x)`, `\vec{AB}` and
-`\vec{BA}`. It reads `E` and `I` as e and i. Each such name becomes a Greek letter that neither text has: the same in both.
+`\vec{BA}`. It reads `E` and `I` as e and i, `\gamma` as a constant or a
+function, and a derivative `\frac{dx}{dt}` of a letter as 0. Each such name becomes a Greek letter that neither text has: the same in both.
 """
 
 import re
@@ -11,8 +12,11 @@ GREEK = (
 ).split()
 ACCENTS = "vec|hat|widehat|bar|overline|tilde|widetilde|dot|ddot|overrightarrow|overleftarrow|check|breve|acute|grave|mathcal|mathscr|mathfrak"
 OPAQUE = r"\\(?:text\w*|math(?:rm|bb)|mbox|operatorname|begin|end)\*? ?\{[^{}]*\}"
+# dx/dt of symbols is 0 for sympy
+D = r"(?:d|\\partial|\\mathrm ?\{ ?d ?\}) ?(?:\^ ?(?:\d|\{\d\}))? ?"
+DERIVATIVE = rf"\\frac ?\{{ ?{D}(?:\\?[A-Za-z]+(?:_\w|_\{{\w+\}})?) ?\}} ?\{{ ?{D}\\?[A-Za-z]+ ?(?:\^ ?(?:\d|\{{\d\}}))? ?\}}"
 TOKEN = re.compile(
-    rf"(?P<opaque>{OPAQUE})"
+    rf"(?P<derivative>{DERIVATIVE})|(?P<opaque>{OPAQUE})"
     rf"|(?P<accented>\\(?P<accent>{ACCENTS})(?![A-Za-z]) ?(?:\{{ ?(?P<letters>\\?[A-Za-z]+(?:_\w)?) ?\}}|(?P<letter>[A-Za-z]))(?P<primes>'*))"
     r"|(?P<primed>\\?(?P<base>(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<=\\)[A-Za-z]+|[A-Za-z])(?P<marks>'+))"
     r"|(?P<command>\\[A-Za-z]+)|(?P<plain>[A-Za-z])"
@@ -35,6 +39,7 @@ def told_apart(gold: str, answer: str) -> tuple[str, str]:
     letters = {token["plain"] for token in every if token["plain"]}
     commands = {token["command"] for token in every if token["command"]}
     clashing = {letter for letter in letters if letter.isupper() and (letter in "EI" or letter.lower() in letters)}
+    clashing |= commands & {"\\gamma"}
     clashing |= {name for name in commands if name[1].isupper() and name.lower() in commands and name[1:].lower() in GREEK}
     keys = list(dict.fromkeys(key for token in every if (key := key_of(token, clashing))))
     free = [name for name in GREEK if name not in used]
@@ -46,6 +51,8 @@ def told_apart(gold: str, answer: str) -> tuple[str, str]:
 
 def key_of(token: re.Match, clashing: set[str]) -> str | None:
     """What is renamed in its place; None for a token that stays."""
+    if token["derivative"]:
+        return token["derivative"].replace(" ", "")
     if token["accented"]:
         accent = BAR.get(token["accent"], token["accent"])
         letters = token["letters"] or token["letter"]
