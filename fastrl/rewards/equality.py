@@ -62,6 +62,8 @@ def same_solutions(gold, answer, float_rounding: int, numeric_precision: int) ->
     """Relations of the same variables that have solutions, and the same ones."""
     if gold.free_symbols != answer.free_symbols:
         return False
+    if len(gold.free_symbols) == 1 and not isinstance(gold, sympy.Eq):
+        return gold.as_set() == answer.as_set()
     if isinstance(gold, sympy.Eq) and not sympy.solve(gold, gold.free_symbols):
         return False
     return math_verify_solutions(gold, answer, float_rounding, numeric_precision)

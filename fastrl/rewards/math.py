@@ -9,7 +9,7 @@ r"""`math`: the answer in the last box, compared with the gold. Order of reading
  7  a text; an angle, a segment, a triangle (`rules/words`)              right | wrong
  8  all else by math-verify, in processes that can be killed             its status
 
-Before 8 units are converted (`rules/measured`), inequalities become intervals (`rules/intervals`), and names that
+Before 8 units are converted (`rules/measured`), inequalities become intervals and vectors tuples (`rules/intervals`, `rules/columns`), and names that
 math-verify confuses become different ones (`rules/names`). Steps 1 to 7 decide most answers, in microseconds and exactly;
 text written by a model can make sympy run for hours.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
 from fastrl.rewards.boxes import last_box
 from fastrl.rewards.rules.bases import based, in_ten, same_digits
+from fastrl.rewards.rules.columns import as_tuples
 from fastrl.rewards.rules.intervals import as_intervals
 from fastrl.rewards.rules.lists import THOUSANDS, same_list
 from fastrl.rewards.rules.measured import in_one_unit, resolved, turns_into, without_percent
@@ -147,7 +148,7 @@ class Math(Verifier):
         gold, found = in_ten(gold), in_ten(found)
         gold_quantity = quantity(gold)
         if gold_quantity is not None:
-            answer = quantity(without_label(found), lenient=True)
+            answer = quantity(without_label(found), lenient=True, in_unit=gold_quantity.unit)
             if answer is not None:
                 return status_of(same_name(gold_quantity.name, answer.name) and same_quantity(gold_quantity, answer))
             if other_base is not None or self.numeric_only and not turns_into(gold_quantity.unit, found):
@@ -177,7 +178,7 @@ def for_math_verify(gold: str, found: str) -> str | tuple[str, str]:
     """The pair that math-verify is to compare, or "wrong" for units that differ."""
     found = without_label(found)
     pair = in_one_unit(resolved(without_percent(gold, found)), resolved(found))
-    return "wrong" if pair is None else told_apart(*as_intervals(*pair))
+    return "wrong" if pair is None else told_apart(*as_intervals(*as_tuples(*pair)))
 
 
 def canonical(text: str) -> str:

@@ -65,16 +65,29 @@ def same_list(gold: str, answer: str, same: Callable[[str, str], bool | None]) -
     if len(quantities) < len(golds) or len(others) < len(answers):
         return ("right" if Counter(golds) == Counter(answers) else "wrong") if repeated else None
     if brackets in unordered:
-        quantities.sort(key=sorting)
-        others.sort(key=sorting)
+        order = by_name if named(quantities) and named(others) else by_value
+        quantities.sort(key=order)
+        others.sort(key=order)
+        if order is by_name and [read.name for read in quantities] != [read.name for read in others]:
+            return "wrong"
     if len(golds) == len(answers) and all(same_quantity(a, b) for a, b in zip(quantities, others, strict=True)):
         return "right"
     # a set may be given with repetitions, and (1,2) with other brackets: math-verify knows more
     return "wrong" if brackets in ("()", "[]", "(]", "[)") or repeated or not brackets == other_brackets == "{}" else None
 
 
-def sorting(read: Quantity):
+def by_value(read: Quantity):
     return read.number.value
+
+
+def by_name(read: Quantity):
+    return read.name, read.number.value
+
+
+def named(reads: list[Quantity]) -> bool:
+    """Whether they are of several variables, `x=1, y=2`; not the roots `x_1=1, x_2=5` of one, which have no order."""
+    letters = {read.name and read.name.partition("_")[0] for read in reads}
+    return None not in letters and len(letters) > 1
 
 
 def words_in_order(golds: list[str], answers: list[str], same) -> str:

@@ -32,6 +32,7 @@ CURRENCY = re.compile(
 # a unit without \text, of two letters or more: `5 m` may be a product
 BARE = re.compile(r" ?[A-Za-z]{2}[A-Za-z .\-/]*(?:\^ ?\{?-?\d\}?)?[A-Za-z/ .]*(?:\^ ?\{?-?\d\}?)?")
 MARKED = re.compile(r"[ /]*(?:\\(?:text|mathrm|mbox|rm|operatorname|mu|\$)|\^\\circ|[$\u20ac\u00a3\u00a5\u20b9\u00a2]|(?:\\cdot ?|\\frac ?\{ ?)\\(?:text|mathrm|mbox))")
+SINGLE = re.compile(r"(?P<number>[^A-Za-z]*\d) ?(?P<unit>[A-Za-z](?: ?\^ ?\{? ?\d ?\}?)?)")
 PLAIN_WORD = re.compile(r"[a-z]*[aeiouy][a-z]*")
 
 # several numbers with a unit each: hours and minutes; degrees, minutes, seconds; feet and inches
@@ -48,11 +49,11 @@ class Quantity:
     name: str | None = None  # x of `x = 18`
 
 
-def quantity(text: str, *, lenient: bool = False) -> Quantity | None:
+def quantity(text: str, *, lenient: bool = False, in_unit: Unit | None = None) -> Quantity | None:
     r"""A cleaned text -> the one quantity it writes, or None if it is anything else.
 
     lenient: also read `18 apples`, where letters may be any word. Not for a gold: there they may matter, and only
-    well-known units are read bare.
+    well-known units are read bare. in_unit: the gold's, with which a single letter is one, too: `5 m` for `5\text{ m}`.
     """
     name = None
     if match := ASSIGNED.match(text):
@@ -60,6 +61,8 @@ def quantity(text: str, *, lenient: bool = False) -> Quantity | None:
     elif match := SWAPPED.fullmatch(text):
         text = match["value"]
     found = measured(text, lenient) or compound(text)
+    if found is None and in_unit is not None and (single := SINGLE.fullmatch(text)):
+        found = measured(f"{single['number']}\\text{{ {single['unit']}}}", lenient)
     return found and replace(found, name=name)
 
 
@@ -153,6 +156,8 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     An answer `18%` for a gold of 18 repeats a sign that the problem asks for; for a gold of at most 1, as `0.5`, it is
     another number.
     """
+    if gold.percent and answer.unit or answer.percent and gold.unit:
+        return False
     if gold.unit is not None and answer.unit is not None:
         factor = units.ratio(gold.unit, answer.unit)
         if factor is None or factor[1] and answer.number.value:

@@ -58,14 +58,13 @@ def same_ratio(gold: str, answer: str) -> bool | None:
 
 
 def same_time(gold: str, answer: str) -> bool | None:
-    """`4:40 a.m.` is `4:40 AM`, and `4:40`; None unless the gold is a time of day with its half."""
-    time = CLOCK.fullmatch(plain(gold))
-    if time is None or not time["half"]:
+    """`4:40 a.m.` is `4:40 AM`, and `4:40`; None unless the gold is a time of day and one of both has its half."""
+    time, other = CLOCK.fullmatch(plain(gold)), CLOCK.fullmatch(plain(answer))
+    if time is None or not (time["half"] or other and other["half"]):
         return None
-    other = CLOCK.fullmatch(plain(answer))
     if other is None or (int(time["hour"]), time["minute"]) != (int(other["hour"]), other["minute"]):
         return False
-    return not other["half"] or time["half"][0].lower() == other["half"][0].lower()
+    return not (other["half"] and time["half"]) or time["half"][0].lower() == other["half"][0].lower()
 
 
 def same_residue(gold: str, answer: str) -> bool | None:

@@ -102,6 +102,7 @@ def edges(text: str) -> str:
 def spell_short(text: str) -> str:
     if text.isalnum() and text.isascii():  # most answers: nothing to do
         return text
+    text = text.replace("...", "\\ldots ")
     text = DELIMITERS.sub(" ", IGNORED.sub("", NARROW.sub(",", latex(text))))
     if text.count("$") - text.count("\\$") in (2, 4, 6, 8):
         text = re.sub(r"(?<!\\)\$", "", text)

@@ -125,7 +125,8 @@ FILLER = frozenset(
     "long wide high tall deep old away apart total ago later each exactly in of the a is are answer altogether".split()
 )
 NO_UNIT = frozenset(
-    "pi e i or and not if for when where hundred thousand million billion trillion dozen pair lakh crore percent".split()
+    "pi e i or and not if for when where hundred thousand million billion trillion dozen pair lakh crore percent squared cubed "
+    "factorial half halve third fourth fifth tenth hundredth thousandth plus minus mod root".split()
 )
 
 

@@ -26,7 +26,7 @@ BARE = re.compile(r"(?=.*[^\W\d_])[^\W_]+(?:[ \-'][^\W_]+)*'{0,3}")
 PRODUCT_WITH_A = frozenset("abcdkmnxyz")
 # (B), \textbf{(B)}, B., B: with or without what stands for it
 CHOICE = re.compile(
-    r"(?:(?:option|choice|answer|ans)s?:? )?(?:\( ?(?P<round>[A-Za-z]) ?\)|(?P<dotted>[A-Za-z])(?=[.):] |[.):]?$)[.):]?)[.:]? ?(?P<value>.*)",
+    r"(?:(?:option|choice|answer|ans)s?:? )?(?:\( ?(?P<round>[A-Za-z]) ?\)|(?P<dotted>[A-Za-z])(?=[.):] |[.):]?$)[.):]?)[.:]? ?(?P<value>(?!(?:and|or)\b|[,&])(?!.*\([A-H]\))(?![A-H]\W*$).*)",
     re.IGNORECASE,
 )
 SHAPES = {
