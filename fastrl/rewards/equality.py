@@ -11,7 +11,7 @@ import functools
 
 import sympy
 from math_verify import grader
-from sympy import Basic, Float, I, MatrixBase, Rational, Symbol
+from sympy import Basic, Float, I, MatrixBase, Rational
 
 DIGITS = 70  # that both sides are evaluated to
 TOLERANCE = Rational(1, 10**60)  # of their larger value
@@ -26,7 +26,13 @@ POINTS = [
 ALL_POSITIVE = 2  # of POINTS
 STEPS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.sign, sympy.Heaviside, sympy.Piecewise)
 SPREAD = (1, 997, 99991)  # times POINTS, where floor(n/5) and floor(n/6) are to differ
-UNCERTAIN = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)  # slow, or defined at whole numbers
+UNCERTAIN = (
+    sympy.Sum,
+    sympy.Product,
+    sympy.Integral,
+    sympy.Limit,
+    sympy.Derivative,
+)  # slow, or defined at whole numbers
 
 math_verify_symbolic = grader.sympy_symbolic_eq
 math_verify_solutions = grader.sympy_solve_and_compare
@@ -76,7 +82,7 @@ def exact(a):
     decimals = {number: Rational(str(number)) for number in a.atoms(Float) if number.is_finite}
     held = {each: each.args[0] for each in a.atoms(sympy.UnevaluatedExpr)}
     if not a.has(*UNCERTAIN):
-        decimals |= {symbol: I for symbol in a.free_symbols if symbol.name == "i" and symbol.is_real is False}
+        decimals |= {symbol: I for symbol in a.free_symbols if symbol.name == "i"}
     return a.xreplace(held).xreplace(decimals) if held or decimals else a
 
 

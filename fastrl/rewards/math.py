@@ -27,7 +27,7 @@ from fastrl.rewards.rules.intervals import as_intervals
 from fastrl.rewards.rules.lists import THOUSANDS, same_list
 from fastrl.rewards.rules.measured import in_one_unit, resolved, turns_into, without_percent
 from fastrl.rewards.rules.names import told_apart
-from fastrl.rewards.rules.quantity import quantity, same_quantity
+from fastrl.rewards.rules.quantity import SWAPPED, quantity, same_quantity
 from fastrl.rewards.rules.ratios import same_ratio, same_residue, same_time
 from fastrl.rewards.rules.spelling import clean, spell, unstyled
 from fastrl.rewards.rules.words import same_shape, same_words, without_label
@@ -176,7 +176,9 @@ def same_name(gold: str | None, answer: str | None) -> bool:
 
 def for_math_verify(gold: str, found: str) -> str | tuple[str, str]:
     """The pair that math-verify is to compare, or "wrong" for units that differ."""
-    found = without_label(found)
+    gold, found = without_label(gold), without_label(found)
+    if "=" not in gold and (swapped := SWAPPED.fullmatch(found)):
+        found = swapped["value"]
     pair = in_one_unit(resolved(without_percent(gold, found)), resolved(found))
     return "wrong" if pair is None else told_apart(*as_intervals(*as_tuples(*pair)))
 

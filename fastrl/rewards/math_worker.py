@@ -104,7 +104,11 @@ def with_unit_i(expression):
     r"""`i` alone is read as a variable; as a factor of 1 it is compared by value: i and e^{i\pi/2}."""
     import sympy
 
-    return sympy.Mul(1, expression, evaluate=False) if getattr(expression, "is_Symbol", False) and expression.name == "i" else expression
+    return (
+        sympy.Mul(1, expression, evaluate=False)
+        if getattr(expression, "is_Symbol", False) and expression.name == "i"
+        else expression
+    )
 
 
 def grade(gold: str, answer: str, limits: dict[str, float]) -> str:

@@ -9,10 +9,10 @@ import pytest
 
 import fastrl.rewards
 from fastrl.rewards import Exact, LastCharacter, grade
+from fastrl.rewards.boxes import last_box
 from fastrl.rewards.exact import number
 from fastrl.rewards.rules.quantity import quantity
 from fastrl.rewards.rules.spelling import clean
-from fastrl.rewards.boxes import last_box
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,7 @@ from support.cases import mostly_later
 pytestmark = pytest.mark.realdata
 
 SETS = ["gsm8k", "math500", "aime24", "minerva"]
-UNREAD = {
-    "minerva": [
-        r"np.arcsin(10/13)",
-        r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}",
-    ]
-}
+UNREAD = {"minerva": [r"np.arcsin(10/13)", r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}"]}
 NUMBER = re.compile(r"\d*\.?\d+")
 
 

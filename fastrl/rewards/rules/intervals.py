@@ -9,7 +9,9 @@ from fastrl.rewards.rules.units import TEXT
 
 VARIABLE = re.compile(r"[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|tau)")
 MEMBER = re.compile(rf"(?:{VARIABLE.pattern}) ?\\in(?![A-Za-z]) ?")
-BUILDER = re.compile(rf"\\\{{ ?(?P<of>{VARIABLE.pattern})(?: ?\\in ?\\mathbb ?\{{?R\}}?)? ?(?:\\mid|\\vert|:|\|) ?(?P<condition>.*)\\\}}")
+BUILDER = re.compile(
+    rf"\\\{{ ?(?P<of>{VARIABLE.pattern})(?: ?\\in ?\\mathbb ?\{{?R\}}?)? ?(?:\\mid|\\vert|:|\|) ?(?P<condition>.*)\\\}}"
+)
 OR = re.compile(r" ?(?:\\lor|(?<![A-Za-z])or(?![A-Za-z])|\\cup) ?")
 AND = re.compile(r" ?(?:\\land|(?<![A-Za-z])and(?![A-Za-z])|,) ?")
 RELATION = re.compile(r" ?(<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])) ?")
@@ -100,4 +102,7 @@ def bounds(text: str) -> tuple[str, str] | None:
         end = sides["not"][0]
         return variable, rf"(-\infty,{end})\cup({end},\infty)"
     low, high = sides.get("low", (r"-\infty", ">")), sides.get("high", (r"\infty", "<"))
-    return variable, f"{'[' if low[1] == chr(92) + 'ge' else '('}{low[0]},{high[0]}{']' if high[1] == chr(92) + 'le' else ')'}"
+    return (
+        variable,
+        f"{'[' if low[1] == chr(92) + 'ge' else '('}{low[0]},{high[0]}{']' if high[1] == chr(92) + 'le' else ')'}",
+    )

@@ -57,7 +57,9 @@ def same_list(gold: str, answer: str, same: Callable[[str, str], bool | None]) -
     if len(golds) > 1 and not other_brackets and len(answers) > 1 and quantity(answer) is not None:
         return "wrong"  # 1,234 is one number, and no list of two
     if any(same(text, text) is not None for text in golds):
-        return words_in_any_order(golds, answers, same) if brackets in unordered else words_in_order(golds, answers, same)
+        return (
+            words_in_any_order(golds, answers, same) if brackets in unordered else words_in_order(golds, answers, same)
+        )
     if len(golds) < 2:
         return None
     quantities = [read for text in golds if (read := quantity(unstyled(text)))]
@@ -73,7 +75,9 @@ def same_list(gold: str, answer: str, same: Callable[[str, str], bool | None]) -
     if len(golds) == len(answers) and all(same_quantity(a, b) for a, b in zip(quantities, others, strict=True)):
         return "right"
     # a set may be given with repetitions, and (1,2) with other brackets: math-verify knows more
-    return "wrong" if brackets in ("()", "[]", "(]", "[)") or repeated or not brackets == other_brackets == "{}" else None
+    return (
+        "wrong" if brackets in ("()", "[]", "(]", "[)") or repeated or not brackets == other_brackets == "{}" else None
+    )
 
 
 def by_value(read: Quantity):

@@ -38,7 +38,9 @@ def in_one_unit(gold: str, answer: str) -> tuple[str, str] | None:
 def turns_into(gold: Unit | None, answer: str) -> bool:
     r"""Whether an answer is an expression in radians where the gold is in degrees: `\frac{\pi}{3}\text{ radians}`."""
     _, unit, _ = parts(answer)
-    return gold is not None and unit is not None and unit.radians != gold.radians and units.ratio(gold, unit) is not None
+    return (
+        gold is not None and unit is not None and unit.radians != gold.radians and units.ratio(gold, unit) is not None
+    )
 
 
 def without_percent(gold: str, answer: str) -> str:

@@ -14,7 +14,9 @@ ACCENTS = "vec|hat|widehat|bar|overline|tilde|widetilde|dot|ddot|overrightarrow|
 OPAQUE = r"\\(?:text\w*|math(?:rm|bb)|mbox|operatorname|begin|end)\*? ?\{[^{}]*\}"
 # dx/dt of symbols is 0 for sympy
 D = r"(?:d|\\partial|\\mathrm ?\{ ?d ?\}) ?(?:\^ ?(?:\d|\{\d\}))? ?"
-DERIVATIVE = rf"\\frac ?\{{ ?{D}(?:\\?[A-Za-z]+(?:_\w|_\{{\w+\}})?) ?\}} ?\{{ ?{D}\\?[A-Za-z]+ ?(?:\^ ?(?:\d|\{{\d\}}))? ?\}}"
+DERIVATIVE = (
+    rf"\\frac ?\{{ ?{D}(?:\\?[A-Za-z]+(?:_\w|_\{{\w+\}})?) ?\}} ?\{{ ?{D}\\?[A-Za-z]+ ?(?:\^ ?(?:\d|\{{\d\}}))? ?\}}"
+)
 TOKEN = re.compile(
     rf"(?P<derivative>{DERIVATIVE})|(?P<opaque>{OPAQUE})"
     rf"|(?P<accented>\\(?P<accent>{ACCENTS})(?![A-Za-z]) ?(?:\{{ ?(?P<letters>\\?[A-Za-z]+(?:_\w)?) ?\}}|(?P<letter>[A-Za-z]))(?P<primes>'*))"
@@ -40,7 +42,9 @@ def told_apart(gold: str, answer: str) -> tuple[str, str]:
     commands = {token["command"] for token in every if token["command"]}
     clashing = {letter for letter in letters if letter.isupper() and (letter in "EI" or letter.lower() in letters)}
     clashing |= commands & {"\\gamma"}
-    clashing |= {name for name in commands if name[1].isupper() and name.lower() in commands and name[1:].lower() in GREEK}
+    clashing |= {
+        name for name in commands if name[1].isupper() and name.lower() in commands and name[1:].lower() in GREEK
+    }
     keys = list(dict.fromkeys(key for token in every if (key := key_of(token, clashing))))
     free = [name for name in GREEK if name not in used]
     if not keys or len(keys) > len(free):

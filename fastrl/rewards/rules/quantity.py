@@ -13,8 +13,13 @@ from fastrl.rewards.rules import units
 from fastrl.rewards.rules.literal import Number, leading, same_number
 from fastrl.rewards.rules.units import Unit
 
-# one variable, with a subscript, a prime or an argument: x, \theta, x_1, a_{10}, f(2), f'(2)
-ASSIGNED = re.compile(r"(?P<name>\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'{0,3}(?:\([\w, ]*\))?) ?= ?", re.ASCII)
+# a variable with a subscript, a prime or an argument: x, \theta, x_1, a_{10}, f'(2); or what geometry and words name:
+# \angle A, |AB|, \overline{AB}, \text{Area}
+ASSIGNED = re.compile(
+    r"(?P<name>\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'{0,3}(?:\([\w, ]*\))?|m? ?\\angle ?[A-Z]{1,3}|\|[A-Z]{2}\||\\overline ?\{[A-Z]{2}\}"
+    r"|\\(?:text|mathrm) ?\{[A-Za-z ]+\}) ?= ?",
+    re.ASCII,
+)
 SWAPPED = re.compile(r"(?P<value>[^=]*[^=<>!\\ ]) ?= ?(?:[A-Za-z]|\\[a-z]+)(?:_(?:\w|\{\w+\}))?", re.ASCII)
 
 SCALES = {
@@ -23,7 +28,10 @@ SCALES = {
     "millionth": Fraction(1, 10**6),
 }  # fmt: skip
 TEXT = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|rm) ?\{"
-SCALE = re.compile(rf" ?(?:{TEXT} ?)?(?P<word>{'|'.join(sorted(SCALES, key=len, reverse=True))})s?(?![A-Za-z])(?: ?(?P<close>\}}))?", re.I)
+SCALE = re.compile(
+    rf" ?(?:{TEXT} ?)?(?P<word>{'|'.join(sorted(SCALES, key=len, reverse=True))})s?(?![A-Za-z])(?: ?(?P<close>\}}))?",
+    re.I,
+)
 PERCENT = re.compile(rf" ?(?:\\?%|(?:{TEXT} ?)?per ?cent ?(?:\}})?)")
 CURRENCY = re.compile(
     rf"(?P<sign>[+-]?) ?(?:(?:US|U\.S\.) ?)?(?P<code>\\?\$|[\u20ac\u00a3\u00a5\u20b9]|(?:{TEXT} ?)?(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?: ?\}})?) ?"
@@ -31,7 +39,9 @@ CURRENCY = re.compile(
 )
 # a unit without \text, of two letters or more: `5 m` may be a product
 BARE = re.compile(r" ?[A-Za-z]{2}[A-Za-z .\-/]*(?:\^ ?\{?-?\d\}?)?[A-Za-z/ .]*(?:\^ ?\{?-?\d\}?)?")
-MARKED = re.compile(r"[ /]*(?:\\(?:text|mathrm|mbox|rm|operatorname|mu|\$)|\^\\circ|[$\u20ac\u00a3\u00a5\u20b9\u00a2]|(?:\\cdot ?|\\frac ?\{ ?)\\(?:text|mathrm|mbox))")
+MARKED = re.compile(
+    r"[ /]*(?:\\(?:text|mathrm|mbox|rm|operatorname|mu|\$)|\^\\circ|[$\u20ac\u00a3\u00a5\u20b9\u00a2]|(?:\\cdot ?|\\frac ?\{ ?)\\(?:text|mathrm|mbox))"
+)
 SINGLE = re.compile(r"(?P<number>[^A-Za-z]*\d) ?(?P<unit>[A-Za-z](?: ?\^ ?\{? ?\d ?\}?)?)")
 PLAIN_WORD = re.compile(r"[a-z]*[aeiouy][a-z]*")
 

@@ -48,13 +48,20 @@ def same_ratio(gold: str, answer: str) -> bool | None:
     parts = ratio(answer)
     if parts is None:
         read = leading(answer)
-        return len(golds.parts) == 2 and read is not None and not read[1] and read[0].value * golds.parts[1] == golds.parts[0]
+        return (
+            len(golds.parts) == 2
+            and read is not None
+            and not read[1]
+            and read[0].value * golds.parts[1] == golds.parts[0]
+        )
     if len(parts.parts) != len(golds.parts):
         return False
     if CLOCK.fullmatch(plain(gold)) and CLOCK.fullmatch(plain(answer)):
         return golds == parts
     (first, *_), (other, *_) = golds.parts, parts.parts
-    return all(a * other == b * first for a, b in zip(golds.parts, parts.parts, strict=True)) and bool(first) == bool(other)
+    return all(a * other == b * first for a, b in zip(golds.parts, parts.parts, strict=True)) and bool(first) == bool(
+        other
+    )
 
 
 def same_time(gold: str, answer: str) -> bool | None:

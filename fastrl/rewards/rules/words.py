@@ -19,14 +19,18 @@ CONSTANTS = frozenset("ei")  # bare, they are no choice letters but numbers
 
 # text, and between texts only digits, capitals and punctuation
 MARKED = re.compile(
-    r"(?=.*[A-Za-z])(?:\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}]*\}|[0-9A-Z .,'\-()&]|\\ )+"
+    r"(?=.*[A-Za-z])(?:\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}]*\}|[0-9A-Z .,'\-()&]|\\ |_ ?(?:\d|\{\d+\}))+"
 )
-MARKED_LETTER = re.compile(r"\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}]*[A-Za-z]")
+MARKED_LETTER = re.compile(
+    r"\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}]*[A-Za-z]"
+)
 BARE = re.compile(r"(?=.*[^\W\d_])[^\W_]+(?:[ \-'][^\W_]+)*'{0,3}")
+FORMULA = re.compile(r"(?=.*_)(?:[A-Z][a-z]?(?: ?_ ?(?:\d|\{\d+\}))?){2,}")  # H_2O, P_1P_2
+CODE = re.compile(r"[A-Za-z]+\d+")  # A1, which is no product 1A
 PRODUCT_WITH_A = frozenset("abcdkmnxyz")
 # (B), \textbf{(B)}, B., B: with or without what stands for it
 CHOICE = re.compile(
-    r"(?:(?:option|choice|answer|ans)s?:? )?(?:\( ?(?P<round>[A-Za-z]) ?\)|(?P<dotted>[A-Za-z])(?=[.):] |[.):]?$)[.):]?)[.:]? ?(?P<value>(?!(?:and|or)\b|[,&])(?!.*\([A-H]\))(?![A-H]\W*$).*)",
+    r"(?:(?:option|choice|answer|ans)s?:? )?(?:\( ?(?P<round>[A-Za-z]) ?\)|(?P<dotted>[A-Za-z])(?=[.):] |[.):]?$)[.):]?)[.:]? ?(?P<value>(?! ?(?:(?:and|or)\b|[,&]))(?!.*\([A-H]\))(?!\W*[A-H]\W*$).*)",
     re.IGNORECASE,
 )
 SHAPES = {
@@ -42,9 +46,9 @@ POINT = re.compile(r"[A-Z](?:'{1,3}|_\{?\w\}?)?")
 
 
 def same_words(gold: str, answer: str) -> bool | None:
-    """Whether an answer is a gold that is text; None unless the gold is text. Both as `spell` leaves them."""
+    """Whether an answer is a gold that is text; None where neither is text. Both as `spell` leaves them."""
     if not is_text(gold):
-        return None
+        return False if CODE.fullmatch(answer) else None
     if choice := letter_of(gold):
         return choice_matches(choice, answer)
     return plain(gold, fold(gold, answer)) == plain(answer, fold(gold, answer))
@@ -53,7 +57,7 @@ def same_words(gold: str, answer: str) -> bool | None:
 def is_text(text: str) -> bool:
     if MARKED_LETTER.search(text):
         return MARKED.fullmatch(text) is not None
-    return BARE.fullmatch(text) is not None and not is_product(text)
+    return FORMULA.fullmatch(text) is not None or BARE.fullmatch(text) is not None and not is_product(text)
 
 
 def is_product(text: str) -> bool:
@@ -84,7 +88,8 @@ def fold(gold: str, answer: str) -> bool:
 
 def plain(text: str, folded: bool) -> str:
     r"""`\text{May }5.` -> `may 5`: without commands, with single blanks."""
-    text = " ".join(TEXT.sub(r"\1", text).replace("~", " ").split()).strip(" .,;:\"`")
+    text = re.sub(r"_ ?\{(\d)\}", r"_\1", TEXT.sub(r"\1", text))
+    text = " ".join(text.replace("~", " ").split()).strip(' .,;:"`')
     return text.casefold() if folded else text
 
 
