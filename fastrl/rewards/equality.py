@@ -1,8 +1,8 @@
 """Whether two sympy expressions are equal: in place of math-verify's comparison, which is lenient in five ways.
 
 math-verify rounds to 6 decimals where one side has a point, drops what is below 1e-15, reads 9% as 9, keeps i a symbol,
-and calls two equations equal that it cannot solve. So 1/2004! was 1/2006!, and 3.14159265358979 was pi. Here decimals are the fractions
-they write, values are compared relative to their size in DIGITS digits, and expressions with variables at points.
+and calls two equations equal that it cannot solve: 1/2004! is 1/2006!, and 3.14159265358979 is pi. Here decimals are
+the fractions they write, values are compared relative to their size, and expressions with variables at points.
 
 Only the worker process loads this file, as a file: nothing of fastrl is imported beside sympy.
 """
@@ -88,7 +88,7 @@ def exact(a):
 
 @functools.lru_cache(maxsize=32)
 def same(a, b) -> bool | None:
-    """True or False where values tell, None where they do not. Variables may be real in one and complex in the other."""
+    """True or False where values tell, None where they do not. Variables are the same by name, real or complex."""
     if a == b:
         return True
     try:

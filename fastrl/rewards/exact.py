@@ -3,8 +3,8 @@ r"""`exact`: the last word of the text, compared as a string and then as an exac
 The answer is the rest of the line after the last `####`; without one, the whole text or its last word.
 Example: the completion "8 6 9" has the answer "9".
 
-Text is compared in canonical unicode (NFC), with U+2212 as the minus sign and every kind of blank as a blank. A narrow or
-no-break blank before three digits groups them: `12\u202f345` is one word, the number 12345.
+Text is compared in canonical unicode (NFC), with U+2212 as the minus sign and every kind of blank as a blank. A narrow
+or no-break blank before three digits groups them: `12\u202f345` is one word, the number 12345.
 """
 
 import re
@@ -47,7 +47,7 @@ BLANK = re.compile(r"[^\S\n\r]")
 
 
 def canonical(text: str) -> str:
-    """`\u22125` -> `-5`, `12\u202f345` -> `12,345`, `e\u0301` -> `\u00e9`, other blanks than line ends -> one plain blank each."""
+    """`\u22125` -> `-5`, `12\u202f345` -> `12,345`, `e\u0301` -> `\u00e9`; every blank but line ends -> a plain one."""
     if text.isascii():
         return text
     text = unicodedata.normalize("NFC", text).replace("\u2212", "-")

@@ -9,9 +9,9 @@ r"""`math`: the answer in the last box, compared with the gold. Order of reading
  7  a text; an angle, a segment, a triangle (`rules/words`)              right | wrong
  8  all else by math-verify, in processes that can be killed             its status
 
-Before 8 units are converted (`rules/measured`), inequalities become intervals and vectors tuples (`rules/intervals`, `rules/columns`), and names that
-math-verify confuses become different ones (`rules/names`). Steps 1 to 7 decide most answers, in microseconds and exactly;
-text written by a model can make sympy run for hours.
+Before 8 units are converted (`rules/measured`), inequalities become intervals (`rules/intervals`) and vectors tuples
+(`rules/columns`), and names that math-verify confuses become different ones (`rules/names`). It compares by `equality`.
+Steps 1 to 7 decide most answers, in microseconds and exactly; text written by a model can make sympy run for hours.
 """
 
 import re
@@ -123,11 +123,11 @@ class Math(Verifier):
         # each different pair once: a group often agrees on its answer
         hard = [read for read in dict.fromkeys(decided.values()) if isinstance(read, tuple)]
         replies = dict(zip(hard, self.workers.run(hard), strict=True))
-        statuses = ((decided[pair]) for pair in pairs)
+        statuses = (decided[pair] for pair in pairs)
         return [Grade.of(replies[read] if isinstance(read, tuple) else read) for read in statuses]
 
     def decide(self, gold: str, found: str | None, equal_text: bool) -> str | tuple[str, str]:
-        """Status of an answer, or the pair that math-verify is to compare. The order is that of the head of this file."""
+        """Status of an answer, or the pair that math-verify is to compare; in the order above."""
         if not found or not gold:
             return "no_box"
         plain_gold, plain = unstyled(gold), unstyled(found)

@@ -1,14 +1,18 @@
-r"""Digits in a base: `1011_2`, `(1011)_{2}`, `2\text{A}_{16}`, `1011_{\text{two}}`. In base ten it is the number itself."""
+r"""Digits in a base: `1011_2`, `(1011)_{2}`, `2\text{A}_{16}`, `1011_{\text{two}}`. In base ten, the number."""
 
 import re
 from dataclasses import dataclass
 
+from fastrl.rewards.rules.spelling import TEXT_COMMAND
+
 NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
          "twelve": 12, "sixteen": 16}  # fmt: skip
-TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox) ?\{ ?([0-9A-Za-z ]*?) ?\}")
+TEXT = re.compile(TEXT_COMMAND + r" ?\{ ?([0-9A-Za-z ]*?) ?\}")
+BASE = r"\d{1,2}|[a-z]{3,7}"
 BASED = re.compile(
-    r"\(? ?(?P<digits>[0-9A-Za-z]+) ?\)? ?(?:_ ?(?:\{ ?\(?(?:base )?(?P<braced>\d{1,2}|[a-z]{3,7})\)? ?\}|(?P<base>[2-9])|\((?P<round>\d{1,2})\))"
-    r"| base (?P<named>\d{1,2}|[a-z]{3,7}))",
+    r"\(? ?(?P<digits>[0-9A-Za-z]+) ?\)? ?"
+    rf"(?:_ ?(?:\{{ ?\(?(?:base )?(?P<braced>{BASE})\)? ?\}}|(?P<base>[2-9])|\((?P<round>\d{{1,2}})\))"
+    rf"| base (?P<named>{BASE}))",
     re.ASCII,
 )
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"

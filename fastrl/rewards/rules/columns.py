@@ -8,7 +8,7 @@ TUPLE = re.compile(r"\(.*,.*\)")
 
 
 def as_tuples(gold: str, answer: str) -> tuple[str, str]:
-    r"""A vector as a tuple where the other side is a tuple: `\begin{pmatrix}1\\2\end{pmatrix}`, `(1,2)` -> `(1,2)`, `(1,2)`."""
+    r"""A vector as a tuple where the other side is one: `\begin{pmatrix}1\\2\end{pmatrix}` -> `(1,2)`."""
     gold, answer = equations(gold), equations(answer)
     if TUPLE.fullmatch(answer):
         return vector(gold), answer

@@ -1,6 +1,6 @@
-r"""Intervals and inequalities as one notation: `x<-2 \text{ or } x>2` -> `(-\infty,-2)\cup(2,\infty)`, `]0,1]` -> `(0,1]`.
+r"""Intervals and inequalities in one notation: `x<-2 \text{ or } x>2` -> `(-\infty,-2)\cup(2,\infty)`.
 
-The ends may be any expressions; nothing is evaluated here.
+French brackets, too: `]0,1]` -> `(0,1]`. The ends may be any expressions; nothing is evaluated here.
 """
 
 import re
@@ -60,7 +60,7 @@ def french(text: str) -> str:
 
 
 def solution(text: str) -> tuple[str, str] | None:
-    r"""An inequality in one variable -> the variable and its values: `-1\le x<2` -> `x`, `[-1,2)`. None if it is not one."""
+    r"""An inequality in one variable -> the variable and its values: `-1\le x<2` -> `x`, `[-1,2)`; else None."""
     if builder := BUILDER.fullmatch(text):
         text = builder["condition"]
     text = " ".join(TEXT.sub(r" \1 ", text).split())
@@ -102,7 +102,5 @@ def bounds(text: str) -> tuple[str, str] | None:
         end = sides["not"][0]
         return variable, rf"(-\infty,{end})\cup({end},\infty)"
     low, high = sides.get("low", (r"-\infty", ">")), sides.get("high", (r"\infty", "<"))
-    return (
-        variable,
-        f"{'[' if low[1] == chr(92) + 'ge' else '('}{low[0]},{high[0]}{']' if high[1] == chr(92) + 'le' else ')'}",
-    )
+    left, right = "[" if low[1] == r"\ge" else "(", "]" if high[1] == r"\le" else ")"
+    return variable, f"{left}{low[0]},{high[0]}{right}"

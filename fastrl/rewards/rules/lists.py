@@ -1,4 +1,4 @@
-r"""Lists, tuples, sets: their elements one by one. A bare list is unordered and keeps its repetitions; a tuple is in order.
+r"""Lists, tuples, sets: their elements one by one. A bare list is unordered and keeps repetitions; a tuple is in order.
 
 `1; 2 \text{ and } 3` is `1,2,3`, and `\{3,1,2\}` is a set of the same. `16,3,1,1` is not `16,3,1`.
 """

@@ -15,11 +15,11 @@ ROUNDED_DECIMALS = 6  # a decimal stands for a fraction if it has this many deci
 
 BRACED = rf"\{{ ?[+-]?{DECIMAL} ?\}}"
 POWER = r"10 ?\^ ?(?:\{ ?[+-]?\d{1,4} ?\}|\d)"
-PLAIN = re.compile(rf"{DECIMAL}(?:/{DECIMAL})?", re.ASCII)
 RECURRING = (
-    r"(?P<start>\d{1,40})?\.(?P<once>\d{0,40})(?:\\(?:overline|bar) ?\{? ?(?P<bar>(?<=\{)\d{1,40}|(?<=\{ )\d{1,40}|\d) ?\}?"
+    r"(?P<start>\d{1,40})?\.(?P<once>\d{0,40})"
+    r"(?:\\(?:overline|bar) ?\{? ?(?P<bar>(?<=\{)\d{1,40}|(?<=\{ )\d{1,40}|\d) ?\}?"
     r"|\\dot ?\{? ?(?P<dot>\d) ?\}?(?:(?P<between>\d{0,40})\\dot ?\{? ?(?P<last>\d) ?\}?)?"
-    r"|\((?P<round>\d{1,40})\)|(?P<going>(?:\.\.\.|\\ldots)))"
+    r"|\((?P<round>\d{1,40})\)|(?P<going>\\ldots))"
 )
 NUMBER = re.compile(
     r"(?P<sign>[+-]?) ?(?:"
@@ -73,7 +73,7 @@ def value_of(part: re.Match) -> Fraction | None:
 
 
 def recurring(part: re.Match) -> Fraction | None:
-    r"""`0.1\overline{6}` -> 1/6, `0.\dot{1}4285\dot{7}` -> 1/7, `0.1(6)` -> 1/6, `0.333\ldots` -> 1/3, `3.14\ldots` -> None."""
+    r"""`0.1\overline{6}` -> 1/6, `0.\dot{1}4285\dot{7}` -> 1/7, `0.333\ldots` -> 1/3, `3.14\ldots`: None."""
     whole, once = part["start"] or "0", part["once"]
     again = part["bar"] or part["round"]
     if part["dot"]:

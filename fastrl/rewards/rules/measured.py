@@ -1,4 +1,4 @@
-r"""Expressions with a unit, a percent sign or a scale word at their end: `2\pi\text{ cm}^2`, `\$3\sqrt{2}`, `\sqrt{2}\%`.
+r"""Expressions that end in a unit, a percent sign or a scale word: `2\pi\text{ cm}^2`, `\$3\sqrt{2}`, `\sqrt{2}\%`.
 
 math-verify drops such an end unread. Here both sides lose it together, or become one and the same unit.
 """
@@ -7,18 +7,19 @@ import re
 
 from fastrl.rewards.rules import units
 from fastrl.rewards.rules.quantity import CURRENCY, SCALE, SCALES
+from fastrl.rewards.rules.spelling import TEXT_COMMAND
 from fastrl.rewards.rules.units import Unit
 
-END = re.compile(
-    r"(?P<expression>[^ ].*?)(?P<end>(?:[ /]*(?:\\cdot ?)?(?:\\(?:text|textrm|mathrm|mbox|rm) ?\{[^{}]*\}(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?|\^\\circ(?: ?[CF])?))+)"
-)
+MARKED = TEXT_COMMAND + r" ?\{[^{}]*\}(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?"
+END = re.compile(rf"(?P<expression>[^ ].*?)(?P<end>(?:[ /]*(?:\\cdot ?)?(?:{MARKED}|\^\\circ(?: ?[CF])?))+)")
 PERCENT = re.compile(r"(?P<expression>.*?) ?\\?%")
 
 
 def in_one_unit(gold: str, answer: str) -> tuple[str, str] | None:
     r"""The pair without units, the answer in the gold's unit; None if they cannot be equal.
 
-    `20\pi`, `20\pi\text{ cm}^2` -> `20\pi`, `20\pi`. `\pi\text{ m}`, `100\pi\text{ cm}` -> `\pi`, `\frac{1}{100}\cdot\pi^{0}\cdot(100\pi)`.
+    `20\pi`, `20\pi\text{ cm}^2` -> `20\pi`, `20\pi`. `\pi\text{ m}`, `100\pi\text{ cm}` -> `\pi`,
+    `\frac{1}{100}\cdot\pi^{0}\cdot(100\pi)`.
     """
     expression, unit, end = parts(gold)
     other, other_unit, other_end = parts(answer)
@@ -44,7 +45,7 @@ def turns_into(gold: Unit | None, answer: str) -> bool:
 
 
 def without_percent(gold: str, answer: str) -> str:
-    r"""A gold without its percent sign where the answer has none: the problem asks for percent, and `12.5` is `12.5\%`."""
+    r"""A gold without its percent sign where the answer has none: the problem asks for percent: `12.5\%`, `12.5`."""
     percent = PERCENT.fullmatch(gold)
     return percent["expression"] if percent and not PERCENT.fullmatch(answer) else gold
 

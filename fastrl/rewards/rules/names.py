@@ -1,8 +1,8 @@
 r"""Names that math-verify takes for one another, made different before it reads them.
 
 It reads letters without their case, and drops primes and accents: `R` and `r`, `f'(x)` and `f(x)`, `\vec{AB}` and
-`\vec{BA}`. It reads `E` and `I` as e and i, `\gamma` as a constant or a
-function, and a derivative `\frac{dx}{dt}` of a letter as 0. Each such name becomes a Greek letter that neither text has: the same in both.
+`\vec{BA}`. It reads `E` and `I` as e and i, `\gamma` as a constant or a function, and a derivative `\frac{dx}{dt}` of a
+letter as 0. Each such name becomes a Greek letter that neither text has: the same in both.
 """
 
 import re
@@ -10,17 +10,21 @@ import re
 GREEK = (
     "alpha beta delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
 ).split()
-ACCENTS = "vec|hat|widehat|bar|overline|tilde|widetilde|dot|ddot|overrightarrow|overleftarrow|check|breve|acute|grave|mathcal|mathscr|mathfrak"
-OPAQUE = r"\\(?:text\w*|math(?:rm|bb)|mbox|operatorname|begin|end)\*? ?\{[^{}]*\}"
-# dx/dt of symbols is 0 for sympy
-D = r"(?:d|\\partial|\\mathrm ?\{ ?d ?\}) ?(?:\^ ?(?:\d|\{\d\}))? ?"
-DERIVATIVE = (
-    rf"\\frac ?\{{ ?{D}(?:\\?[A-Za-z]+(?:_\w|_\{{\w+\}})?) ?\}} ?\{{ ?{D}\\?[A-Za-z]+ ?(?:\^ ?(?:\d|\{{\d\}}))? ?\}}"
+ACCENTS = "|".join(
+    "vec hat widehat bar overline tilde widetilde dot ddot overrightarrow overleftarrow check breve acute grave "
+    "mathcal mathscr mathfrak".split()
 )
+OPAQUE = r"\\(?:text\w*|math(?:rm|bb)|mbox|operatorname|begin|end)\*? ?\{[^{}]*\}"
+ACCENTED = (
+    rf"\\(?P<accent>{ACCENTS})(?![A-Za-z]) ?"
+    r"(?:\{ ?(?P<letters>\\?[A-Za-z]+(?:_\w)?) ?\}|(?P<letter>[A-Za-z]))(?P<primes>'*)"
+)
+ORDER = r"(?:\^ ?(?:\d|\{\d\}))? ?"
+D = rf"(?:d|\\partial|\\mathrm ?\{{ ?d ?\}}) ?{ORDER}"
+DERIVATIVE = rf"\\frac ?\{{ ?{D}\\?[A-Za-z]+(?:_\w|_\{{\w+\}})? ?\}} ?\{{ ?{D}\\?[A-Za-z]+ ?{ORDER}\}}"
 TOKEN = re.compile(
-    rf"(?P<derivative>{DERIVATIVE})|(?P<opaque>{OPAQUE})"
-    rf"|(?P<accented>\\(?P<accent>{ACCENTS})(?![A-Za-z]) ?(?:\{{ ?(?P<letters>\\?[A-Za-z]+(?:_\w)?) ?\}}|(?P<letter>[A-Za-z]))(?P<primes>'*))"
-    r"|(?P<primed>\\?(?P<base>(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<=\\)[A-Za-z]+|[A-Za-z])(?P<marks>'+))"
+    rf"(?P<derivative>{DERIVATIVE})|(?P<opaque>{OPAQUE})|(?P<accented>{ACCENTED})"
+    r"|(?P<primed>(?:(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|\\[A-Za-z]+|[A-Za-z])'+)"
     r"|(?P<command>\\[A-Za-z]+)|(?P<plain>[A-Za-z])"
 )
 BAR = {"bar": "overline", "widehat": "hat", "widetilde": "tilde", "overrightarrow": "vec"}
@@ -29,9 +33,9 @@ CONSTANT = re.compile(r"\+ ?(?P<constant>[Cc])$")
 
 
 def told_apart(gold: str, answer: str) -> tuple[str, str]:
-    r"""`f'(x)`, `f(x)` -> `\beta (x)`, `f(x)`; `2\pi R`, `2\pi r` -> `2\pi \beta `, `2\pi r`; texts without such names as they are.
+    r"""`f'(x)`, `f(x)` -> `\alpha (x)`, `f(x)`; `2\pi R`, `2\pi r` -> `2\pi \alpha `, `2\pi r`.
 
-    A constant of integration may be c or C.
+    Texts without such names stay as they are. A constant of integration may be c or C.
     """
     if CONSTANT.search(gold) and CONSTANT.search(answer) and "c" not in COMMAND.sub("", gold[:-1]).lower():
         answer = answer[:-1] + gold[-1]

@@ -11,15 +11,16 @@ from fractions import Fraction
 
 from fastrl.rewards.rules import units
 from fastrl.rewards.rules.literal import Number, leading, same_number
+from fastrl.rewards.rules.spelling import TEXT_COMMAND
 from fastrl.rewards.rules.units import Unit
 
 # a variable with a subscript, a prime or an argument: x, \theta, x_1, a_{10}, f'(2); or what geometry and words name:
 # \angle A, |AB|, \overline{AB}, \text{Area}
-ASSIGNED = re.compile(
-    r"(?P<name>\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'{0,3}(?:\([\w, ]*\))?|m? ?\\angle ?[A-Z]{1,3}|\|[A-Z]{2}\||\\overline ?\{[A-Z]{2}\}"
-    r"|\\(?:text|mathrm) ?\{[A-Za-z ]+\}) ?= ?",
-    re.ASCII,
+NAMED = (
+    r"\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'{0,3}(?:\([\w, ]*\))?"
+    r"|m? ?\\angle ?[A-Z]{1,3}|\|[A-Z]{2}\||\\overline ?\{[A-Z]{2}\}|\\(?:text|mathrm) ?\{[A-Za-z ]+\}"
 )
+ASSIGNED = re.compile(rf"(?P<name>{NAMED}) ?= ?", re.ASCII)
 SWAPPED = re.compile(r"(?P<value>[^=]*[^=<>!\\ ]) ?= ?(?:[A-Za-z]|\\[a-z]+)(?:_(?:\w|\{\w+\}))?", re.ASCII)
 
 SCALES = {
@@ -27,20 +28,16 @@ SCALES = {
     "lakh": 10**5, "crore": 10**7, "hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000),
     "millionth": Fraction(1, 10**6),
 }  # fmt: skip
-TEXT = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|rm) ?\{"
-SCALE = re.compile(
-    rf" ?(?:{TEXT} ?)?(?P<word>{'|'.join(sorted(SCALES, key=len, reverse=True))})s?(?![A-Za-z])(?: ?(?P<close>\}}))?",
-    re.I,
-)
+TEXT = TEXT_COMMAND + r" ?\{"
+SCALE_WORDS = "|".join(sorted(SCALES, key=len, reverse=True))
+SCALE = re.compile(rf" ?(?:{TEXT} ?)?(?P<word>{SCALE_WORDS})s?(?![A-Za-z])(?: ?(?P<close>\}}))?", re.IGNORECASE)
 PERCENT = re.compile(rf" ?(?:\\?%|(?:{TEXT} ?)?per ?cent ?(?:\}})?)")
-CURRENCY = re.compile(
-    rf"(?P<sign>[+-]?) ?(?:(?:US|U\.S\.) ?)?(?P<code>\\?\$|[\u20ac\u00a3\u00a5\u20b9]|(?:{TEXT} ?)?(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?: ?\}})?) ?"
-    r"(?=[\d.+\-\\])"
-)
+CODE = rf"\\?\$|[\u20ac\u00a3\u00a5\u20b9]|(?:{TEXT} ?)?(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?: ?\}})?"
+CURRENCY = re.compile(rf"(?P<sign>[+-]?) ?(?:(?:US|U\.S\.) ?)?(?P<code>{CODE}) ?(?=[\d.+\-\\])")
 # a unit without \text, of two letters or more: `5 m` may be a product
 BARE = re.compile(r" ?[A-Za-z]{2}[A-Za-z .\-/]*(?:\^ ?\{?-?\d\}?)?[A-Za-z/ .]*(?:\^ ?\{?-?\d\}?)?")
 MARKED = re.compile(
-    r"[ /]*(?:\\(?:text|mathrm|mbox|rm|operatorname|mu|\$)|\^\\circ|[$\u20ac\u00a3\u00a5\u20b9\u00a2]|(?:\\cdot ?|\\frac ?\{ ?)\\(?:text|mathrm|mbox))"
+    rf"[ /]*(?:{TEXT}|\\mu|\\\$|\^\\circ|[$\u20ac\u00a3\u00a5\u20b9\u00a2]|(?:\\cdot ?|\\frac ?\{{ ?){TEXT})"
 )
 SINGLE = re.compile(r"(?P<number>[^A-Za-z]*\d) ?(?P<unit>[A-Za-z](?: ?\^ ?\{? ?\d ?\}?)?)")
 PLAIN_WORD = re.compile(r"[a-z]*[aeiouy][a-z]*")
@@ -112,7 +109,7 @@ def scaled(number: Number, rest: str) -> tuple[Number, str]:
 
 
 def trailing_unit(rest: str, lenient: bool) -> Unit | None:
-    """The unit of a number that is followed by `rest`. Bare words are units if they are known, or cannot be variables."""
+    """The unit of a number before `rest`. Bare words are units if they are known, or cannot be variables."""
     if MARKED.match(rest):
         return units.parse(rest)
     if not BARE.fullmatch(rest):
@@ -125,7 +122,7 @@ def trailing_unit(rest: str, lenient: bool) -> Unit | None:
 
 
 def compound(text: str) -> Quantity | None:
-    r"""`1 hour 30 minutes` -> 1.5 hours, `30^\circ 15'` -> 30.25 degrees, `5' 6''` -> 66 inches; each smaller than the last."""
+    r"""`1 hour 30 minutes` -> 1.5 hours, `30^\circ 15'` -> 30.25 degrees, `5' 6''` -> 66 inches; else None."""
     text = units.TEXT.sub(r" \1 ", text)
     text = " ".join(text.replace("\\$", "$").split())
     if text.startswith("$"):  # $3 and 50 cents
@@ -162,9 +159,9 @@ def added(pieces: list[re.Match]) -> Quantity | None:
 def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     """Whether two quantities are equal; percent and units as in the head of this file.
 
-    A percent against a plain number: the sign may be missing in the answer (`12.5` for `12.5%`) or be resolved (`0.125`).
-    An answer `18%` for a gold of 18 repeats a sign that the problem asks for; for a gold of at most 1, as `0.5`, it is
-    another number.
+    A percent against a plain number: the sign may be missing in the answer (`12.5` for `12.5%`) or be resolved
+    (`0.125`). An answer `18%` for a gold of 18 repeats a sign that the problem asks for; for a gold of at most 1, as
+    `0.5`, it is another number.
     """
     if gold.percent and answer.unit or answer.percent and gold.unit:
         return False

@@ -1,4 +1,4 @@
-r"""Answers with a sign between numbers that is no operation: ratios `1:2:3`, times of day `4:40 a.m.`, residues `3 \pmod 7`."""
+r"""Numbers with a sign between them that is no operation: ratios `1:2:3`, times `4:40 a.m.`, residues `3 \pmod 7`."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ SEPARATOR = re.compile(r" ?(?::| to ) ?")
 CLOCK = re.compile(r"(?P<hour>\d{1,2}):(?P<minute>[0-5]\d) ?(?P<half>[ap]\.? ?m)?\.?", re.ASCII | re.IGNORECASE)
 RESIDUE = re.compile(
     r"(?:(?:[A-Za-z]|\\[a-z]+) ?\\equiv ?)?(?P<residue>-?\d{1,20}) ?"
-    r"(?:\\pmod ?(?:\{ ?(?P<braced>\d{1,20}) ?\}|(?P<bare>\d))|\(? ?(?:\\b?mod|mod) ?\{? ?(?P<plain>\d{1,20}) ?\}? ?\)?)",
+    r"(?:\\pmod ?(?:\{ ?(?P<braced>\d{1,20}) ?\}|(?P<bare>\d))"
+    r"|\(? ?(?:\\b?mod|mod) ?\{? ?(?P<plain>\d{1,20}) ?\}? ?\)?)",
     re.ASCII,
 )
 
@@ -75,7 +76,10 @@ def same_time(gold: str, answer: str) -> bool | None:
 
 
 def same_residue(gold: str, answer: str) -> bool | None:
-    r"""`x\equiv 10\pmod{7}` is `3 \pmod 7`; the residue alone, as the gold writes it, will do. None unless the gold is one."""
+    r"""`x\equiv 10\pmod{7}` is `3 \pmod 7`; the residue alone, as the gold writes it, will do.
+
+    None unless the gold is one.
+    """
     residue = RESIDUE.fullmatch(plain(gold))
     if residue is None:
         return None

@@ -1,4 +1,4 @@
-r"""One spelling for what LaTeX writes in several ways, without what only decorates: `{\color{red}{7 \over 2}}.` -> `\frac{7}{2}`.
+r"""One spelling for what LaTeX writes in several ways, undecorated: `{\color{red}{7 \over 2}}.` -> `\frac{7}{2}`.
 
 `spell` keeps the `\text{..}` around a word, because a word is compared otherwise than a product of variables; `clean`
 drops it where it is around all of the answer. A blank is never removed between two characters: `4 2` is not 42.
@@ -14,6 +14,8 @@ LONG = 1024  # characters; what is longer is too long to be compared but as text
 BLANKS = re.compile(r"(?:\s|~|(?<!\\)\\[,;:>! ]|\\q?quad(?![A-Za-z])|\\(?:enspace|thinspace|hfill|space)(?![A-Za-z]))+")
 NARROW = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", re.ASCII)
 GROUPED = re.compile(r"(?<![\w.,}^\\/])(?<![\w.}^/] )[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?[/\d])", re.ASCII)
+
+TEXT_COMMAND = r"\\(?:text(?:bf|rm|it|sf|normal)?|mathrm|mathbf|mathit|mbox|operatorname|rm)"
 
 # what is dropped wherever it stands
 IGNORED = re.compile(
@@ -49,12 +51,13 @@ SYNONYMS = [
     (re.compile(r"\\(?:sim|approx|doteq|simeq)(?![A-Za-z])"), r"\\approx"),
     (re.compile(r"\\pi(?=[A-Za-z])"), r"\\pi"),
     # degrees and primes
-    (re.compile(r"\^ ?\{ ?\\(?:circ|degree) ?\}|\^ ?\\circ(?![A-Za-z])|\\(?:text)?degree(?![A-Za-z])(?: ?\{\})?"), r"^\\circ"),
+    (re.compile(r"\^ ?\{ ?\\(?:circ|degree) ?\}|\^ ?\\circ(?![A-Za-z])"), r"^\\circ"),
+    (re.compile(r"\\(?:text)?degree(?![A-Za-z])(?: ?\{\})?"), r"^\\circ"),
     (re.compile(r"\^ ?\{ ?\\text(?:rm)? ?\{ ?o ?\} ?\}"), r"^\\circ"),
     (re.compile(r"\^ ?\{ ?((?:\\prime|')(?: ?(?:\\prime|'))*) ?\}"), r"\1"),
     (re.compile(r" ?\^? ?\\prime(?![A-Za-z])"), "'"),
     # single letters in roman type that are no unit: e, i
-    (re.compile(r"\\(?:mathrm|text|textrm|operatorname|rm) ?\{ ?([ei]) ?\}(?= ?(?:\^|[+\-*/)},]|$|\\cdot|\\times|\\pi))"), r"\1"),
+    (re.compile(TEXT_COMMAND + r" ?\{ ?([ei]) ?\}(?= ?(?:\^|[+\-*/)},]|$|\\cdot|\\times|\\pi))"), r"\1"),
     # currency
     (re.compile(r"\\text(?:bf|rm|it)? ?\{ ?\\?([$€£¥₹]) ?\}"), r"\\\1"),
     (re.compile(r"\\(?:textdollar|dollar)(?![A-Za-z])(?: ?\{\})?"), r"\\$"),
@@ -70,7 +73,7 @@ ANNOUNCED = re.compile(
     r"(?:answer|ans\.?|solution)(?: is)? ?[:=]? ?)\} ?[:=]? ?",
     re.IGNORECASE,
 )
-STYLED = re.compile(r"\\(?:text|textbf|textrm|textit|mathbf|mathrm|mbox|bf|rm|operatorname)\s*\{([^{}]*)\}")
+STYLED = re.compile(TEXT_COMMAND + r"\s*\{([^{}]*)\}")
 NAME = re.compile(r"\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\([\w, ]*\))?", re.ASCII)
 EDGES = " .,;:"
 
@@ -164,7 +167,7 @@ def unwrapped(text: str) -> str:
 
 
 def infix_to_prefix(text: str) -> str:
-    r"""`{a \over b}` -> `\frac{a}{b}`, `{n \choose k}` -> `\binom{n}{k}`, innermost first; without braces all the text."""
+    r"""`{a \over b}` -> `\frac{a}{b}`, `{n \choose k}` -> `\binom{n}{k}`; without braces all the text."""
     while found := INFIX.search(text):
         start, end = enclosing(text, found.start())
         command = "frac" if found[1] == "over" else "binom"

@@ -47,7 +47,7 @@ ROOTS = [(re.compile(sign + RADICAND), command) for sign, command in (("√", ""
 
 
 def latex(text: str) -> str:
-    r"""`2√3` -> `2\sqrt{3}`, `x²` -> `x^{2}`, `1011₂` -> `1011_{2}`, `60°` -> `60^\circ `, `−5` -> `-5`; canonical (NFC)."""
+    r"""`2√3` -> `2\sqrt{3}`, `x²` -> `x^{2}`, `1011₂` -> `1011_{2}`, `60°` -> `60^\circ `; canonical (NFC)."""
     if text.isascii():
         return text
     text = unicodedata.normalize("NFC", text)

@@ -1,13 +1,15 @@
 r"""Units: what a text after a number measures, and by which factor two of them differ.
 
-`parse(r"\text{ km}/\mathrm{h}")` and `parse("kph")` are the same unit; "minutes" is 60 s or 1/60 of a degree. A word that
-is no unit here ("apples") is kept as a word: equal words are the same unit, others are another one.
+`parse(r"\text{ km}/\mathrm{h}")` and `parse("kph")` are the same unit; "minutes" is 60 s or 1/60 of a degree. A word
+that is no unit here ("apples") is kept as a word: equal words are the same unit, others are another one.
 """
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction as F
 from functools import lru_cache
+
+from fastrl.rewards.rules.spelling import TEXT_COMMAND
 
 Dimension = tuple[tuple[str, int], ...]  # (("m", 1), ("s", -2)): sorted, no zero
 Reading = tuple[Dimension, F]
@@ -125,8 +127,8 @@ FILLER = frozenset(
     "long wide high tall deep old away apart total ago later each exactly in of the a is are answer altogether".split()
 )
 NO_UNIT = frozenset(
-    "pi e i or and not if for when where hundred thousand million billion trillion dozen pair lakh crore percent squared cubed "
-    "factorial half halve third fourth fifth tenth hundredth thousandth plus minus mod root".split()
+    "pi e i or and not if for when where plus minus mod root percent hundred thousand million billion trillion dozen "
+    "pair lakh crore squared cubed factorial half halve third fourth fifth tenth hundredth thousandth".split()
 )
 
 
@@ -155,9 +157,10 @@ for names, dimension, factor in TABLE:
     for each in names.split():
         NAMES.setdefault(each, []).append((dimension, F(factor)))
 
-TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mathit|mbox|operatorname|rm) ?\{([^{}]*)\}")
+TEXT = re.compile(TEXT_COMMAND + r" ?\{([^{}]*)\}")
 TOKEN = re.compile(
-    r" *(?:(?P<word>[A-Za-z]+)\.?|(?P<sign>[$\u20ac\u00a3\u00a5\u20b9\u00a2])|(?P<degree>\^\\circ ?(?P<scale>[CF](?![A-Za-z]))?)"
+    r" *(?:(?P<word>[A-Za-z]+)\.?|(?P<sign>[$\u20ac\u00a3\u00a5\u20b9\u00a2])"
+    r"|(?P<degree>\^\\circ ?(?P<scale>[CF](?![A-Za-z]))?)"
     r"|(?P<over>/)|(?P<times>\\cdot|\\times|\*|-)) *(?:\^ ?\{? ?(?P<power>-?\d) ?\}?)?"
 )
 FRACTION = re.compile(r"\\frac ?\{ ?([^{}]*) ?\} ?\{ ?([^{}]*) ?\}")

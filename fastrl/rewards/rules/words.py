@@ -7,6 +7,7 @@ count; case does not, but for capitals without `\text` and for variables.
 
 import re
 
+from fastrl.rewards.rules.spelling import TEXT_COMMAND
 from fastrl.rewards.rules.units import TEXT
 
 COMMON = frozenset(
@@ -18,19 +19,19 @@ CHOICES = frozenset("ABCDEFGH")
 CONSTANTS = frozenset("ei")  # bare, they are no choice letters but numbers
 
 # text, and between texts only digits, capitals and punctuation
-MARKED = re.compile(
-    r"(?=.*[A-Za-z])(?:\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}]*\}|[0-9A-Z .,'\-()&]|\\ |_ ?(?:\d|\{\d+\}))+"
-)
-MARKED_LETTER = re.compile(
-    r"\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mbox|operatorname|rm) ?\{[^{}]*[A-Za-z]"
-)
+MARKED = re.compile(rf"(?=.*[A-Za-z])(?:{TEXT_COMMAND} ?\{{[^{{}}]*\}}|[0-9A-Z .,'\-()&]|\\ |_ ?(?:\d|\{{\d+\}}))+")
+MARKED_LETTER = re.compile(TEXT_COMMAND + r" ?\{[^{}]*[A-Za-z]")
 BARE = re.compile(r"(?=.*[^\W\d_])[^\W_]+(?:[ \-'][^\W_]+)*'{0,3}")
 FORMULA = re.compile(r"(?=.*_)(?:[A-Z][a-z]?(?: ?_ ?(?:\d|\{\d+\}))?){2,}")  # H_2O, P_1P_2
 CODE = re.compile(r"[A-Za-z]+\d+")  # A1, which is no product 1A
 PRODUCT_WITH_A = frozenset("abcdkmnxyz")
 # (B), \textbf{(B)}, B., B: with or without what stands for it
+# no further choice may follow: (B) or (C)
+VALUE = r"(?! ?(?:(?:and|or)\b|[,&]))(?!.*\([A-H]\))(?!\W*[A-H]\W*$).*"
 CHOICE = re.compile(
-    r"(?:(?:option|choice|answer|ans)s?:? )?(?:\( ?(?P<round>[A-Za-z]) ?\)|(?P<dotted>[A-Za-z])(?=[.):] |[.):]?$)[.):]?)[.:]? ?(?P<value>(?! ?(?:(?:and|or)\b|[,&]))(?!.*\([A-H]\))(?!\W*[A-H]\W*$).*)",
+    r"(?:(?:option|choice|answer|ans)s?:? )?"
+    r"(?:\( ?(?P<round>[A-Za-z]) ?\)|(?P<dotted>[A-Za-z])(?=[.):] |[.):]?$)[.):]?)"
+    rf"[.:]? ?(?P<value>{VALUE})",
     re.IGNORECASE,
 )
 SHAPES = {
@@ -39,10 +40,11 @@ SHAPES = {
     "square": "ordered", "odot": "ordered",
 }  # fmt: skip
 SAME_SHAPE = {"overrightarrow": "vec", "overarc": "widehat"}
+A_POINT = r"[A-Z](?:'{1,3}|_\{?\w\}?)?"
 SHAPE = re.compile(
-    rf"(?:m ?)?\\(?P<shape>{'|'.join(SHAPES)})(?![A-Za-z]) ?\{{? ?(?P<points>(?:[A-Z](?:'{{1,3}}|_\{{?\w\}}?)? ?){{1,6}})\}}?"
+    rf"(?:m ?)?\\(?P<shape>{'|'.join(SHAPES)})(?![A-Za-z]) ?\{{? ?(?P<points>(?:{A_POINT} ?){{1,6}})\}}?"
 )
-POINT = re.compile(r"[A-Z](?:'{1,3}|_\{?\w\}?)?")
+POINT = re.compile(A_POINT)
 
 
 def same_words(gold: str, answer: str) -> bool | None:
@@ -61,7 +63,7 @@ def is_text(text: str) -> bool:
 
 
 def is_product(text: str) -> bool:
-    """Whether bare letters and digits are a product of variables: `ab`, `2xy`, `Bh`, `3x`, `x`; not `AB`, `dog`, `BA3`."""
+    """Whether bare letters and digits are a product of variables: `ab`, `2xy`, `Bh`, `x`; not `AB`, `dog`, `BA3`."""
     if all(len(word) == 1 or word.isdigit() for word in text.split()):
         text = text.replace(" ", "")  # 5 x y
     letters = text.rstrip("'").lstrip("0123456789")
@@ -104,7 +106,7 @@ def letter_of(text: str) -> tuple[str, str] | None:
 
 
 def choice_matches(gold: tuple[str, str], answer: str) -> bool:
-    """The same letter; and the same value where both have one. Letters of choices in any case, all others as written."""
+    """The same letter; and the same value where both have one. Choices in any case, other letters as written."""
     read = letter_of(answer)
     if read is None:
         return bool(gold[1]) and plain(gold[1], True) == plain(answer, True)
@@ -122,7 +124,7 @@ def without_label(text: str) -> str:
 
 
 def same_shape(gold: str, answer: str) -> bool | None:
-    r"""`\angle CBA` is `\angle ABC`, `\angle BAC` is not; a triangle's points are in order. None unless the gold is one."""
+    r"""`\angle CBA` is `\angle ABC`, `\angle BAC` is not; a triangle's points are in order. Else None."""
     one, other = SHAPE.fullmatch(gold), SHAPE.fullmatch(answer)
     if one is None:
         return None
