@@ -8,6 +8,8 @@ Only the worker process loads this file, as a file: nothing of fastrl is importe
 """
 
 import functools
+from collections.abc import Sequence
+from fractions import Fraction
 
 import sympy
 from math_verify import grader
@@ -82,7 +84,7 @@ def exact(a):
     decimals = {number: Rational(str(number)) for number in a.atoms(Float) if number.is_finite}
     held = {each: each.args[0] for each in a.atoms(sympy.UnevaluatedExpr)}
     if not a.has(*UNCERTAIN):
-        decimals |= {symbol: I for symbol in a.free_symbols if symbol.name == "i"}
+        decimals |= {symbol: I for symbol in a.atoms(Symbol) if symbol.name == "i"}
     return a.xreplace(held).xreplace(decimals) if held or decimals else a
 
 
@@ -107,7 +109,7 @@ def same(a, b) -> bool | None:
     return False if False in found[:ALL_POSITIVE] else None
 
 
-def at(expression, names: list[str], point: list[Rational]):
+def at(expression, names: list[str], point: Sequence[sympy.Expr]):
     values = dict(zip(names, point, strict=False))
     return expression.subs({symbol: values[symbol.name] for symbol in expression.free_symbols})
 
@@ -136,7 +138,10 @@ def rounds_to(fraction, rounded) -> bool:
     """1/3 and 0.333333; not 5 and 5.0000001, nor pi and 3.14159265."""
     if not (isinstance(fraction, Rational) and isinstance(rounded, Float) and rounded.is_finite):
         return False
-    decimal = Rational(str(rounded))
-    if decimal.q < ROUNDED or all(prime in (2, 5) for prime in sympy.factorint(fraction.q, limit=10)):
+    decimal = Fraction(str(rounded))
+    if decimal.denominator < ROUNDED or all(prime in (2, 5) for prime in sympy.factorint(fraction.q, limit=10)):
         return False
-    return bool(abs(fraction - decimal) <= Rational(1, 2 * ROUNDED) and abs(decimal) * ROUNDED >= 10**5)
+    return bool(
+        abs(Fraction(int(fraction.p), int(fraction.q)) - decimal) <= Fraction(1, 2 * ROUNDED)
+        and abs(decimal) * ROUNDED >= 10**5
+    )

@@ -91,24 +91,27 @@ parse_gold = functools.lru_cache(maxsize=2048)(parse)
 def compare(gold, text: str) -> str:
     """Status of an answer against a parsed gold."""
     from math_verify import verify
-    from sympy import Basic, nan, zoo
 
     answer = parse(text)
-    if any(each is None or isinstance(each, Basic) and each.has(zoo, nan) for each in (gold, answer)):
-        return "unparsed"  # \frac{1}{0} is equal to nothing
-    gold, answer = (with_unit_i(each) for each in (gold, answer))
-    return "right" if verify(gold, answer, allow_set_relation_comp=True, **NO_LIMIT) else "wrong"
+    if gold is None or answer is None or not (finite(gold) and finite(answer)):
+        return "unparsed"
+    right = verify(with_unit_i(gold), with_unit_i(answer), allow_set_relation_comp=True, **NO_LIMIT)
+    return "right" if right else "wrong"
+
+
+def finite(expression) -> bool:
+    r"""Whether it has a value: `\frac{1}{0}` has none, and is equal to nothing."""
+    from sympy import Basic, nan, zoo
+
+    return not (isinstance(expression, Basic) and expression.has(zoo, nan))
 
 
 def with_unit_i(expression):
     r"""`i` alone is read as a variable; as a factor of 1 it is compared by value: i and e^{i\pi/2}."""
-    import sympy
+    from sympy import Mul, Symbol
 
-    return (
-        sympy.Mul(1, expression, evaluate=False)
-        if getattr(expression, "is_Symbol", False) and expression.name == "i"
-        else expression
-    )
+    is_unit = isinstance(expression, Symbol) and expression.name == "i"
+    return Mul(1, expression, evaluate=False) if is_unit else expression
 
 
 def grade(gold: str, answer: str, limits: dict[str, float]) -> str:

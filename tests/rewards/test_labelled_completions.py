@@ -13,7 +13,10 @@ from support.perturbed import perturbed
 pytestmark = pytest.mark.realdata
 
 SETS = ["gsm8k", "math500", "aime24", "minerva", "olympiadbench"]
-UNREAD = {"minerva": [r"np.arcsin(10/13)", r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}"]}
+UNREAD = {
+    "minerva": [r"np.arcsin(10/13)", r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}"],
+    "olympiadbench": [r"m_{\max }=n^{2}-n-1", "t(0,4]"],
+}
 
 
 @pytest.fixture(scope="module")
