@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import sympy
 from math_verify import grader
-from sympy import Basic, Float, I, MatrixBase, Rational
+from sympy import Basic, Float, I, MatrixBase, Rational, Symbol
 
 DIGITS = 70  # that both sides are evaluated to
 TOLERANCE = Rational(1, 10**60)  # of their larger value

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.realdata, pytest.mark.slow]
 # cases of the class "either": no grade is required, but it must not move
 GOLDEN = dict.fromkeys(
     "pow_mod dec_100k_zeros dec_repeating text_nested digits_commas_100k plus_50k final_answer_100KB_spaces "
-    "spaces_in_num dots_100k or_chain u_fullwidth u_arabic u_zerowidth u_rtl u_nul u_combining unbalanced1 s_units_wrong s_pi8".split(),
+    "spaces_in_num dots_100k or_chain u_fullwidth u_arabic u_zerowidth u_rtl u_nul u_combining unbalanced1 "
+    "s_units_wrong s_pi8".split(),
     0.0,
 ) | dict.fromkeys("boxed_nested_1k boxed_x10k s_pct_50 s_thirds s_echo_expr s_last_wins".split(), 1.0)
 # rewarded only if math-verify may evaluate the answer to a number
