@@ -38,6 +38,7 @@ MAX_DEPTH = 24  # of brackets in it
 
 UNEVALUATED = re.compile(r"\\(?:log|ln|sum|prod|int|lim|[dt]?binom|gcd|lcm|max|min|mod|bmod|pmod)(?![A-Za-z])|(?<!\\)!")
 OUTER_BLANK = re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ")
+NEGATED = re.compile(r"(?<![A-Za-z\\])(?:not|never|except|without)(?![A-Za-z])")
 BRACKETS = frozenset("([{")
 KINDS = (same_time, same_residue, same_ratio)
 
@@ -175,7 +176,9 @@ def same_name(gold: str | None, answer: str | None) -> bool:
 
 
 def for_math_verify(gold: str, found: str) -> str | tuple[str, str]:
-    """The pair that math-verify is to compare, or "wrong" for units that differ."""
+    """The pair that math-verify is to compare, or "wrong" where units differ or one side says `not`."""
+    if bool(NEGATED.search(gold)) != bool(NEGATED.search(found)):
+        return "wrong"  # math-verify reads no words
     gold, found = without_label(gold), without_label(found)
     if "=" not in gold and (swapped := SWAPPED.fullmatch(found)):
         found = swapped["value"]

@@ -149,7 +149,7 @@ def added(pieces: list[re.Match]) -> Quantity | None:
     for piece in pieces[1:]:
         unit = units.parse(marks.get(piece["unit"], piece["unit"].strip(".")))
         smaller = units.ratio(first, unit) if unit and not unit.words else None
-        if smaller is None or smaller[1] or smaller[0] >= size or Fraction(piece["number"]) * smaller[0] >= size:
+        if smaller is None or smaller[1] or Fraction(piece["number"]) * smaller[0] >= size:
             return None
         size = smaller[0]
         total += Fraction(piece["number"]) * size

@@ -27,7 +27,7 @@ CODE = re.compile(r"[A-Za-z]+\d+")  # A1, which is no product 1A
 PRODUCT_WITH_A = frozenset("abcdkmnxyz")
 # (B), \textbf{(B)}, B., B: with or without what stands for it
 # no further choice may follow: (B) or (C)
-VALUE = r"(?! ?(?:(?:and|or)\b|[,&]))(?!.*\([A-H]\))(?!\W*[A-H]\W*$).*"
+VALUE = r"(?! ?(?:(?:and|or)\b|[,&=]))(?!.*\([A-H]\))(?!\W*[A-H]\W*$).*"
 CHOICE = re.compile(
     r"(?:(?:option|choice|answer|ans)s?:? )?"
     r"(?:\( ?(?P<round>[A-Za-z]) ?\)|(?P<dotted>[A-Za-z])(?=[.):] |[.):]?$)[.):]?)"
