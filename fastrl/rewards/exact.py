@@ -2,9 +2,13 @@ r"""`exact`: the last word of the text, compared as a string and then as an exac
 
 The answer is the rest of the line after the last `####`; without one, the whole text or its last word.
 Example: the completion "8 6 9" has the answer "9".
+
+Text is compared in canonical unicode (NFC), with U+2212 as the minus sign and every kind of blank as a blank. A narrow
+or no-break blank before three digits groups them: `12\u202f345` is one word, the number 12345.
 """
 
 import re
+import unicodedata
 from fractions import Fraction
 
 from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
@@ -38,12 +42,27 @@ def decimal(text: str) -> Fraction:
     return Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
 
 
+GROUPED = re.compile(r"(?<=[0-9])[\u00a0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))")
+BLANK = re.compile(r"[^\S\n\r]")
+
+
+def canonical(text: str) -> str:
+    """`\u22125` -> `-5`, `12\u202f345` -> `12,345`, `e\u0301` -> `\u00e9`; every blank but line ends -> a plain one."""
+    if text.isascii():
+        return text
+    text = unicodedata.normalize("NFC", text).replace("\u2212", "-")
+    return BLANK.sub(" ", GROUPED.sub(",", text))
+
+
 class Exact(Verifier):
     name = "exact"
 
     def grade(self, completions: list[str], answers: list[str]) -> list[Grade]:
         require_equal_lengths("exact.grade", completions=completions, answers=answers)
-        return [GRADES[self.status_of(text, answer.strip())] for text, answer in zip(completions, answers, strict=True)]
+        return [
+            GRADES[self.status_of(canonical(text), canonical(answer).strip())]
+            for text, answer in zip(completions, answers, strict=True)
+        ]
 
     def status_of(self, text: str, gold: str) -> str:
         found = self.extract(text)
@@ -55,6 +74,7 @@ class Exact(Verifier):
         return "right" if value is not None and value == number(gold) else "wrong"
 
     def extract(self, completion: str) -> str | None:
+        completion = canonical(completion)
         _, mark, after = completion.rpartition("####")
         if mark:
             lines = after.strip().splitlines()
@@ -77,7 +97,7 @@ class LastCharacter(Exact):
     name = "last_character"
 
     def extract(self, completion: str) -> str | None:
-        return completion.rstrip()[-1:] or None
+        return canonical(completion).rstrip()[-1:] or None
 
     def as_completion(self, answer: str) -> str:
         return answer

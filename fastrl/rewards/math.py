@@ -1,50 +1,46 @@
-r"""`math`: the last balanced \boxed{...} of the text, compared with the gold as text, as a number, then by math-verify.
+r"""`math`: the answer in the last box, compared with the gold. Order of reading, first that decides:
 
-Most answers are decided here, in microseconds and exactly. The rest goes to processes that can be killed (`workers`),
-because text written by a model can make sympy run for hours.
+ 1  nothing in the box                                                   no_box
+ 2  the same text, in one spelling (`rules/spelling`)                    right
+ 3  longer than MAX_LENGTH or deeper than MAX_DEPTH                      too_long
+ 4  a number, with its unit (`rules/quantity`): then only a number is    right | wrong
+ 5  digits in a base; a time of day, a residue, a ratio                  right | wrong
+ 6  lists, tuples and sets of numbers and texts (`rules/lists`)          right | wrong
+ 7  a text; an angle, a segment, a triangle (`rules/words`)              right | wrong
+ 8  all else by math-verify, in processes that can be killed             its status
+
+Before 8 units are converted (`rules/measured`), inequalities become intervals (`rules/intervals`) and vectors tuples
+(`rules/columns`), and names that math-verify confuses become different ones (`rules/names`). It compares by `equality`.
+Steps 1 to 7 decide most answers, in microseconds and exactly; text written by a model can make sympy run for hours.
 """
 
 import re
 import signal
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
-from fastrl.rewards.literal import clean, literal, same_number
+from fastrl.rewards.boxes import last_box
+from fastrl.rewards.rules.bases import based, in_ten, same_digits
+from fastrl.rewards.rules.columns import as_tuples
+from fastrl.rewards.rules.intervals import as_intervals
+from fastrl.rewards.rules.lists import THOUSANDS, same_list
+from fastrl.rewards.rules.measured import in_one_unit, resolved, turns_into, without_percent
+from fastrl.rewards.rules.names import told_apart
+from fastrl.rewards.rules.quantity import SWAPPED, quantity, same_quantity
+from fastrl.rewards.rules.ratios import same_ratio, same_residue, same_time
+from fastrl.rewards.rules.spelling import clean, spell, unstyled
+from fastrl.rewards.rules.words import same_shape, same_words, without_label
 from fastrl.rewards.workers import Workers
 
-TAIL = 65536  # characters of the text that are searched for a box, from the end
 MAX_LENGTH = 512  # characters of an answer that sympy reads
 MAX_DEPTH = 24  # of brackets in it
 
-# `\\` and `\{` are one token each, so that neither opens or closes anything; `\\boxed` is a box all the same
-BOX_TOKEN = re.compile(r"\\boxed(?![A-Za-z])\s*\{|\\boxed\s+(?P<bare>[^\s{}$\\]+)|\\(?!\\boxed)[\\{}]|[{}]")
-BASED = re.compile(r"(?P<digits>\d[0-9A-Z]*)_(?:\{(?P<braced>[2-9]|[1-3]\d)\}|(?P<base>[2-9]))", re.ASCII)
-LISTED = re.compile(r"[(\[][^()\[\]]*[)\]]")
 UNEVALUATED = re.compile(r"\\(?:log|ln|sum|prod|int|lim|[dt]?binom|gcd|lcm|max|min|mod|bmod|pmod)(?![A-Za-z])|(?<!\\)!")
 OUTER_BLANK = re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ")
-FRACTION_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-
-
-def last_box(text: str) -> str | None:
-    r"""Content of the last balanced \boxed{...} or `\boxed 6`, else None; one pass over the last TAIL characters."""
-    text = text[-TAIL:]
-    if "\\boxed" not in text:
-        return None
-    start, found = -1, None
-    open_braces: list[tuple[int, int] | None] = []  # of a box: where it and its content start
-    for token in BOX_TOKEN.finditer(text, text.index("\\boxed")):
-        if token["bare"]:
-            if token.start() > start:
-                start, found = token.start(), token["bare"].rstrip(".,;:")
-        elif token[0] == "}":
-            box = open_braces.pop() if open_braces else None
-            if box is not None and box[0] > start:
-                start, found = box[0], text[box[1] : token.start()]
-        elif token[0][-1] == "{" and token[0] != "\\{":
-            open_braces.append((token.start(), token.end()) if token[0] != "{" else None)
-    return None if found is None else found.strip()
+NEGATED = re.compile(r"(?<![A-Za-z\\])(?:not|never|except|without)(?![A-Za-z])")
+BRACKETS = frozenset("([{")
+KINDS = (same_time, same_residue, same_ratio)
 
 
 def too_complex(text: str) -> bool:
@@ -61,7 +57,7 @@ class Math(Verifier):
     r"""math-verify 0.9.0 behind a box, an exact comparison and limits.
 
     numeric_only: with a number as the gold, only a number counts: neither `6*7` nor `\sum_{i=1}^{100} i` earns what the
-    model should have computed. See `literal` for what is a number.
+    model should have computed. See `rules/quantity` for what is a number.
     """
 
     name = "math"
@@ -87,16 +83,16 @@ class Math(Verifier):
 
     def grade(self, completions: list[str], answers: list[str]) -> list[Grade]:
         require_equal_lengths("math.grade", completions=completions, answers=answers)
-        pairs = [(clean(gold), self.extract(text)) for text, gold in zip(completions, answers, strict=True)]
-        return self.grade_pairs([(gold, None if found is None else clean(found)) for gold, found in pairs])
+        pairs = [(spell(gold), self.extract(text)) for text, gold in zip(completions, answers, strict=True)]
+        return self.grade_pairs([(gold, None if found is None else spell(found)) for gold, found in pairs])
 
     def check_golds(self, answers: list[str]) -> list[Grade]:
-        """Like grading each gold in a box, but equal text is not enough: math-verify must be able to read it.
+        """Like grading each gold in a box, but equal text is not enough: a rule or math-verify must be able to read it.
 
         What ran out of time is asked once more: a long formula takes a process a second at first and then a
         millisecond, and which problems a run keeps should not depend on what else the machine does.
         """
-        pairs = [(gold, gold) for gold in map(clean, answers)]
+        pairs = [(gold, gold) for gold in map(spell, answers)]
         grades = self.grade_pairs(pairs, equal_text=False)
         late = [i for i, grade in enumerate(grades) if grade.status == "soft_timeout"]
         for i, grade in zip(late, self.grade_pairs([pairs[i] for i in late], equal_text=False), strict=True):
@@ -110,8 +106,8 @@ class Math(Verifier):
         found = clean(last_box(completion) or "")
         if not found:
             return None
-        value = None if too_complex(found) else literal(found, lenient=True)
-        return canonical(found) if value is None else str(value.value)
+        read = None if too_complex(found) else quantity(found, lenient=True)
+        return canonical(found) if read is None else str(read.number.value)
 
     def as_completion(self, answer: str) -> str:
         return f"\\boxed{{{answer}}}"
@@ -123,73 +119,79 @@ class Math(Verifier):
         self.workers.close()
 
     def grade_pairs(self, pairs: Sequence[tuple[str, str | None]], equal_text: bool = True) -> list[Grade]:
-        statuses = [self.decide(gold, found, equal_text) for gold, found in pairs]
+        """Pairs of a gold and an answer as `spell` leaves them."""
+        decided = {pair: self.decide(*pair, equal_text) for pair in dict.fromkeys(pairs)}
         # each different pair once: a group often agrees on its answer
-        hard = list(dict.fromkeys(pair for pair, status in zip(pairs, statuses, strict=True) if status is None))
+        hard = [read for read in dict.fromkeys(decided.values()) if isinstance(read, tuple)]
         replies = dict(zip(hard, self.workers.run(hard), strict=True))
-        return [Grade.of(status or replies[pair]) for pair, status in zip(pairs, statuses, strict=True)]
+        statuses = (decided[pair] for pair in pairs)
+        return [Grade.of(replies[read] if isinstance(read, tuple) else read) for read in statuses]
 
-    def decide(self, gold: str, found: str | None, equal_text: bool) -> str | None:
-        """Status of a cleaned answer, or None if it needs math-verify."""
+    def decide(self, gold: str, found: str | None, equal_text: bool) -> str | tuple[str, str]:
+        """Status of an answer, or the pair that math-verify is to compare; in the order above."""
         if not found or not gold:
             return "no_box"
-        if equal_text and canonical(found) == canonical(gold):
+        plain_gold, plain = unstyled(gold), unstyled(found)
+        if equal_text and canonical(plain) == canonical(plain_gold):
             return "right"
         if too_complex(gold) or too_complex(found):
             return "too_long"
-        gold_number = literal(gold)
-        if gold_number is not None:
-            answer_number = literal(found, lenient=True)
-            if answer_number is not None:
-                return "right" if same_number(gold_number, answer_number) else "wrong"
-            if self.numeric_only or BASED.fullmatch(found):
+        status = self.decide_exactly(plain_gold, plain)
+        if status is None:
+            status = status_of(kind_of_text(gold, found))
+        return status or for_math_verify(plain_gold, plain)
+
+    def decide_exactly(self, gold: str, found: str) -> str | None:
+        digits = based(gold)
+        if digits is not None and digits.base != 10:
+            return status_of(same_digits(digits, found))
+        other_base = based(found)
+        gold, found = in_ten(gold), in_ten(found)
+        gold_quantity = quantity(gold)
+        if gold_quantity is not None:
+            answer = quantity(without_label(found), lenient=True, in_unit=gold_quantity.unit)
+            if answer is not None:
+                return status_of(same_name(gold_quantity.name, answer.name) and same_quantity(gold_quantity, answer))
+            if other_base is not None or self.numeric_only and not turns_into(gold_quantity.unit, found):
                 return "wrong"
-        if base := BASED.fullmatch(gold):
-            return "right" if same_digits(base, found) else "wrong"
-        return same_list(gold, found)
+            return None
+        for same in KINDS:
+            if (decided := same(gold, found)) is not None:
+                return status_of(decided)
+        return same_list(gold, found, same_words)
+
+
+def status_of(same: bool | None) -> str | None:
+    return None if same is None else "right" if same else "wrong"
+
+
+def kind_of_text(gold: str, found: str) -> bool | None:
+    same = same_shape(gold, found)
+    return same_words(gold, found) if same is None else same
+
+
+def same_name(gold: str | None, answer: str | None) -> bool:
+    """`x = 5` is 5 and `5` is `x = 5`; `y = 5` is not `x = 5`."""
+    return gold is None or answer is None or gold.replace(" ", "") == answer.replace(" ", "")
+
+
+def for_math_verify(gold: str, found: str) -> str | tuple[str, str]:
+    """The pair that math-verify is to compare, or "wrong" where units differ or one side says `not`."""
+    if bool(NEGATED.search(gold)) != bool(NEGATED.search(found)):
+        return "wrong"  # math-verify reads no words
+    gold, found = without_label(gold), without_label(found)
+    if "=" not in gold and (swapped := SWAPPED.fullmatch(found)):
+        found = swapped["value"]
+    pair = in_one_unit(resolved(without_percent(gold, found)), resolved(found))
+    return "wrong" if pair is None else told_apart(*as_intervals(*as_tuples(*pair)))
 
 
 def canonical(text: str) -> str:
-    r"""A cleaned text with one spelling of what has several, for comparison as text.
+    r"""A spelled text without blanks and commas that do not matter, for comparison as text.
 
-    Blanks stay between letters and digits: neither `4 2` and `42` nor `\sin x` and `\sinx` are the same.
+    Blanks stay between letters and digits: neither `4 2` and `42` nor `\sin x` and `\sinx` are the same. `1,234` is one
+    number, `1, 234` are two.
     """
-    return OUTER_BLANK.sub("", FRACTION_STYLE.sub(r"\\frac", text))
-
-
-def same_digits(gold: re.Match, found: str) -> bool:
-    """Whether an answer to `52_8` is `52_8`, or the same digits without a base, which the problem has named."""
-    answer = BASED.fullmatch(found)
-    if answer is None:
-        return found == gold["digits"]
-    base = gold["braced"] or gold["base"]
-    return answer["digits"] == gold["digits"] and base == (answer["braced"] or answer["base"])
-
-
-def same_list(gold: str, found: str) -> str | None:
-    """Status of a list, tuple or interval of numbers against another one; None if it takes more than exact numbers.
-
-    A bare list is unordered and keeps its repetitions, which math-verify would read as a set.
-    """
-    (brackets, golds), (answer_brackets, answers) = elements(gold), elements(found)
-    repeated = not brackets and len(set(golds)) < len(golds)
-    if len(golds) < 2 or brackets != answer_brackets:
-        return "wrong" if repeated else None
-    gold_numbers = [number for text in golds if (number := literal(text)) is not None]
-    numbers = [number for text in answers if (number := literal(text, lenient=True)) is not None]
-    if len(gold_numbers) < len(golds) or len(numbers) < len(answers):
-        return ("right" if Counter(golds) == Counter(answers) else "wrong") if repeated else None
-    if not brackets:
-        gold_numbers.sort(key=lambda number: number.value)
-        numbers.sort(key=lambda number: number.value)
-    if len(golds) == len(answers) and all(map(same_number, gold_numbers, numbers)):
-        return "right"
-    return "wrong" if brackets or repeated else None
-
-
-def elements(text: str) -> tuple[str, list[str]]:
-    """`(1,2]` -> "(]", ["1", "2"], and `1,2` -> "", ["1", "2"]."""
-    brackets = ""
-    if LISTED.fullmatch(text):
-        brackets, text = text[0] + text[-1], text[1:-1]
-    return brackets, [element.strip() for element in text.split(",")]
+    if BRACKETS.isdisjoint(text):
+        text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    return OUTER_BLANK.sub("", text)

@@ -5,6 +5,7 @@ ends. Nothing of fastrl and no torch is imported, so a worker starts in the time
 """
 
 import functools
+import importlib.util
 import json
 import logging
 import mmap
@@ -13,8 +14,18 @@ import resource
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 RESERVE = 16 * 2**20  # bytes that must be left after an answer that is not right; Python's own blocks are 1 MiB at most
+
+
+def equality():
+    """The file beside this one, which replaces math-verify's comparison; by its path, as a script has no package."""
+    spec = importlib.util.spec_from_file_location("equality", Path(__file__).with_name("equality.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class SoftTimeout(BaseException):
@@ -45,10 +56,9 @@ def parse(text: str):
     """The sympy expression of an answer, or None if it cannot be read.
 
     math-verify drops units, and with them single letters: `\\sin^2 t` and `a + b + c` lose their end. So units are
-    dropped only where they are marked as text, or where nothing can be read otherwise.
+    dropped only where nothing can be read otherwise.
     """
-    marked = any(mark in text for mark in ("\\text", "\\math", "\\mbox", "\\rm"))
-    for units in (marked, not marked):
+    for units in (False, True):
         expression = parse_latex("\\boxed{" + text + "}", units)
         if expression is not None:
             return expression
@@ -74,6 +84,7 @@ def parse_latex(text: str, units: bool):
     return found[0] if found else None
 
 
+NO_LIMIT = {"timeout_seconds": None, "raise_on_error": True}
 parse_gold = functools.lru_cache(maxsize=2048)(parse)
 
 
@@ -82,9 +93,25 @@ def compare(gold, text: str) -> str:
     from math_verify import verify
 
     answer = parse(text)
-    if gold is None or answer is None:
+    if gold is None or answer is None or not (finite(gold) and finite(answer)):
         return "unparsed"
-    return "right" if verify(gold, answer, timeout_seconds=None, raise_on_error=True) else "wrong"
+    right = verify(with_unit_i(gold), with_unit_i(answer), allow_set_relation_comp=True, **NO_LIMIT)
+    return "right" if right else "wrong"
+
+
+def finite(expression) -> bool:
+    r"""Whether it has a value: `\frac{1}{0}` has none, and is equal to nothing."""
+    from sympy import Basic, nan, zoo
+
+    return not (isinstance(expression, Basic) and expression.has(zoo, nan))
+
+
+def with_unit_i(expression):
+    r"""`i` alone is read as a variable; as a factor of 1 it is compared by value: i and e^{i\pi/2}."""
+    from sympy import Mul, Symbol
+
+    is_unit = isinstance(expression, Symbol) and expression.name == "i"
+    return Mul(1, expression, evaluate=False) if is_unit else expression
 
 
 def grade(gold: str, answer: str, limits: dict[str, float]) -> str:
@@ -127,8 +154,7 @@ def address_space() -> int:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes stdin
     memory_mib, cpu_s, kill_cpu_s = json.loads(sys.argv[1])
-    import math_verify  # noqa: F401
-
+    equality().install()
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGPROF, raise_soft_timeout)
     memory = memory_mib * 2**20

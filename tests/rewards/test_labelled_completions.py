@@ -2,28 +2,21 @@
 
 import gzip
 import json
-import re
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from fastrl.rewards.math import Math
 from support.cases import mostly_later
+from support.perturbed import perturbed
 
 pytestmark = pytest.mark.realdata
 
-SETS = ["gsm8k", "math500", "aime24", "minerva"]
+SETS = ["gsm8k", "math500", "aime24", "minerva", "olympiadbench"]
 UNREAD = {
-    "minerva": [
-        r"np.arcsin(10/13)",
-        r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}",
-        r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}",
-        r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}",
-        r"E_{1},E_{2}",
-    ]
+    "minerva": [r"np.arcsin(10/13)", r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}"],
+    "olympiadbench": [r"m_{\max }=n^{2}-n-1", "t(0,4]"],
 }
-NUMBER = re.compile(r"\d*\.?\d+")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +33,7 @@ def rows(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_right_answer_is_accepted(verifier, data_dir, name):
-    golds = [row["answer"] for row in rows(data_dir / name / "test.jsonl")]
+    golds = [str(row["answer"]) for row in rows(data_dir / name / "test.jsonl")]
     grades = verifier.grade([verifier.as_completion(gold) for gold in golds], golds)
     assert sum(grade.reward for grade in grades) >= 0.995 * len(golds)
     # by more than equal text: all golds but these can be read, so that another way of writing them is accepted too
@@ -48,24 +41,17 @@ def test_the_right_answer_is_accepted(verifier, data_dir, name):
     assert unread == UNREAD.get(name, [])
 
 
-def perturbed(gold: str, other: str) -> list[str]:
-    """Answers that look like the gold and are wrong: last number + 1 and x 10, sign flipped, another row's answer."""
-    wrong = [other, gold[1:] if gold.startswith("-") else f"-{gold}"]
-    numbers = list(NUMBER.finditer(gold))
-    if numbers and (last := Decimal(numbers[-1][0])):  # ten times zero is right
-        head, tail = gold[: numbers[-1].start()], gold[numbers[-1].end() :]
-        wrong += [f"{head}{last + 1:f}{tail}", f"{head}{last * 10:f}{tail}"]
-    return [text for text in wrong if text != gold]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", mostly_later(SETS, "gsm8k", "aime24"))
 def test_perturbed_answers_are_rejected(verifier, data_dir, name):
-    golds = [row["answer"] for row in rows(data_dir / name / "test.jsonl") if row["answer"].strip("0.")]
-    pairs = [(gold, wrong) for i, gold in enumerate(golds) for wrong in perturbed(gold, golds[7 * i % len(golds)])]
+    golds = [str(row["answer"]) for row in rows(data_dir / name / "test.jsonl")]
+    golds = [gold for gold in golds if gold.strip("0.")]
+    pairs = [
+        (gold, wrong) for i, gold in enumerate(golds) for wrong in perturbed(gold, golds[(7 * i + 1) % len(golds)])
+    ]
     grades = verifier.grade([f"\\boxed{{{wrong}}}" for _, wrong in pairs], [gold for gold, _ in pairs])
     accepted = [pair for pair, grade in zip(pairs, grades, strict=True) if grade.reward]
-    assert len(accepted) <= 0.005 * len(pairs), accepted
+    assert len(accepted) <= 0.002 * len(pairs), accepted
 
 
 def disagreements(verifier, texts, golds, labels) -> list[tuple[str, str]]:

@@ -99,7 +99,8 @@ def verifier():
         (r"\sin^2 t", r"1-\cos^2 t", "right"),
         (r"\sin^2 t", r"\sin^2 x", "wrong"),
         (r"\sqrt{3}\text{ cm}", r"\sqrt 3", "right"),
-        (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", r"\frac{1}{3} E_{1}+\frac{2}{3} E_{3}", "unparsed"),
+        (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", r"\frac{1}{3} E_{1}+\frac{2}{3} E_{3}", "wrong"),
+        (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", r"\frac{E_1+2E_2}{3}", "right"),
         ("2x", "2" * 513, "too_long"),
         ("2x", "(" * 25 + "x" + ")" * 25, "too_long"),
         ("2x", "", "no_box"),
@@ -113,7 +114,7 @@ def test_math_grade(verifier, gold, answer, status):
 
 def test_without_numeric_only_math_verify_evaluates_the_answer():
     with Math(workers=1, numeric_only=False) as verifier:
-        statuses = [each.status for each in verifier.grade([box("6*7"), box("6*8"), box("42_{10}")], ["42"] * 3)]
+        statuses = [each.status for each in verifier.grade([box("6*7"), box("6*8"), box("101010_2")], ["42"] * 3)]
     assert statuses == ["right", "wrong", "wrong"]
 
 
@@ -164,7 +165,7 @@ def test_a_soft_timeout_is_no_wrong_answer_and_takes_the_cpu_limit():
 def test_code_that_python_cannot_interrupt_is_killed():
     with Math(workers=1, cpu_s=30, kill_cpu_s=0.3) as verifier:
         start = time.monotonic()
-        (got, right) = verifier.grade([box(POISON[3][1]), box("x+x")], ["2x", "2x"])
+        (got, right) = verifier.grade([box(POISON[3][1] + "x"), box("x+x")], ["2x", "2x"])
         assert time.monotonic() - start < 20  # before the wall limit
     assert (got.status, right.status) == ("hard_timeout", "right")
 
