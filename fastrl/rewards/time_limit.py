@@ -1,0 +1,95 @@
+"""A limit on the wall time of a call that runs in the trainer's process."""
+
+import faulthandler
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# SIGALRM is left to the functions: math-verify, for one, sets alarms of its own
+SIGNAL = signal.SIGRTMIN + 5
+AGAIN_S = 1.0  # from one interruption to the next
+GRACE_S = 30.0  # that a call has to end after the first one
+
+
+class TimeUp(BaseException):
+    """The time is up. Derived from BaseException, so that an `except Exception` of the function lets it through."""
+
+    def __init__(self, stack: list[str]):
+        """stack: where the call stood, as `traceback.format_stack` writes it, innermost last."""
+        super().__init__("the time is up")
+        self.stack = stack
+
+
+def call_within(seconds: float, call: Callable[[], T]) -> T:
+    """call(), which raises TimeUp when it takes longer than `seconds` of wall time; 0 = no limit.
+
+    In the main thread a signal interrupts it wherever Python looks at signals: between two bytecodes, in sleep, in
+    waits for locks, files and sockets, in regular expressions. It comes again every second, for a `finally` or a bare
+    `except` of the call may use the first one up. What cannot be interrupted, such as C code that keeps Python's lock,
+    ends the process GRACE_S later, with exit code 1 and the stacks of all threads on stderr.
+
+    No other thread sees signals. There the call runs in a daemon thread, which is left behind when the time is up: it
+    goes on until the process ends, and nobody waits for it.
+    """
+    if not seconds:
+        return call()
+    if threading.current_thread() is not threading.main_thread():
+        return in_thread(call, seconds)
+    begun, over, inside = time.monotonic(), threading.Event(), True
+    main = threading.main_thread().ident
+    assert main is not None  # it runs
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if inside and time.monotonic() - begun >= seconds:
+            raise TimeUp(traceback.format_stack(frame))
+
+    def ring() -> None:
+        wait = seconds
+        while not over.wait(wait):
+            wait = AGAIN_S
+            signal.pthread_kill(main, SIGNAL)
+
+    before = signal.signal(SIGNAL, interrupt)
+    bell = threading.Thread(target=ring, daemon=True)
+    bell.start()
+    faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=2)
+    try:
+        try:
+            return call()
+        finally:
+            inside = False
+    finally:  # a signal may have come in the line above
+        inside = False
+        over.set()
+        bell.join()
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(SIGNAL, before)
+
+
+def in_thread(call: Callable[[], T], seconds: float | None = None) -> T:
+    """call() in a daemon thread of its own; its value, or what it has raised. Raises TimeUp after `seconds`."""
+    values: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            values.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        assert thread.ident is not None  # it has started
+        raise TimeUp(traceback.format_stack(sys._current_frames().get(thread.ident)))
+    if errors:
+        raise errors[0]
+    return values[0]
