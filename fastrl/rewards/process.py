@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 ATOMS = {int, float, bool, str, bytes, type(None)}  # nobody can change these
 
 
@@ -23,16 +25,18 @@ def copied(value: Any) -> Any:
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Come back in the process that went in, with its current folder, streams, filters of warnings and torch's modes.
+    """Come back in the process that went in, with its current folder, streams, filters of warnings, handlers of signals
+    and torch's modes, and with no alarm that is still to ring.
 
-    A run's paths may be relative. A child that a function has forked would otherwise go on as a second trainer; it ends
-    here. Of torch: the default dtype, the gradient mode and the number of threads, which decide what a step computes.
+    A run's paths may be relative, and SIGTERM must save it. A child that a function has forked would otherwise go on as
+    a second trainer; it ends here. Of torch: the default dtype, the gradient mode and the number of threads, which
+    decide what a step computes.
     """
     process, folder = os.getpid(), os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     streams = sys.stdout, sys.stderr
     modes = torch_modes()
     try:
-        with warnings.catch_warnings(), exit_refused():
+        with warnings.catch_warnings(), signals_kept(), exit_refused():
             yield
     finally:
         if os.getpid() != process:
@@ -42,6 +46,22 @@ def process_kept() -> Iterator[None]:
         sys.stdout, sys.stderr = streams
         if modes is not None and torch_modes() != modes:
             set_torch_modes(*modes)
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Handlers as they were. Other threads than the main one can change none."""
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
+    timer = signal.getitimer(signal.ITIMER_REAL)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            if not any(timer):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in handlers.items():
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A limit on the wall time of a call that runs in the trainer's process."""
 
+import asyncio
 import faulthandler
 import signal
 import sys
@@ -48,7 +49,7 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if inside and time.monotonic() - begun >= seconds:
-            raise TimeUp(traceback.format_stack(frame))
+            raise TimeUp([*traceback.format_stack(frame), *waiting_tasks()])
 
     def ring() -> None:
         wait = seconds
@@ -71,6 +72,21 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
         bell.join()
         faulthandler.cancel_dump_traceback_later()
         signal.signal(SIGNAL, before)
+
+
+def waiting_tasks() -> list[str]:
+    """Where the coroutines of this thread's event loop wait, those that are awaited after those that await them."""
+    try:
+        tasks = asyncio.all_tasks()
+    except RuntimeError:  # no loop runs
+        return []
+    lines = []
+    for task in tasks:
+        awaited = task.get_coro()
+        while frame := getattr(awaited, "cr_frame", None):
+            lines += traceback.format_stack(frame, limit=1)
+            awaited = awaited.cr_await
+    return lines
 
 
 def in_thread(call: Callable[[], T], seconds: float | None = None) -> T:

@@ -45,4 +45,5 @@ def said(error: BaseException) -> str:
     except BaseException as other:
         pass_on(other)
         text = "(its text cannot be shown)"
-    return f"{type(error).__name__}: {text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + '...'}"
+    text = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
