@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,15 +51,15 @@ def process_kept() -> Iterator[None]:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Handlers as they were. Other threads than the main one can change none."""
+    """Handlers and the alarm as they were. Other threads than the main one can change no handler."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
-    timer = signal.getitimer(signal.ITIMER_REAL)
+    (left, interval), begun = signal.getitimer(signal.ITIMER_REAL), time.monotonic()
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            if not any(timer):
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            rest = max(1e-3, left - (time.monotonic() - begun)) if left else 0.0
+            signal.setitimer(signal.ITIMER_REAL, rest, interval)
             for number, handler in handlers.items():
                 if handler is not None and signal.getsignal(number) is not handler:
                     signal.signal(number, handler)

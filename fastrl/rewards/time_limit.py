@@ -13,8 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# SIGALRM is left to the functions: math-verify, for one, sets alarms of its own
-SIGNAL = signal.SIGRTMIN + 5
+SIGNAL = signal.SIGPROF  # SIGALRM is left to the functions: math-verify, for one, sets alarms of its own
 AGAIN_S = 1.0  # from one interruption to the next
 GRACE_S = 30.0  # that a call has to end after the first one
 
@@ -32,9 +31,10 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
     """call(), which raises TimeUp when it takes longer than `seconds` of wall time; 0 = no limit.
 
     In the main thread a signal interrupts it wherever Python looks at signals: between two bytecodes, in sleep, in
-    waits for locks, files and sockets, in regular expressions. It comes again every second, for a `finally` or a bare
-    `except` of the call may use the first one up. What cannot be interrupted, such as C code that keeps Python's lock,
-    ends the process GRACE_S later, with exit code 1 and the stacks of all threads on stderr.
+    waits for locks, files and sockets, in regular expressions. A thread sends it to a call that waits; the kernel's
+    timer of CPU time to one that keeps Python's lock, under which that thread could not run. It comes again every
+    second, for a `finally` or a bare `except` of the call may use the first one up. What is not interrupted even so,
+    such as C code that never looks, ends the process GRACE_S later: exit code 1, and all stacks on stderr.
 
     No other thread sees signals. There the call runs in a daemon thread, which is left behind when the time is up: it
     goes on until the process ends, and nobody waits for it.
@@ -60,6 +60,7 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
     before = signal.signal(SIGNAL, interrupt)
     bell = threading.Thread(target=ring, daemon=True)
     bell.start()
+    signal.setitimer(signal.ITIMER_PROF, AGAIN_S, AGAIN_S)
     faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=2)
     try:
         try:
@@ -70,8 +71,10 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
         inside = False
         over.set()
         bell.join()
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(SIGNAL, before)
+        # one that is still on its way to another thread would end the process
+        signal.signal(SIGNAL, signal.SIG_IGN if before is signal.SIG_DFL else before)
 
 
 def waiting_tasks() -> list[str]:
