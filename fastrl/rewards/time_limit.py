@@ -2,13 +2,14 @@
 
 import asyncio
 import faulthandler
+import os
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import FrameType
+from types import CoroutineType, FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
         return call()
     if threading.current_thread() is not threading.main_thread():
         return in_thread(call, seconds)
-    begun, over, inside = time.monotonic(), threading.Event(), True
+    begun, over, inside, process = time.monotonic(), threading.Event(), True, os.getpid()
     main = threading.main_thread().ident
     assert main is not None  # it runs
 
@@ -69,12 +70,13 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
             inside = False
     finally:  # a signal may have come in the line above
         inside = False
-        over.set()
-        bell.join()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        faulthandler.cancel_dump_traceback_later()
-        # one that is still on its way to another thread would end the process
-        signal.signal(SIGNAL, signal.SIG_IGN if before is signal.SIG_DFL else before)
+        if os.getpid() == process:  # a forked child has no such thread, and may have got its locks locked
+            over.set()
+            bell.join()
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            faulthandler.cancel_dump_traceback_later()
+            # one that is still on its way to another thread would end the process
+            signal.signal(SIGNAL, signal.SIG_IGN if before is signal.SIG_DFL else before)
 
 
 def waiting_tasks() -> list[str]:
@@ -86,8 +88,8 @@ def waiting_tasks() -> list[str]:
     lines = []
     for task in tasks:
         awaited = task.get_coro()
-        while frame := getattr(awaited, "cr_frame", None):
-            lines += traceback.format_stack(frame, limit=1)
+        while isinstance(awaited, CoroutineType) and awaited.cr_frame:
+            lines += traceback.format_stack(awaited.cr_frame, limit=1)
             awaited = awaited.cr_await
     return lines
 

@@ -44,7 +44,10 @@ def build(
     if profiler:
         profiler.begin(lambda: leave_if_stopped(stop_requested))
     steps, allocation = config.run.steps, config.allocation
-    allocation.start(work.task.problems, config.seed, min(steps, config.sampling.reprofile_every or steps))
+    try:
+        allocation.start(work.task.problems, config.seed, min(steps, config.sampling.reprofile_every or steps))
+    except ValueError as error:
+        raise ValueError(f"{error}; {profiler.profile.at_limit()}" if profiler else str(error)) from error
     if allocation.needs_profile:
         log.say(f"allocation: {allocation.outlook()}")
     models.wake()

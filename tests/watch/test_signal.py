@@ -131,3 +131,10 @@ def test_the_trainer_keeps_it(tmp_path):
     third = make_trainer(tmp_path / "third", *SMALL)
     third.load_state_dict(json.loads(json.dumps(first.state_dict())), dict(first.learner.state_tensors()))
     assert third.signal == first.signal
+
+
+@pytest.mark.parametrize("allocation, said", [("sgpo", "nothing is left to"), ("apo_filter", "none of 6 problems")])
+def test_a_filter_that_leaves_nothing_says_why(allocation, said, tmp_path):
+    flags = (*SMALL[:2], *SMALL[4:], "--limit", 6, "--allocation", allocation, "--num-profile-completions", 2)
+    with pytest.raises(ValueError, match=rf"{said}.*; 100 % of the profile's completions reached --max-new-tokens 1"):
+        make_trainer(tmp_path / "run", *flags)
