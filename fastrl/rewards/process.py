@@ -79,12 +79,12 @@ def exit_refused() -> Iterator[None]:
             raise SystemExit(f"os._exit({status!r})")
         leave(status)
 
-    os._exit = refuse
+    vars(os)["_exit"] = refuse
     try:
         yield
     finally:
         inside = False
-        os._exit = leave
+        vars(os)["_exit"] = leave
 
 
 def torch_modes() -> tuple | None:
