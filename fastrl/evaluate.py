@@ -52,7 +52,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Sample, grade and score; the metrics by name, and `num_problems`."""
     sampling = config.sampling.drawn()
     device, dtype = pick_device(config.device, config.dtype)
-    with RewardSet(list(config.reward) or default_rewards(config.data), workers=config.reward_workers) as rewards:
+    specs = list(config.reward) or default_rewards(config.data)
+    with RewardSet(specs, workers=config.reward_workers, timeout_s=config.reward_timeout) as rewards:
         tokenizer = load_tokenizer(config.model)
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         say("\n".join(task.report))

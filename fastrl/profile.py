@@ -84,7 +84,7 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
     sampling = config.sampling.drawn()
     device, dtype = pick_device(config.device, config.dtype)
     specs = list(config.reward) or default_rewards(config.data)
-    with RewardSet(specs, workers=config.reward_workers) as rewards:
+    with RewardSet(specs, workers=config.reward_workers, timeout_s=config.reward_timeout) as rewards:
         tokenizer = load_tokenizer(config.model)
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         key = ProfileKey.of(

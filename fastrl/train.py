@@ -196,10 +196,12 @@ def main(argv: list[str]) -> int:
         if not quiet:
             write_json(config.run.folder / "config.json", as_dict(config))
             write_json(config.run.folder / "manifest.json", {"versions": versions(), "argv": argv})
+        # until it is replaced: a process that is killed, or that a reward function ends, has not come to its end
+        log.status("running", *where(trainer), None)
         log.say(f"start-up took {time.monotonic() - started:.1f} s")
         reason = trainer.run()
         code = 75 if reason == "stopped" else 0
-        message = "continue with the same command and --resume auto" if code else ""
+        message = "continue with the same command and --resume auto" if code else trainer.signal.outcome()
         log.status(reason, trainer.completed, str(trainer.last_checkpoint), code, message)
         for line in summary(log) if code == 0 else []:
             log.say(line)

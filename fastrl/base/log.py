@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 LOGGERS = ("tensorboard", "wandb")
@@ -102,26 +102,27 @@ class RunLog:
         if not self.quiet:
             say(text)
 
-    def rollouts(self, step: int, rows: list[dict]) -> None:
-        """rollouts/step_NNNNNN.jsonl, one object per completion."""
+    def rollouts(self, step: int, groups: Iterable[list[dict]]) -> None:
+        """rollouts/step_NNNNNN.jsonl, one object per completion. groups: taken one by one, by all ranks to the end."""
+        folder = self.folder / "rollouts"
         if not self.quiet:
-            folder = self.folder / "rollouts"
             folder.mkdir(exist_ok=True)
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"step_{step:06}.jsonl").write_text(text)
+        with open(os.devnull if self.quiet else folder / f"step_{step:06}.jsonl", "w") as file:
+            for rows in groups:
+                file.write("" if self.quiet else "".join(json.dumps(row) + "\n" for row in rows))
 
     def status(
         self,
         reason: str,
         step: int,
         last_checkpoint: str | None,
-        code: int,
+        code: int | None,
         message: str = "",
         phase: str = "",
         *,
         last_word: bool = False,
     ) -> None:
-        """status.json: how the run ended, for whoever cannot see the exit code.
+        """status.json: how the run ended, for whoever cannot see the exit code; "running", without a code, until then.
 
         last_word: on whatever rank, and nothing that this process says later replaces it.
         """

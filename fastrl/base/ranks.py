@@ -131,6 +131,21 @@ def all_counts(counts: dict[str, float]) -> dict[str, float]:
     return {name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys(n for p in parts for n in p)}
 
 
+def all_means(means: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Means by name, each with the count of what it is a mean over -> means over all that was counted on any rank.
+
+    A rank that lacks a name, or counted nothing, adds nothing: {"a": (1.0, 6)} and {"a": (0.0, 2)} -> {"a": 0.75}.
+    """
+    parts, found = gather(means), {}
+    for name in dict.fromkeys(n for part in parts for n in part):
+        counted = [part[name] for part in parts if name in part and part[name][1]]
+        if len(counted) == 1:
+            found[name] = counted[0][0]  # to the bit
+        elif counted:
+            found[name] = sum(mean * count for mean, count in counted) / sum(count for _, count in counted)
+    return found
+
+
 def gather(value: object) -> list:
     """What every rank has, in rank order, on every rank; anything that can be pickled."""
     parts: list = [value] * size()

@@ -19,8 +19,9 @@ from decimal import Decimal
 from typing import Protocol
 
 from fastrl.base.types import DataError, Problem
+from fastrl.rewards.math import Math
 
-BOXED_INSTRUCTION = "Work it out step by step and end with the final answer, and nothing else, in \\boxed{}."
+BOXED_INSTRUCTION = Math.instruction
 MAX_ROW_BYTES = 1_000_000
 MAX_BAD_FRAC = 0.05
 ROLES = ("system", "developer", "user", "assistant", "tool")

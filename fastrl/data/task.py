@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fastrl.base import faults
 from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import DataError, Problem
-from fastrl.data import describe_prompt, encode_prompts, find_dataset
+from fastrl.data import Dataset, describe_prompt, encode_prompts, find_dataset
 from fastrl.data.base import MAX_BAD_FRAC
 from fastrl.data.prompts import TEMPLATES
 from fastrl.data.template import template_arguments
@@ -68,7 +68,7 @@ def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: Rew
     problems, refused = gradable(data, problems, rewards)
     report += listed("answers that do not accept themselves", refused)
 
-    instruction = dataset.default_instruction if config.instruction == "auto" else config.instruction
+    instruction = asked_for(dataset, rewards) if config.instruction == "auto" else config.instruction
     problems, too_long = encode_prompts(
         problems,
         tokenizer,
@@ -82,6 +82,15 @@ def load_task(data: str, split: str, config: TaskConfig, tokenizer, rewards: Rew
     check_written(data, problems, tokenizer)
     report.append(f"  first prompt, {describe_prompt(problems[0], tokenizer)}")
     return Task(name=dataset.name, problems=problems, report=report)
+
+
+def asked_for(dataset: Dataset, rewards: RewardSet) -> str:
+    """What every prompt ends with: what the data set asks for, where another verifier reads the answers what that one
+    asks for, and nothing where no verifier reads them."""
+    if not dataset.default_instruction or not rewards.verifiers:
+        return ""
+    first = rewards.verifiers[0]
+    return dataset.default_instruction if first.name == dataset.default_reward else first.instruction
 
 
 def gradable(data: str, problems: list[Problem], rewards: RewardSet) -> tuple[list[Problem], list[str]]:

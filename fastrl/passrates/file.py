@@ -78,6 +78,13 @@ class Profile:
             "profile/frac_always_solved": sum(r == 1 for r in rates) / len(rates),
         }
 
+    def at_limit(self) -> str:
+        """How many completions are as long as they may be: nearly all of these were cut off."""
+        limit = self.key.sampling["max_new_tokens"]
+        lengths = [length for row in self.rows for length in row["lengths"]]
+        share = sum(length >= limit for length in lengths) / len(lengths)
+        return f"{100 * share:.0f} % of the profile's completions reached --max-new-tokens {limit:g}"
+
     def summary(self) -> str:
         values = self.metrics()
         return (

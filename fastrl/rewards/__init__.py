@@ -14,7 +14,7 @@ from fastrl.base.names import nearest
 from fastrl.rewards.base import Grade, Verifier, require_equal_lengths
 from fastrl.rewards.exact import Exact, LastCharacter
 from fastrl.rewards.math import Math
-from fastrl.rewards.user import UserReward, load_function
+from fastrl.rewards.user import MOST, TIMEOUT_S, UserReward, load_function
 
 __all__ = ["VERIFIERS", "Exact", "Grade", "LastCharacter", "Math", "RewardSet", "Scores", "Verifier", "grade"]
 
@@ -40,13 +40,17 @@ class Scores:
     each: dict[str, list[float | None]]  # by reward name, [N], unweighted; None = not applicable
     statuses: dict[str, int]  # completions by `Grade` status, summed over the verifiers, and "error" of user functions
     metrics: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # completions that a metric is a mean over
 
 
 class RewardSet:
     """Rewards by spec: `math`, `exact` or `file.py:function`, each with an optional weight behind it (`math:0.5`)."""
 
-    def __init__(self, specs: list[str], *, workers: int = 2):
-        """workers: processes at most for `math`. Raises ValueError for a spec that cannot be used."""
+    def __init__(self, specs: list[str], *, workers: int = 2, timeout_s: float = TIMEOUT_S):
+        """workers: processes at most for `math`. timeout_s: wall time of a call of a user's function; 0 = no limit.
+
+        Raises ValueError for a spec that cannot be used.
+        """
         if not specs:
             raise ValueError(f"rewards: got none; expected one of {', '.join(VERIFIERS)} or file.py:function")
         self.weights: dict[str, float] = {}
@@ -59,7 +63,7 @@ class RewardSet:
             if name in self.weights:
                 raise ValueError(f"reward {spec}: a second reward named {name!r}; rename the function or drop one")
             if colon:
-                self.functions.append(UserReward(name, load_function(path, function)))
+                self.functions.append(UserReward(name, load_function(path, function), timeout_s))
             else:
                 self.verifiers.append(Math(workers=workers) if source == "math" else VERIFIERS[source]())
             self.weights[name] = weight
@@ -75,7 +79,11 @@ class RewardSet:
     ) -> Scores:
         """N prompts (texts or chat messages), completions and answers; columns: further lists of N by name.
 
-        Raises ValueError for lists of different length and for a user function that cannot be used.
+        A completion on which a user's function raised earns from it the least of what the others earned and 0: what
+        cannot be judged is not better than what is wrong. Functions get copies, the lists stay as they are.
+
+        Raises ValueError for lists of different length, for a user function that cannot be used, and for a total that
+        no advantage could be computed from.
         """
         offered = dict(columns or {}) | {
             "prompts": prompts,
@@ -95,18 +103,31 @@ class RewardSet:
         for function in self.functions:
             result = function.score(offered)
             if result.errors:
-                statuses["error"] += result.errors
+                statuses["error"] += len(result.errors)
+                result.rewards = with_least(result.rewards, result.errors, self.weights[function.name])
             scores.each[function.name] = result.rewards
             scores.metrics |= result.metrics
+            scores.counts |= result.counts
         for name, rewards in scores.each.items():
             weight = self.weights[name]
             scores.total = [
                 total if reward is None else total + weight * reward
                 for total, reward in zip(scores.total, rewards, strict=True)
             ]
+        for i, total in enumerate(scores.total):
+            if not abs(total) <= MOST:
+                parts = ", ".join(
+                    f"{self.weights[name]:g} x {name} {values[i]}" for name, values in scores.each.items()
+                )
+                raise ValueError(
+                    f"rewards: the total of completion {i} is {total:g}, expected at most {MOST:g}: {parts}"
+                )
         scores.statuses = dict(statuses)
         if self.verifiers:
-            scores.metrics |= self.watch_hacks(scores.each[self.verifiers[0].name], prompts, completions, answers)
+            rewards = scores.each[self.verifiers[0].name]
+            hacks = self.watch_hacks(rewards, prompts, completions, answers)
+            scores.metrics |= hacks
+            scores.counts |= dict.fromkeys(hacks, sum(map(bool, rewards)))
         return scores
 
     def watch_hacks(
@@ -146,6 +167,16 @@ class RewardSet:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def with_least(rewards: list[float | None], errors: list[int], weight: float) -> list[float | None]:
+    """The rewards of a function, with the least of the others and 0 for the completions on which it raised.
+
+    Least by what it adds to the total: of a penalty, whose weight is negative, that is the largest.
+    """
+    others = [reward for i, reward in enumerate(rewards) if reward is not None and i not in errors]
+    least = min([0.0, *others], key=lambda reward: weight * reward)
+    return [least if i in errors else reward for i, reward in enumerate(rewards)]
 
 
 def split_weight(spec: str) -> tuple[str, float]:

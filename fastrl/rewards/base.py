@@ -36,6 +36,8 @@ class Verifier(ABC):
     """
 
     name: ClassVar[str]
+    # what a prompt asks for, so that the answer stands where it is looked for; empty: any text has one
+    instruction: ClassVar[str] = ""
 
     @abstractmethod
     def grade(self, completions: list[str], answers: list[str]) -> list[Grade]:

@@ -56,6 +56,7 @@ def canonical(text: str) -> str:
 
 class Exact(Verifier):
     name = "exact"
+    instruction = "Work it out step by step and end with a last line of #### and the final answer, and nothing else."
 
     def grade(self, completions: list[str], answers: list[str]) -> list[Grade]:
         require_equal_lengths("exact.grade", completions=completions, answers=answers)
@@ -95,6 +96,7 @@ class LastCharacter(Exact):
     """The answer is the last character of the text: for tasks whose results are single characters, such as `869`."""
 
     name = "last_character"
+    instruction = ""
 
     def extract(self, completion: str) -> str | None:
         return canonical(completion).rstrip()[-1:] or None

@@ -61,6 +61,7 @@ class Math(Verifier):
     """
 
     name = "math"
+    instruction = "Work it out step by step and end with the final answer, and nothing else, in \\boxed{}."
 
     def __init__(
         self,

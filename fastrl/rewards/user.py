@@ -3,8 +3,8 @@
     TRL    f(prompts, completions, **columns) -> list[float | None], or (that list, {metric: value})
     verl   compute_score(data_source, solution_str, ground_truth, extra_info) -> float, or {"score": float, ...}
 
-Either may be async. It runs in the trainer's process and is trusted like the trainer. A completion on which it raises
-earns 0 and is counted.
+Either may be async. It runs in the trainer's process, in its main thread, and is trusted like the trainer; but it gets
+copies of everything, a call has a time limit, and whatever it returns or raises is a reward or an error that names it.
 """
 
 import asyncio
@@ -12,12 +12,9 @@ import importlib.util
 import inspect
 import logging
 import math
-import os
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -25,17 +22,22 @@ from typing import Any
 
 from fastrl.base.log import printable
 from fastrl.base.names import nearest
+from fastrl.rewards.process import copied, exit_refused, process_kept
+from fastrl.rewards.time_limit import TimeUp, call_within, in_thread
+from fastrl.rewards.values import is_real, pass_on, said, short
 
 logger = logging.getLogger(__name__)
 
-SHOWN_CHARACTERS = 300  # of a completion in a message
+TIMEOUT_S = 600.0  # wall time of a call, unless somebody says otherwise
+MOST = 1e18  # size of a reward: float32, in which advantages are computed, must hold squares and their sums
 
 
 @dataclass(slots=True)
 class UserScores:
     rewards: list[float | None]  # per completion; None = not applicable
-    errors: int = 0  # completions on which the function raised; their reward is 0
+    errors: list[int] = field(default_factory=list)  # completions on which the function raised; their reward here is 0
     metrics: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # completions that a metric is a mean over
 
 
 def load_function(path: str, function: str) -> Callable:
@@ -62,21 +64,29 @@ def load_module(file: Path, where: str) -> ModuleType:
     # dataclasses and pickle look their module up by name
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+        with exit_refused():
+            spec.loader.exec_module(module)
+    except BaseException as error:
         del sys.modules[name]
-        raise ValueError(f"{where}: importing the file raised {type(error).__name__}: {error}") from error
+        pass_on(error)
+        raise ValueError(f"{where}: importing the file raised {said(error)}") from error
     return module
 
 
 class UserReward:
     """Calls a user's function and checks what it returns."""
 
-    def __init__(self, name: str, function: Callable):
-        """Raises ValueError if the function takes no completions by name."""
+    def __init__(self, name: str, function: Callable, timeout_s: float = TIMEOUT_S):
+        """timeout_s: wall time of a call; 0 = no limit. Raises ValueError if the function takes no completions."""
         self.name = name
         self.function = function
-        parameters = inspect.signature(function).parameters
+        self.timeout_s = timeout_s
+        try:
+            parameters = inspect.signature(function).parameters
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"reward {name}: its parameters are unknown ({error}); write a function that calls it"
+            ) from error
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self.required = {name for name in self.accepted if parameters[name].default is inspect.Parameter.empty}
@@ -91,7 +101,8 @@ class UserReward:
     def score(self, offered: dict[str, list]) -> UserScores:
         """Lists of equal length by name (prompts, completions, answers and every column) -> one reward per completion.
 
-        Raises ValueError if every call fails, or if what is returned is no list of finite floats or None.
+        Raises ValueError if every call fails, if one takes too long, or if what is returned is no list of finite
+        floats or None.
         """
         if not offered["completions"]:
             return UserScores([])
@@ -113,28 +124,35 @@ class UserReward:
         """One call per completion, so that a completion that makes the function raise costs only its own reward."""
         scores = UserScores([])
         count = len(offered["completions"])
-        sums: dict[str, list[float]] = {}
+        found: dict[str, list[float]] = {}
         for i in range(count):
             row = {name: values[i : i + 1] for name, values in offered.items()}
             try:
                 one = self.call_one(row) if self.per_completion else self.call_batch(row)
             except FunctionError as error:
-                self.show_once(error.cause, f"and this completion earns 0: {short(row['completions'][0])}")
+                self.show_once(error.cause, f"and this completion earns nothing: {short(row['completions'][0])}")
                 scores.rewards.append(0.0)
-                scores.errors += 1
-                if scores.errors == count:
+                scores.errors.append(i)
+                if len(scores.errors) == count:
                     raise self.every_call_failed(count, error.cause) from error.cause
                 continue
             scores.rewards += one.rewards
             for name, value in one.metrics.items():
-                sums.setdefault(name, []).append(value)
-        scores.metrics = {name: sum(values) / len(values) for name, values in sums.items()}
+                found.setdefault(name, []).append(value)
+        scores.metrics = {name: sum(values) / len(values) for name, values in found.items()}
+        scores.counts = {name: len(values) for name, values in found.items()}
         return scores
 
     def call_batch(self, offered: dict[str, list]) -> UserScores:
-        result = self.call(offered if self.takes_all else {k: v for k, v in offered.items() if k in self.accepted})
-        rewards, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-        return UserScores(self.checked_rewards(rewards, len(offered["completions"])), 0, self.checked_metrics(metrics))
+        count = len(offered["completions"])
+
+        def read(result: Any) -> UserScores:
+            pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], list | tuple | dict)
+            pair = pair or isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+            rewards, metrics = result if pair else (result, {})
+            return self.scores(self.checked_rewards(rewards, count), metrics)
+
+        return self.call(offered if self.takes_all else {k: v for k, v in offered.items() if k in self.accepted}, read)
 
     def call_one(self, row: dict[str, list]) -> UserScores:
         columns = {name: values[0] for name, values in row.items()}
@@ -144,23 +162,51 @@ class UserReward:
             "ground_truth": columns["answers"],
             "extra_info": columns.get("extra_info", columns),
         }
-        result = self.call({k: v for k, v in arguments.items() if self.takes_all or k in self.accepted})
-        metrics = {}
-        if isinstance(result, dict):
-            if "score" not in result:
-                raise ValueError(f"reward {self.name}: returned a dict with {sorted(result)}; expected the key 'score'")
-            metrics = {k: v for k, v in result.items() if k != "score" and isinstance(v, int | float)}
-            result = result["score"]
-        return UserScores(self.checked_rewards([result], 1), 0, self.checked_metrics(metrics))
 
-    def call(self, arguments: dict):
-        with process_kept():
+        def read(result: Any) -> UserScores:
+            metrics = {}
+            if isinstance(result, dict):
+                if "score" not in result:
+                    raise ValueError(
+                        f"reward {self.name}: returned a dict with {short(list(result))}; expected the key 'score'"
+                    )
+                metrics = {k: v for k, v in result.items() if k != "score" and isinstance(v, int | float)}
+                result = result["score"]
+            return self.scores(self.checked_rewards([result], 1), metrics)
+
+        return self.call({k: v for k, v in arguments.items() if self.takes_all or k in self.accepted}, read)
+
+    def call(self, arguments: dict, read: Callable[[Any], UserScores]) -> UserScores:
+        """What `read` makes of the function's value, both within the time limit.
+
+        Raises FunctionError when the function raises, whatever that is: exit() must not end the training, nor a
+        KeyboardInterrupt that no Ctrl-C has made.
+        """
+
+        def run() -> UserScores:
             try:
-                result = self.function(**arguments)
-                return wait_for(result) if inspect.isawaitable(result) else result
-            # exit() in a reward function must not end the training either
-            except (Exception, SystemExit) as error:
+                result = self.function(**copied(arguments))
+                result = wait_for(result) if inspect.isawaitable(result) else result
+            except BaseException as error:
+                pass_on(error)
                 raise FunctionError(error) from error
+            return read(result)
+
+        try:
+            with process_kept():
+                return call_within(self.timeout_s, run)
+        except TimeUp as late:
+            logger.warning("reward %s stood here when its time was up\n%s", self.name, printable("".join(late.stack)))
+            raise self.too_slow(late) from None
+
+    def too_slow(self, late: TimeUp) -> ValueError:
+        file = getattr(getattr(inspect.unwrap(self.function), "__code__", None), "co_filename", "")
+        own = [frame for frame in late.stack if file and f'"{file}"' in frame]
+        where = " ".join((own or late.stack)[-1].split())
+        return ValueError(
+            f"reward {self.name}: a call took longer than --reward-timeout {self.timeout_s:g} s and was interrupted in "
+            f"{where}; make it faster, or raise the limit (0 = none)"
+        )
 
     def require_parameters(self, offered: dict[str, list]) -> None:
         if missing := self.required - offered.keys():
@@ -169,28 +215,55 @@ class UserReward:
                 f"nor offered; there are: {', '.join(sorted(offered))}"
             )
 
+    def scores(self, rewards: list[float | None], metrics: object) -> UserScores:
+        """Of one call, whose metrics are about all of its completions."""
+        checked = self.checked_metrics(metrics)
+        return UserScores(rewards, [], checked, dict.fromkeys(checked, len(rewards)))
+
     def checked_rewards(self, rewards: Any, count: int) -> list[float | None]:
-        if hasattr(rewards, "tolist"):  # numpy and torch
-            rewards = rewards.tolist()
-        if not isinstance(rewards, list | tuple):
+        try:
+            if hasattr(rewards, "tolist"):  # numpy and torch
+                rewards = rewards.tolist()
+            values = list(rewards) if isinstance(rewards, list | tuple) else None
+        except BaseException as error:
+            pass_on(error)
+            raise self.unreadable(f"returned {short(rewards)}", error) from error
+        if values is None:
             raise ValueError(
                 f"reward {self.name}: returned {short(rewards)}; expected a list, one float per completion"
             )
-        if len(rewards) != count:
-            raise ValueError(f"reward {self.name}: got {len(rewards)} rewards; expected {count}, one per completion")
-        return [self.checked(reward, f"reward number {i}") for i, reward in enumerate(rewards)]
+        if len(values) != count:
+            raise ValueError(f"reward {self.name}: got {len(values)} rewards; expected {count}, one per completion")
+        return [self.checked(reward, f"reward number {i}") for i, reward in enumerate(values)]
 
     def checked(self, value: Any, what: str) -> float | None:
         if value is None:
             return None
-        if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
+        try:
+            number = float(value) if is_real(value) else math.nan
+        except BaseException as error:
+            pass_on(error)
+            raise self.unreadable(f"{what} is {short(value)}", error) from error
+        if not math.isfinite(number):
             raise ValueError(f"reward {self.name}: {what} is {short(value)}; expected a finite float or None")
-        return float(value)
+        if abs(number) > MOST:
+            raise ValueError(
+                f"reward {self.name}: {what} is {short(value)}; expected a float from {-MOST:g} to {MOST:g}, or None"
+            )
+        return number
+
+    def unreadable(self, what: str, error: BaseException) -> ValueError:
+        return ValueError(
+            f"reward {self.name}: {what}, which is no number: {said(error)}; expected a finite float or None"
+        )
 
     def checked_metrics(self, metrics: object) -> dict[str, float]:
         if not isinstance(metrics, dict):
             raise ValueError(f"reward {self.name}: metrics are {short(metrics)}; expected a dict of floats")
-        found = {f"{self.name}/{name}": self.checked(value, f"metric {name}") for name, value in metrics.items()}
+        names = {key: key if isinstance(key, str) else short(key) for key in metrics}
+        found = {
+            f"{self.name}/{names[key]}": self.checked(value, f"metric {names[key]}") for key, value in metrics.items()
+        }
         return {name: value for name, value in found.items() if value is not None}
 
     def show_once(self, error: BaseException, what: str) -> None:
@@ -201,7 +274,7 @@ class UserReward:
 
     def every_call_failed(self, count: int, error: BaseException) -> ValueError:
         return ValueError(
-            f"reward {self.name}: raised {type(error).__name__}: {error} on every one of {count} completions; "
+            f"reward {self.name}: raised {said(error)} on every one of {count} completions; "
             "fix the function or the columns that it reads"
         )
 
@@ -214,22 +287,6 @@ class FunctionError(Exception):
         self.cause = cause
 
 
-@contextmanager
-def process_kept() -> Iterator[None]:
-    """Come back in the folder that was the current one, and only in the process that went in.
-
-    A run's paths may be relative. A child that a function has forked would otherwise go on as a second trainer.
-    """
-    process, folder = os.getpid(), os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield
-    finally:
-        if os.getpid() != process:
-            os._exit(1)
-        os.fchdir(folder)
-        os.close(folder)
-
-
 def wait_for(awaitable: Awaitable):
     async def wait():
         return await awaitable
@@ -239,11 +296,4 @@ def wait_for(awaitable: Awaitable):
     except RuntimeError:
         return asyncio.run(wait())
     # a loop runs in this thread (a notebook): it cannot be entered twice
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, wait()).result()
-
-
-def short(value: object) -> str:
-    """ASCII only: a completion may hold terminal escapes."""
-    text = ascii(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
+    return in_thread(lambda: asyncio.run(wait()))

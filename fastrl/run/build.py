@@ -18,6 +18,8 @@ from fastrl.step.learner import Learner
 from fastrl.step.microbatches import Fitting
 from fastrl.step.rollout import EvalSet
 from fastrl.step.trainer import Trainer
+from fastrl.watch.signal import Signal
+from fastrl.weights.guard import MismatchWatch
 
 
 def build(
@@ -42,7 +44,10 @@ def build(
     if profiler:
         profiler.begin(lambda: leave_if_stopped(stop_requested))
     steps, allocation = config.run.steps, config.allocation
-    allocation.start(work.task.problems, config.seed, min(steps, config.sampling.reprofile_every or steps))
+    try:
+        allocation.start(work.task.problems, config.seed, min(steps, config.sampling.reprofile_every or steps))
+    except ValueError as error:
+        raise ValueError(f"{error}; {profiler.profile.at_limit()}" if profiler else str(error)) from error
     if allocation.needs_profile:
         log.say(f"allocation: {allocation.outlook()}")
     models.wake()
@@ -63,6 +68,8 @@ def build(
         write_model=lambda path: save_model(models.loaded, path),
         config=as_dict(config),
         identity=identity_of(models.policy, models.reference, work.task.problems),
+        mismatch_watch=MismatchWatch(dtype=resolved.dtype),
+        signal=Signal(limit=config.sampling.max_new_tokens, compares=config.objective.min_group_size > 1),
         memory=memory_watch(resolved, log),
         profiler=profiler,
         stop_requested=stop_requested,

@@ -28,7 +28,8 @@ from fastrl.step.trainer import Stopped
 
 def open_rewards(config: TrainConfig) -> RewardSet:
     """The verifiers and reward functions of a run. Raises ValueError on a spec that cannot be used."""
-    return RewardSet(list(config.reward) or default_rewards(config.data), workers=config.reward_workers)
+    specs = list(config.reward) or default_rewards(config.data)
+    return RewardSet(specs, workers=config.reward_workers, timeout_s=config.reward_timeout)
 
 
 def make_engine(resolved: Resolved, models: Models, max_model_len: int, log: RunLog) -> Engine:

@@ -24,6 +24,8 @@ class JobConfig:
     # exact, math or file.py:function, each with an optional :weight; the data set's if none
     reward: tuple[str, ...] = setting((), known_as="reward_funcs")
     reward_workers: int = setting(2, "[1, 1024]", free=True)  # processes that grade
+    # seconds that a call of a reward function of your own may take; 0 = no limit
+    reward_timeout: float = setting(600.0, "[0, 1e6]", free=True)
     task: TaskConfig = field(default_factory=TaskConfig)
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N

@@ -45,7 +45,8 @@ class Learner:
     fitting: Fitting  # cuts microbatches
     old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
 
-    mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step
+    mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step and rank
+    mismatch_tokens: int | None = field(default=None, init=False)  # that it is measured on; None: not yet in this step
     broken: dict[str, int] = field(default_factory=dict, init=False)  # numbers of this step that were not finite
 
     def __post_init__(self):
@@ -57,13 +58,18 @@ class Learner:
         return {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
 
     def prepare(self, batch: TrainBatch) -> TrainBatch:
-        """The batch with the scores that the objective reads and what it makes of them."""
+        """The batch with the scores that the objective reads and what it makes of them.
+
+        A credit that is not finite marks a row that nothing may be learnt from. What an objective reshapes may be
+        finite again, for it looks at rewards or at a mask; the mark is put back.
+        """
         old = {"old_logprobs": batch.rollout_logprobs} if self.old_from_engine else {}
         needs = self.objective.needs(self.num_minibatches) - old.keys()
         batch = replace(batch, **old, **{name: self.scored(name, batch) for name in sorted(needs)})
         if self.reference:
             self.reference.rest()
-        return self.objective.prepare(batch)
+        prepared = self.objective.prepare(batch)
+        return replace(prepared, credit=prepared.credit.masked_fill(~batch.credit.isfinite(), torch.nan))
 
     def scored(self, name: str, batch: TrainBatch) -> torch.Tensor:
         """[B, S] of old_logprobs, current_logprobs, ref_logprobs or values, without gradients."""
@@ -80,7 +86,7 @@ class Learner:
 
     def learn(self, batch: TrainBatch) -> tuple[dict[str, float], TrainBatch]:
         """One step of the update rule, minibatch by minibatch -> metrics, and the batch as its first pass left it."""
-        self.mismatch = {}
+        self.mismatch, self.mismatch_tokens = {}, None
         parts = [Minibatch(part) for part in minibatches(batch, self.num_minibatches)]
         metrics = self.update.update(self.policy, [partial(self.accumulate, part) for part in parts])
         check_state(self.update, self.policy.like)  # a tensor that the first update has made
@@ -97,10 +103,13 @@ class Learner:
             current = None if batch.old_logprobs is None else self.scored("current_logprobs", batch)
             batch = self.objective.couple(batch, current)
         sums, seen = self.fitting.run(partial(self.backward, batch, count))
-        if not self.mismatch:
-            self.mismatch = sampling_mismatch((seen - batch.rollout_logprobs)[batch.response_mask])
+        if self.mismatch_tokens is None:  # later passes have other weights
+            difference = (seen - batch.rollout_logprobs)[batch.response_mask]
+            self.mismatch, self.mismatch_tokens = sampling_mismatch(difference), len(difference)
         minibatch.visited(seen)
         if sums:
+            # whatever the loss reads of a marked row, and if it reads nothing
+            sums["loss"] = torch.where(batch.credit.isfinite().all(), sums["loss"], torch.nan)
             faults.through("loss", sums["loss"])
         metrics = averages(sums, tokens)
         if not math.isfinite(metrics["loss"]):

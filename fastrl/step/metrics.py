@@ -2,11 +2,16 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fastrl.base import ranks
 from fastrl.base.types import RolloutGroup, TrainBatch
+
+T = TypeVar("T")
 
 MAX_LOST_FRAC = 0.02  # of the graded completions of a step: timeouts and lost processes
 
@@ -192,6 +197,33 @@ def sampling_mismatch(difference: torch.Tensor) -> dict[str, float]:
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
+def mismatch_of_ranks(parts: list[tuple[dict[str, float], int | None]]) -> tuple[dict[str, float], dict[str, float]]:
+    """`sampling_mismatch` and its tokens, by rank -> that of all tokens, and the worst of each number on any rank.
+
+    Medians cannot be put together: of all tokens, too, the largest median of a rank is taken. The worst mean ratio is
+    the one furthest from 1. A NaN is worse than anything.
+    """
+    found = [(values, tokens) for values, tokens in parts if tokens]
+    if not found:
+        return {}, {}
+    total = sum(tokens for _, tokens in found)
+    whole, worst = {}, {}
+    for name in found[0][0]:
+        each = [values[name] for values, _ in found]
+        broken = any(map(math.isnan, each))
+        largest = math.nan if broken else max(each)
+        worst[name] = largest
+        if name.endswith("importance_sampling_ratio/mean"):
+            worst[name] = math.nan if broken else max(each, key=lambda ratio: abs(math.log(max(ratio, 1e-300))))
+        if name.endswith("/min"):
+            whole[name] = worst[name] = math.nan if broken else min(each)
+        elif name.endswith(("/max", "/median")):
+            whole[name] = largest
+        else:
+            whole[name] = sum(values[name] * tokens for values, tokens in found) / total
+    return (found[0][0], found[0][0]) if len(found) == 1 else (whole, worst)
+
+
 def one_token_rows(batch: TrainBatch, *, share: float = 0.8, fewest: int = 8) -> Tensor:
     """[]: completions of at least `fewest` tokens of which one token makes up `share` (above a half) or more."""
     column = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
@@ -203,20 +235,32 @@ def one_token_rows(batch: TrainBatch, *, share: float = 0.8, fewest: int = 8) ->
     return ((same >= share * length) & (length >= fewest)).sum()
 
 
-def rollout_rows(groups: list[RolloutGroup], batch: TrainBatch) -> list[dict]:
-    """What was sampled in a step, one dict per completion."""
-    rows = [(g.problem, c) for g in groups for c in g.completions]
+def rollout_rows(groups: list[RolloutGroup], batch: TrainBatch) -> list[list[dict]]:
+    """What was sampled in a step on this rank: of each group one dict per completion."""
+    credits = iter(batch.credit.tolist())
     return [
-        {
-            "id": p.id,
-            "prompt": p.prompt,
-            "answer": p.answer,
-            "completion": c.text,
-            "token_ids": c.token_ids,
-            "finish_reason": c.finish_reason,
-            "reward": c.reward,
-            "rewards": c.rewards,
-            "credit": credit,
-        }
-        for (p, c), credit in zip(rows, batch.credit.tolist(), strict=True)
+        [
+            {
+                "id": g.problem.id,
+                "prompt": g.problem.prompt,
+                "answer": g.problem.answer,
+                "completion": c.text,
+                "token_ids": c.token_ids,
+                "finish_reason": c.finish_reason,
+                "reward": c.reward,
+                "rewards": c.rewards,
+                "credit": next(credits),
+            }
+            for c in g.completions
+        ]
+        for g in groups
     ]
+
+
+def in_order_of_the_plan(own: list[T]) -> Iterator[T]:
+    """Items of this rank's groups -> those of all ranks, as the plan had them before rank r took every r-th group.
+
+    Collective: every rank must take all of them. One item of each rank is in memory at a time.
+    """
+    for turn in range(round(ranks.all_max(float(len(own))))):
+        yield from (item for part in ranks.gather(own[turn : turn + 1]) for item in part)

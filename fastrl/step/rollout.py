@@ -1,5 +1,6 @@
 """Sampling and scoring: a plan of problems becomes groups of completions with rewards."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -37,12 +38,14 @@ class Rollout:
     sampling: Sampling
     seed: int
     eos_ids: tuple[int, ...] = ()  # that end a completion, besides the tokenizer's
-    grade_truncated: bool = False  # grade completions cut off by max_new_tokens instead of giving them 0
+    grade_truncated: bool = False  # grade completions cut off by max_new_tokens like any other
     canary: Callable[[], dict[str, float]] | None = None  # run once for each version of the weights; may raise
     make_room: Callable[[], None] = lambda: None  # before the engine takes its memory
     spans: Spans = field(default_factory=Spans)
     statuses: dict[str, int] = field(default_factory=dict, init=False)  # outcomes of the last run, by class
-    reward_metrics: dict[str, float] = field(default_factory=dict, init=False)
+    # (mean, completions it is a mean over) by name
+    reward_metrics: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
+    lowest: float = field(default=0.0, init=False)  # total that a graded completion has earned in training, at most 0
     canary_metrics: dict[str, float] = field(default_factory=dict, init=False)  # of the newest weights
     checked_version: int | None = field(default=None, init=False)
     num_ids: int = field(init=False)
@@ -56,7 +59,7 @@ class Rollout:
         with self.spans("rollout"):
             groups = self.sample(plan[own], self.sampling, "train", step, firsts=first_samples(plan)[own])
         with self.spans("reward"):
-            self.score(groups)
+            self.lowest = self.score(groups, self.lowest)
         return groups
 
     def evaluate(self, problems: list[Problem], k: int, sampling: Sampling):
@@ -108,12 +111,17 @@ class Rollout:
             for (problem, _), completions in zip(plan, sampled, strict=True)
         ]
 
-    def score(self, groups: list[RolloutGroup]) -> None:
-        """Fill `reward` and `rewards`; a completion cut off by the length limit earns 0 unless grade_truncated."""
+    def score(self, groups: list[RolloutGroup], lowest: float = 0.0) -> float:
+        """Fill `reward` and `rewards`. lowest: total that a completion has earned before, at most 0 -> the lowest now.
+
+        Collective. A completion that was cut off is not graded, unless `grade_truncated`. It earns the smaller of 0 and
+        the lowest total in its group; where all of the group were cut off, of all completions that any rank has graded,
+        now or before. So it never beats one that came to an end and was wrong, whatever a wrong one earns, and earns 0
+        where no reward is negative.
+        """
         faults.at("grade")
         rows = [(g.problem, c) for g in groups for c in g.completions]
-        truncated = [c.finish_reason == "length" and not self.grade_truncated for _, c in rows]
-        graded = [row for row, cut_off in zip(rows, truncated, strict=True) if not cut_off]
+        graded = [(problem, c) for problem, c in rows if not self.is_cut_off(c)]
         columns = {name: [p.columns.get(name) for p, _ in graded] for name in {n for p, _ in graded for n in p.columns}}
         scores = self.rewards.score(
             [p.prompt for p, _ in graded],
@@ -126,8 +134,24 @@ class Rollout:
         for i, (_, completion) in enumerate(graded):
             completion.reward = total[i]
             completion.rewards = {name: values[i] for name, values in scores.each.items()}
-        self.statuses = {**scores.statuses, "truncated": sum(truncated)}
-        self.reward_metrics = scores.metrics
+        lowest = -ranks.all_max(-min(lowest, least([c for _, c in graded], 0.0)))
+        for group in groups:
+            cut_off = [c for c in group.completions if self.is_cut_off(c)]
+            floor = min(0.0, least([c for c in group.completions if not self.is_cut_off(c)], lowest))
+            for completion in cut_off:
+                completion.reward = floor
+        self.statuses = {**scores.statuses, "truncated": len(rows) - len(graded)}
+        self.reward_metrics = {name: (value, scores.counts[name]) for name, value in scores.metrics.items()}
+        return lowest
+
+    def is_cut_off(self, completion: Completion) -> bool:
+        """Whether it is left ungraded because its end is missing."""
+        return completion.finish_reason == "length" and not self.grade_truncated
+
+
+def least(completions: list[Completion], otherwise: float) -> float:
+    """The lowest reward that is a number, `otherwise` if there is none."""
+    return min((c.reward for c in completions if math.isfinite(c.reward)), default=otherwise)
 
 
 def first_samples(plan: list[tuple[Problem, int]]) -> list[int]:

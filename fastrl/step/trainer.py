@@ -20,7 +20,9 @@ from fastrl.step.batching import make_batch
 from fastrl.step.learner import Learner
 from fastrl.step.metrics import (
     evaluation_metrics,
+    in_order_of_the_plan,
     lost_grades,
+    mismatch_of_ranks,
     one_token_rows,
     reward_function_metrics,
     reward_function_sums,
@@ -31,6 +33,7 @@ from fastrl.step.metrics import (
 from fastrl.step.rollout import EvalSet, Rollout
 from fastrl.watch import bad_step
 from fastrl.watch.health import Health
+from fastrl.watch.signal import Signal
 from fastrl.weights.guard import MismatchWatch
 
 MAX_FAILED_SAVES = 3  # in a row
@@ -73,6 +76,7 @@ class Trainer:
     identity: dict[str, str] = field(default_factory=dict)  # fastrl.run.identity: of what a continuation must have too
     mismatch_watch: MismatchWatch = field(default_factory=MismatchWatch)
     health: Health = field(default_factory=Health)
+    signal: Signal = field(default_factory=Signal)
     memory: Callable[[str], dict[str, float]] = lambda phase: {}  # called when a phase has ended: generate, train
     profiler: Profiler | None = None  # where the objective or the allocation reads a profile
     stop_requested: Callable[[], bool] = lambda: False
@@ -114,7 +118,7 @@ class Trainer:
         self.rollout.engine.weights_changed()
         self.allocator.observe(groups)
         self.keep_refused(groups, batch)
-        self.warn(self.mismatch_watch.observe(learner.mismatch))
+        metrics |= self.compare_engine()
         metrics |= self.observe(groups, batch, metrics)
         if self.warn(self.health.observe(metrics)) and self.stopping.stop_on_collapse:
             self.verdict = "collapsed"
@@ -126,6 +130,13 @@ class Trainer:
         if any(reasons.values()):
             bad_step.write(self.folder, self.completed + 1, reasons, broken, groups, batch)
 
+    def compare_engine(self) -> dict[str, float]:
+        """How far engine and trainer were apart in this step, over all ranks. Warns; raises EngineError."""
+        parts = ranks.gather((self.learner.mismatch, self.learner.mismatch_tokens))
+        found, worst = mismatch_of_ranks(parts)
+        self.warn(self.mismatch_watch.observe(worst))
+        return found
+
     def warn(self, lines: list[str]) -> list[str]:
         for line in lines:
             self.log.say(line)
@@ -136,6 +147,7 @@ class Trainer:
         table = ranks.gather_rows(rollout_table(groups, first=ranks.rank(), stride=ranks.size()))
         counts = ranks.all_counts({name: float(n) for name, n in self.rollout.statuses.items()})
         self.warn(lost_grades(counts))
+        self.warn(self.signal.observe(table, counts))
         sampled = int(table[:, 2].sum())
         prompts = sum(len(g.problem.prompt_ids) * len(g.completions) for g in groups)
         trained = ranks.all_sum_(torch.tensor([float(prompts)])).item() + sampled
@@ -145,14 +157,13 @@ class Trainer:
         self.num_tokens += int(trained)
         self.num_backward_passes += int(metrics["num_backward_passes"])
         if self.schedule.rollouts_every and self.completed % self.schedule.rollouts_every == 0:
-            self.log.rollouts(self.completed, rollout_rows(groups, batch))
+            self.log.rollouts(self.completed, in_order_of_the_plan(rollout_rows(groups, batch)))
         return {
             **rollout_metrics(table),
             "completions/one_token_frac": ranks.all_sum_(one_token_rows(batch).double()).item() / len(table),
             **reward_function_metrics(ranks.all_counts(reward_function_sums(groups))),
             **{f"rewards/status/{name}": n for name, n in counts.items()},
-            **{name: total / ranks.size() for name, total in ranks.all_counts(self.rollout.reward_metrics).items()},
-            **self.learner.mismatch,
+            **ranks.all_means(self.rollout.reward_metrics),
             **self.rollout.canary_metrics,
             "learning_rate": self.learner.policy.optim.lr_at(self.completed - 1, self.schedule.steps),
             **self.learner.counters(),
@@ -279,8 +290,10 @@ class Trainer:
             "engine_policy_version": self.rollout.engine.policy_version,
             **self.learner.state_dict(),
             "allocator": self.allocator.state_dict(),
+            "lowest_reward": self.rollout.lowest,
             "mismatch_watch": self.mismatch_watch.state_dict(),
             "health": self.health.state_dict(),
+            "signal": self.signal.state_dict(),
             **({"profile": self.profiler.state_dict()} if self.profiler else {}),
             "identity": self.identity,
             "config": self.config,
@@ -301,8 +314,10 @@ class Trainer:
         then, now = (by_path(config).get("tokens_per_microbatch") for config in (state["config"], self.config))
         if then == now:
             self.learner.fitting.tokens = state["tokens_per_microbatch"]  # fewer, if memory has run out since
+        self.rollout.lowest = state["lowest_reward"]
         self.mismatch_watch.load_state_dict(state["mismatch_watch"])
         self.health.load_state_dict(state["health"])
+        self.signal.load_state_dict(state["signal"])
         self.learner.load_state_dict(state, tensors)
         self.rollout.engine.policy_version = state["engine_policy_version"]
         self.log.rewind(self.completed or -1)  # a run that has not begun evaluates first, once

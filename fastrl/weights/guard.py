@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from fastrl.base.types import EngineError, NumericsError
 
 
@@ -116,42 +118,89 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 class MismatchWatch:
     """How far the engine's log-probabilities of a step are from the trainer's, before any update.
 
-    exp |difference| of a token is 1 where they agree; on the embedded model bfloat16 makes its mean 1.003. Beyond WARN
-    each kind is warned of once; beyond STOP in `max_in_a_row` steps in a row the run ends: it learns from others.
+    KL is the mean of exp d - d - 1 over sampled tokens, d their difference in nats; RATIO the mean of exp |d|, 1 where
+    they agree. They are held against three limits:
+
+    FIRST, absolute, until there is a normal level: a run that is wrong from its first step has none of its own.
+    Rounding that gives d a standard deviation of s makes KL s^2 / 2 and RATIO about 1 + 0.8 s, and s goes as the
+    spacing of the numbers. Measured in bfloat16, with 8 bits: a sound model of 135 M parameters has KL 0.0012, s 0.05;
+    the embedded one, with two layers, 1e-7. FIRST there is four times the former. float16 has 3 bits more, which makes
+    KL 64 times smaller, and a float32 product may be taken in TF32, with as many: 0.001 is far above it. Measured on
+    the embedded model, what samples from something else is above FIRST in either type: layers exchanged, KL 6 to 8;
+    a temperature that one side leaves out, 0.07 where it is 0.7 and 0.009 where it is 0.9.
+    LATER, from the run itself, after BASE_STEPS steps within FIRST: FACTOR times the largest of them, but not below a
+    tenth of FIRST, which single batches may reach.
+    STOP, absolute and the same for all types: `max_in_a_row` steps in a row beyond it end the run, for it learns from
+    other completions than its own.
+
+    Of FIRST and of LATER each number is warned of once.
     """
 
+    dtype: torch.dtype = torch.float32  # of the weights that are compared
     max_in_a_row: int = 3
     in_a_row: int = field(default=0, init=False)
     warned: set[str] = field(default_factory=set, init=False)
+    base_steps: int = field(default=0, init=False)  # within FIRST, up to BASE_STEPS
+    base: dict[str, float] = field(default_factory=dict, init=False)  # the largest number of each kind in them
 
-    WARN = {"sampling/token_mult_prob_error/mean": 1.05, "sampling/mismatch_kl": 1e-3}
-    STOP = {"sampling/token_mult_prob_error/median": 1.1, "sampling/mismatch_kl": 0.1}
-    RATIO = (0.5, 2.0)  # of the mean importance ratio
+    KL, RATIO = "sampling/mismatch_kl", "sampling/token_mult_prob_error/mean"
+    WEIGHT = "sampling/importance_sampling_ratio/mean"
+    FIRST = {RATIO: 1.05, KL: 1e-3}
+    FIRST_BFLOAT16 = {RATIO: 1.1, KL: 5e-3}
+    BASE_STEPS, FACTOR = 10, 5.0
+    STOP = {"sampling/token_mult_prob_error/median": 1.1, KL: 0.1}
+    WEIGHTS = (0.5, 2.0)  # of the mean importance ratio
 
     def observe(self, metrics: dict[str, float]) -> list[str]:
         """`metrics.sampling_mismatch` of a step, empty if nothing was sampled -> warnings. Raises EngineError."""
         if not metrics:
             return []
-        ratio = metrics["sampling/importance_sampling_ratio/mean"]
         broken = [f"{name} {metrics[name]:.3g}" for name, limit in self.STOP.items() if not metrics[name] <= limit]
-        if not self.RATIO[0] <= ratio <= self.RATIO[1]:
-            broken.append(f"sampling/importance_sampling_ratio/mean {ratio:.3g}")
+        if not self.WEIGHTS[0] <= metrics[self.WEIGHT] <= self.WEIGHTS[1]:
+            broken.append(f"{self.WEIGHT} {metrics[self.WEIGHT]:.3g}")
         self.in_a_row = self.in_a_row + 1 if broken else 0
         if self.in_a_row >= self.max_in_a_row:
             raise EngineError(
                 f"in {self.in_a_row} steps in a row the engine's log-probabilities were not the trainer's: "
                 f"{', '.join(broken)}; the last good checkpoint is older than that"
             )
-        found = [name for name, limit in self.WARN.items() if not metrics[name] <= limit and name not in self.warned]
-        self.warned |= set(found)
-        return [
-            f"warning: engine and trainer disagree: {name} {metrics[name]:.3g}, usually below {self.WARN[name]:g}; "
-            "--is-correction tis weighs tokens by the ratio"
-            for name in found
-        ]
+        lines = []
+        for name in self.first:
+            limit, usual = self.limit(name)
+            kind = f"{name} {usual}"
+            if not metrics[name] <= limit and kind not in self.warned:
+                self.warned.add(kind)
+                lines.append(
+                    f"warning: engine and trainer disagree: {name} {metrics[name]:.3g}, {usual} {limit:.3g}; "
+                    "--is-correction tis weighs tokens by the ratio"
+                )
+        if self.base_steps < self.BASE_STEPS and all(metrics[name] <= limit for name, limit in self.first.items()):
+            self.base_steps += 1
+            self.base = {name: max(metrics[name], self.base.get(name, 0.0)) for name in self.first}
+        return lines
+
+    @property
+    def first(self) -> dict[str, float]:
+        return self.FIRST_BFLOAT16 if self.dtype == torch.bfloat16 else self.FIRST
+
+    def limit(self, name: str) -> tuple[float, str]:
+        """Of a number in this step, and what kind of limit it is."""
+        if self.base_steps < self.BASE_STEPS:
+            return self.first[name], f"in {str(self.dtype).removeprefix('torch.')} usually below"
+        if name == self.KL:
+            later = max(self.FACTOR * self.base[name], self.first[name] / 10)
+        else:  # RATIO - 1 goes as the root of KL
+            later = 1 + max(self.FACTOR**0.5 * (self.base[name] - 1), (self.first[name] - 1) / 10**0.5)
+        return later, "in this run usually below"
 
     def state_dict(self) -> dict:
-        return {"in_a_row": self.in_a_row, "warned": sorted(self.warned)}
+        return {
+            "in_a_row": self.in_a_row,
+            "warned": sorted(self.warned),
+            "base_steps": self.base_steps,
+            "base": dict(self.base),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.in_a_row, self.warned = state["in_a_row"], set(state["warned"])
+        self.base_steps, self.base = state["base_steps"], dict(state["base"])
