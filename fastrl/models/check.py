@@ -24,7 +24,7 @@ from torch import Tensor
 from fastrl.base.types import TrainBatch
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.models.decoding import Decoding
-from fastrl.models.head import head_weight, logit_map, token_logprobs
+from fastrl.models.head import head_weight, label_hidden, logit_map
 from fastrl.models.loading import LoadedModel, first_line, load_model, named, pick_device
 from fastrl.models.modes import without_checkpoints
 from fastrl.models.packing import pack
@@ -196,9 +196,8 @@ def of_head(loaded: LoadedModel, hidden: Tensor, rows: Rows) -> Tensor:
 
 def of_trainer(loaded: LoadedModel, rows: Rows, *, packed: bool = False) -> Tensor:
     batch = rows.batch
-    plan = pack(batch) if packed else None
-    ids, mask = batch.input_ids, batch.response_mask
-    return token_logprobs(loaded.model, ids, mask, num_tokens=loaded.num_tokens, packed=plan)[0][mask]
+    hidden = label_hidden(loaded.model, batch.input_ids, batch.response_mask, pack(batch) if packed else None)
+    return of_head(loaded, hidden, rows)
 
 
 def of_engine(loaded: LoadedModel, rows: Rows) -> Tensor:

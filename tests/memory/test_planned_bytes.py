@@ -62,7 +62,7 @@ class Allocated:
 
     def __init__(self, config, optimizer, rule, dtype=torch.bfloat16, grad_dtype=torch.float32):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        loaded = LoadedModel(model, SimpleNamespace(pad_token_id=0), (0,), "")
+        loaded = LoadedModel(model, SimpleNamespace(pad_token_id=0), (0,), "", packs=False)
         self.policy = Policy(loaded, OptimConfig(name=optimizer, lr=1e-3), Guard(), grad_dtype=grad_dtype)
         generator = torch.Generator().manual_seed(0)
         gradient = torch.randn(len(self.policy.master), generator=generator) * 1e-3

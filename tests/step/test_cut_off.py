@@ -7,6 +7,7 @@ import torch
 
 from fastrl.base.types import Completion, Problem, RolloutGroup
 from fastrl.engine.base import Sampling
+from fastrl.models.loading import load_tokenizer
 from fastrl.objectives.grpo import GRPO
 from fastrl.rewards import RewardSet
 from fastrl.step.rollout import Rollout
@@ -31,7 +32,8 @@ def file(tmp_path):
 
 def rollout(*specs, **options) -> Rollout:
     sampling = Sampling(temperature=1.0, max_new_tokens=8)
-    return Rollout(engine=None, rewards=RewardSet(list(specs)), tokenizer=None, sampling=sampling, seed=0, **options)
+    rewards, tokenizer = RewardSet(list(specs)), load_tokenizer("embedded")
+    return Rollout(engine=None, rewards=rewards, tokenizer=tokenizer, sampling=sampling, seed=0, **options)
 
 
 def group(*texts: str) -> RolloutGroup:
@@ -154,6 +156,7 @@ def test_the_lowest_is_that_of_all_ranks(file, tmp_path):
 from fastrl.base import ranks
 from fastrl.base.types import Completion, Problem, RolloutGroup
 from fastrl.engine.base import Sampling
+from fastrl.models.loading import load_tokenizer
 from fastrl.rewards import RewardSet
 from fastrl.step.rollout import Rollout
 
@@ -161,7 +164,8 @@ ranks.start("cpu", 60)
 text, finish = [("-2", "stop"), ("", "length")][ranks.rank()]
 completion = Completion(token_ids=[1], rollout_logprobs=[0.0], finish_reason=finish, text=text)
 group = RolloutGroup(problem=Problem(id="p", prompt="", answer="1"), completions=[completion], policy_version=0)
-rollout = Rollout(engine=None, rewards=RewardSet([{str(file) + ":first"!r}]), tokenizer=None, seed=0,
+rewards = RewardSet([{str(file) + ":first"!r}])
+rollout = Rollout(engine=None, rewards=rewards, tokenizer=load_tokenizer("embedded"), seed=0,
                   sampling=Sampling(temperature=1.0, max_new_tokens=8))
 assert rollout.score([group]) == -2 and completion.reward == -2
 print("agreed")
