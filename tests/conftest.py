@@ -16,6 +16,7 @@ pytest_plugins = ["support.promises"]
 
 def pytest_addoption(parser):
     parser.addoption("--data-dir", default=str(ROOT / ".." / "shared" / "data"), help="folder of real problems")
+    parser.addoption("--real-model", default=str(ROOT / "build" / "real" / "model"), help="folder of a real model")
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,15 @@ def data_dir(request) -> Path:
     if not (folder / "gsm8k" / "test.jsonl").exists():
         pytest.skip(f"no problem files in {folder}; --data-dir names another folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_model(request) -> str:
+    """The folder of a real model, or a skip that says how to get one."""
+    folder = Path(request.config.getoption("--real-model")).resolve()
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"no model in {folder}; `make real` puts one there")
+    return str(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from fastrl.models import packing
 from fastrl.models.fetching import fetched
 from fastrl.models.liger import patch
 from fastrl.models.modes import make_quiet
-from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_ends, refuse_pickles
+from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_ends, refuse_gguf, refuse_pickles
 from fastrl.models.tokens import num_sampled
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
 
@@ -69,6 +69,7 @@ def model_path(name: str, *, weights: bool = False) -> str:
     if name == EMBEDDED:
         return str(Path(__file__).parent.parent / "assets" / "tiny")
     folder = Path(name).expanduser()
+    refuse_gguf(name, folder)
     if not folder.is_dir():
         folder = fetched(name, weights=weights)
     if not (folder / "config.json").exists():

@@ -18,6 +18,17 @@ def refuse_code(name: str, folder: Path) -> None:
         refuse_auto_map(name, path.name, read(name, path))
 
 
+def refuse_gguf(name: str, folder: Path) -> None:
+    """Raise ValueError for a GGUF file, or for a folder that holds one and no model."""
+    files = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    if name.lower().endswith(".gguf") or files:
+        raise ValueError(
+            f"--model {name}: GGUF is for inference, with weights that are rounded; fastrl trains a Hugging Face "
+            "folder with safetensors. Use the model that the file was made of, or convert the file as "
+            "docs/real_model.md does"
+        )
+
+
 def refuse_auto_map(name: str, file: str, value: object) -> None:
     """Raise ValueError if a value out of a JSON file holds `auto_map` anywhere."""
     pending = [value]

@@ -175,3 +175,11 @@ def test_saved_weights_are_those_of_the_source(saved):
     assert (
         load_file(saved / "model.safetensors").keys() == load_file(model_path(EMBEDDED) + "/model.safetensors").keys()
     )
+
+
+def test_a_gguf_file_says_what_to_do(tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "weights.Q4_1.gguf").write_bytes(b"GGUF")
+    for name in ("somewhere/weights.gguf", "W.GGUF", tmp_path / "only", tmp_path / "only" / "weights.Q4_1.gguf"):
+        with pytest.raises(ValueError, match="GGUF is for inference.*Use the model that the file was made of"):
+            load_model(str(name), dtype=torch.float32, device="cpu")

@@ -23,7 +23,7 @@ LAYERS = [
         "watch": "collapse, hangs, refused steps",
         "memory": "bytes: parts, plan, advice, measurement; knows no run",
     },
-    {"models": "loading and refusing, head, packing, policy, reference, critic"},
+    {"models": "loading and refusing, the check at load, head, packing, policy, reference, critic"},
     {"engine": "samplers: hf and vLLM over the trainer's weights", "assets": "the embedded model"},
     {"settings": "every flag, by sections; TOML and command line"},
     {"step": "one step, in order"},
