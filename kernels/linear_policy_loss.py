@@ -70,8 +70,9 @@ def linear_policy_loss_ref(
     w = torch.where(ignored, torch.zeros_like(vectors.w), vectors.w)
     with torch.enable_grad():
         hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        how = dict(inv_temperature=inv_temperature, logit_map=logit_map, need_entropy=True)
-        logprobs, entropy, _ = linear_logprob_ref(hidden, weight, target.clamp(min=0), **how)
+        logprobs, entropy, _ = linear_logprob_ref(
+            hidden, weight, target.clamp(min=0), inv_temperature=inv_temperature, logit_map=logit_map, need_entropy=True
+        )
         assert entropy is not None  # need_entropy
         token = of_tokens(policy_loss_ref, loss, logprobs.detach(), vectors._replace(w=w))
         linear = (token.coef.to(logprobs.dtype) * logprobs).sum() - loss.entropy * (w * entropy).sum()

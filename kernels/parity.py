@@ -24,8 +24,16 @@ def head_fault(weight: Tensor, logit_map: LogitMap = PLAIN) -> str:
         leaf = hidden.clone().requires_grad_()
         gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         with torch.enable_grad():
-            how = dict(inv_temperature=0.8, logit_map=logit_map, need_entropy=True, triton=triton)
-            logprobs, entropy, _ = linear_logprob(leaf, weight, target, weight_grad=gradient, **how)
+            logprobs, entropy, _ = linear_logprob(
+                leaf,
+                weight,
+                target,
+                inv_temperature=0.8,
+                logit_map=logit_map,
+                need_entropy=True,
+                weight_grad=gradient,
+                triton=triton,
+            )
             assert entropy is not None  # need_entropy
             (logprobs * upstream[0] + 0.1 * entropy * upstream[1]).sum().backward()
         assert leaf.grad is not None

@@ -57,6 +57,8 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
     """Make row i of the cache the former row rows[i]; a row may be left out, or taken several times."""
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            layer.reorder_cache(rows)  # states, and in hybrid layers keys and values with them
+            # states, and in hybrid layers keys and values with them
+            layer.reorder_cache(rows)  # pyright: ignore[reportArgumentType] its LongTensor is a tensor of int64
         else:
+            assert isinstance(layer, DynamicLayer)  # what a DynamicCache is made of
             layer.batch_select_indices(rows)

@@ -181,6 +181,7 @@ def own_forward(model: "PreTrainedModel", rows: Rows, num_tokens: int) -> tuple[
 def as_written(model: "PreTrainedModel") -> Iterator[None]:
     """Inside, the model is in eval mode, and its attention the definition, where it has a choice."""
     attention = model.config._attn_implementation
+    assert attention is not None  # set when a model is loaded
     with without_checkpoints(model):
         model.set_attn_implementation("eager")
         try:

@@ -79,12 +79,12 @@ def exit_refused() -> Iterator[None]:
             raise SystemExit(f"os._exit({status!r})")
         leave(status)
 
-    vars(os)["_exit"] = refuse
+    os.__dict__["_exit"] = refuse
     try:
         yield
     finally:
         inside = False
-        vars(os)["_exit"] = leave
+        os.__dict__["_exit"] = leave
 
 
 def torch_modes() -> tuple | None:

@@ -231,10 +231,11 @@ def test_whatever_is_raised_is_an_error_that_names_the_function(file, name):
 
 def test_a_keyboard_interrupt_is_a_persons_only_where_ctrl_c_raises_one(file):
     """As in `evaluate`, and as in `train`, which has a handler of its own."""
-    with pytest.raises(KeyboardInterrupt):
-        score(file, "interrupts")
-    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        with pytest.raises(KeyboardInterrupt):
+            score(file, "interrupts")
+        signal.signal(signal.SIGINT, lambda number, frame: None)
         with pytest.raises(ValueError, match="reward interrupts: raised KeyboardInterrupt on every one of 2"):
             score(file, "interrupts")
     finally:
