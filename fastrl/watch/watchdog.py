@@ -148,9 +148,10 @@ class Watchdog:
                 self.others_noticed()
         finally:  # a report that fails must not cost the stacks
             self.write_stacks(headline)
-        self.await_others()
+        # said before the others end: the main thread, which they free by that, would end this process
         print(printable(f"fastrl: error: hang: {headline}; stacks in {self.folder}"), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)
+        self.await_others()
         if notices:
             time.sleep(2 * self.tick)  # others first: an error here about their end would be the wrong last word
 
