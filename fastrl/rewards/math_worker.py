@@ -127,7 +127,7 @@ def grade(gold: str, answer: str, limits: dict[str, float]) -> str:
     except MemoryError:
         # earlier answers may have filled the memory: a fresh process is asked
         os._exit(1)
-    except Exception:
+    except Exception:  # whatever the parser or sympy raises on text that a model wrote: the status says it
         status = "unparsed"
     if status != "right":
         leave_if_full()

@@ -102,7 +102,7 @@ def in_thread(call: Callable[[], T], seconds: float | None = None) -> T:
     def run() -> None:
         try:
             values.append(call())
-        except BaseException as error:
+        except BaseException as error:  # raised again in the thread that waits
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)

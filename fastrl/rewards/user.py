@@ -66,7 +66,7 @@ def load_module(file: Path, where: str) -> ModuleType:
     try:
         with exit_refused():
             spec.loader.exec_module(module)
-    except BaseException as error:
+    except BaseException as error:  # SystemExit too: a file must not end the run without its name
         del sys.modules[name]
         pass_on(error)
         raise ValueError(f"{where}: importing the file raised {said(error)}") from error
@@ -187,7 +187,7 @@ class UserReward:
             try:
                 result = self.function(**copied(arguments))
                 result = wait_for(result) if inspect.isawaitable(result) else result
-            except BaseException as error:
+            except BaseException as error:  # CancelledError and SystemExit too: none may pass for the run's own
                 pass_on(error)
                 raise FunctionError(error) from error
             return read(result)
@@ -225,7 +225,7 @@ class UserReward:
             if hasattr(rewards, "tolist"):  # numpy and torch
                 rewards = rewards.tolist()
             values = list(rewards) if isinstance(rewards, list | tuple) else None
-        except BaseException as error:
+        except BaseException as error:  # methods of a value of the user's may raise anything
             pass_on(error)
             raise self.unreadable(f"returned {short(rewards)}", error) from error
         if values is None:
@@ -241,7 +241,7 @@ class UserReward:
             return None
         try:
             number = float(value) if is_real(value) else math.nan
-        except BaseException as error:
+        except BaseException as error:  # as above: __float__
             pass_on(error)
             raise self.unreadable(f"{what} is {short(value)}", error) from error
         if not math.isfinite(number):

@@ -32,7 +32,7 @@ def short(value: object) -> str:
     """ASCII only: a completion may hold terminal escapes. Of a value that cannot be shown, its type."""
     try:
         text = ascii(value)
-    except BaseException as error:
+    except BaseException as error:  # __repr__ of a user's value may raise anything
         pass_on(error)
         text = f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
@@ -42,7 +42,7 @@ def said(error: BaseException) -> str:
     """Type and text of an error, whose text may raise another one."""
     try:
         text = str(error)
-    except BaseException as other:
+    except BaseException as other:  # so may __str__
         pass_on(other)
         text = "(its text cannot be shown)"
     text = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

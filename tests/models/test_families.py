@@ -35,7 +35,6 @@ def off(folder: str, loaded) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_equal_or_refused(family, tmp_path):
     row = measured(family, tmp_path)
-    assert row.result == "refused" or row.options is not None
     if SAME_VERSION:
         assert row == DOCUMENTED[family], "make the table of docs/models.md anew: python tests/support/families.py"
     if row.result == "refused":

@@ -183,3 +183,14 @@ def test_models_that_mix_tokens_elsewhere_are_not_packed():
     loaded.model.config.layer_types = ["full_attention", "linear_attention"]
     assert not supports(loaded.model)
     assert not load_model("embedded", dtype=torch.float32, device="cpu", attention="eager").packs
+
+
+def test_memory_that_runs_out_is_no_reason_to_pad():
+    model = load_model("embedded", dtype=torch.float32, device="cpu").model
+
+    def fail(module, args, kwargs):
+        raise torch.OutOfMemoryError("injected")
+
+    model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        supports(model)

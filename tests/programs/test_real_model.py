@@ -24,6 +24,9 @@ QUESTIONS = [
     "List three fruits.", "Translate 'cat' into Spanish.", "Who wrote Hamlet?", "Say hello.",
 ]  # fmt: skip
 TOKENS = 24
+SHORT = """
+    --problems-per-step 4 --group-size 4 --max-new-tokens 4 --lr 1e-5 --limit 8 --threads 2
+""".split()
 METHODS = {
     "grpo": [],
     "sfpo": ["--update", "sfpo"],
@@ -80,11 +83,8 @@ def train(run_fastrl, real_model, sums):
     file = Path(__file__).parents[2] / "examples" / "real_model" / "sums.py"
 
     def run(*flags: object, code: int = 0):
-        done = run_fastrl(
-            "train", "--model", real_model, "--data", sums / "sums_train.jsonl", "--reward", f"{file}:closeness",
-            "--problems-per-step", 4, "--group-size", 4, "--max-new-tokens", 4, "--lr", "1e-5", "--limit", 8,
-            "--threads", 2, *flags,
-        )  # fmt: skip
+        task = ["--model", real_model, "--data", sums / "sums_train.jsonl", "--reward", f"{file}:closeness"]
+        done = run_fastrl("train", *task, *SHORT, *flags)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 

@@ -238,3 +238,20 @@ def test_what_a_hack_earns(verifier, gold, text, status):
     assert len(HACKS) == 30
     (grade,) = verifier.grade([text], [gold])
     assert (grade.status, grade.reward) == (status, float(status == "right"))
+
+
+def test_memory_that_runs_out_in_a_comparison_is_no_opinion(monkeypatch):
+    """None would be kept, and answer for the same pair once there is memory again."""
+    import sympy
+
+    from fastrl.rewards import equality
+
+    def full(*args):
+        raise MemoryError
+
+    x, y = sympy.symbols("x y")
+    monkeypatch.setattr(equality, "at", full)
+    with pytest.raises(MemoryError):
+        equality.same(x, y + 1)
+    monkeypatch.undo()
+    assert equality.same(x, y + 1) is False

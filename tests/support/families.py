@@ -195,7 +195,8 @@ def measured(family: str, folder: Path) -> Row:
 
 
 def without_figures(reason: str) -> str:
-    """A reason without what differs from machine to machine."""
+    """A reason without what differs from machine to machine and from version to version."""
+    reason = re.sub(r"( fails with \w+): .*", r"\1", reason)
     return re.sub(r" \([\d.]+ nats.*?\)", "", reason).replace("|", "\\|")
 
 

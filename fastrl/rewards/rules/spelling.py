@@ -171,7 +171,7 @@ def infix_to_prefix(text: str) -> str:
     while found := INFIX.search(text):
         start, end = enclosing(text, found.start())
         command = "frac" if found[1] == "over" else "binom"
-        top, bottom = text[start:found.start()].strip(), text[found.end():end].strip()  # fmt: skip
+        top, bottom = text[start : found.start()].strip(), text[found.end() : end].strip()
         inner = rf"\{command}{{{top}}}{{{bottom}}}"
         before, after = (text[: start - 1], text[end + 1 :]) if start else ("", "")
         text = before + inner + after
