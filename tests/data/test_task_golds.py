@@ -98,7 +98,8 @@ def test_no_named_data_set_ends_a_run(rewards, data_dir, name, split):
 @pytest.mark.promise("C9", trials=1)
 def test_every_way_to_fail_is_counted_apart_and_timeouts_ring():
     texts = ["\\boxed{x+x}"] * 95 + ["\\boxed{3x}", "none", "\\boxed{" + "x" * 600 + "}", "\\boxed{A\\cap B}"]
-    endless = ["\\boxed{9^{9^{9^{9}}}}", "\\boxed{9!!!!}", "\\boxed{(100000000!)!}"]
+    # none of these takes memory, so a fast machine too interrupts them; (10^8!)! is out of memory after a second
+    endless = ["\\boxed{9^{9^{9^{9}}}}", "\\boxed{8^{9^{9^{9}}}}", "\\boxed{9!!!!}"]
     with RewardSet(["math"]) as rewards:
         rewards.verifiers = [Math(workers=2, cpu_s=1.0)]
         quiet = rewards.score([""] * 101, texts + endless[:2], ["2x"] * 101).statuses
