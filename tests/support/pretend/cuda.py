@@ -80,7 +80,10 @@ def index(device: object, needed: bool = False) -> int:
 
 @dataclass
 class Watch:
-    """Events in order: (wait | upload | synchronize, operator, bytes, where in our code)."""
+    """Events in order: (wait | upload | synchronize, operator, bytes, where in our code).
+
+    A transfer to the device waits too, unless it is asked not to.
+    """
 
     events: list[tuple[str, str, int, str]] = field(default_factory=list)
     launches: Counter = field(default_factory=Counter)  # operators
@@ -113,6 +116,8 @@ def where() -> str:
     frame, found = sys._getframe(1), []
     while frame is not None and len(found) < 4:
         file = frame.f_code.co_filename
+        if "triton/runtime/interpreter" in file:
+            return ""  # the interpreter's own, which no GPU sees
         own = file.startswith((str(ROOT / "fastrl"), str(ROOT / "kernels")))
         if own or "/transformers/" in file or "/torch/optim/" in file:
             name = file.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
@@ -122,10 +127,9 @@ def where() -> str:
 
 
 def listen(what: str, op: str, size: int) -> None:
-    if watches:
-        event = (what, op, size, where())
+    if watches and (place := where()):
         for watch in watches:
-            watch.events.append(event)
+            watch.events.append((what, op, size, place))
 
 
 pretended.listen(listen)

@@ -207,9 +207,9 @@ static void move(const Tensor& to, const Tensor& from) {
   host_view(to).copy_(host_view(from));
 }
 
-static Tensor& copy_tensor(Tensor& self, const Tensor& source, bool) {
+static Tensor& copy_tensor(Tensor& self, const Tensor& source, bool non_blocking) {
   if (source.is_cuda() && !self.is_cuda()) tell("wait", "copy to the host", source.nbytes());
-  if (!source.is_cuda() && self.is_cuda() && source.dim() > 0) tell("upload", "copy to the device", source.nbytes());
+  if (!source.is_cuda() && self.is_cuda()) tell(non_blocking ? "upload" : "wait", "copy to the device", source.nbytes());
   move(self, source);
   return self;
 }
