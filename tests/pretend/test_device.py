@@ -20,7 +20,10 @@ def vector(n: int = 4) -> torch.Tensor:
         (lambda: torch.ones(4).masked_fill_(vector() > 1, 0.0), "same device|expected self and mask"),
         (lambda: vector().numpy(), "can't convert cuda:0 device type tensor to numpy"),
         (lambda: vector(4).long().view(2, 2) @ vector(4).long().view(2, 2), "not implemented for"),
-        (lambda: torch.mm(vector().double().view(2, 2), vector().double().view(2, 2), out_dtype=torch.float32), "out_dtype"),
+        (
+            lambda: torch.mm(vector().double().view(2, 2), vector().double().view(2, 2), out_dtype=torch.float32),
+            "out_dtype",
+        ),
     ],
     ids=["sum", "index", "index_select", "mask", "numpy", "integers", "out_dtype"],
 )
@@ -44,7 +47,19 @@ def test_what_cuda_refuses_is_refused(fault, message):
         (lambda x: torch.ones(4).to("cuda"), "copy to the device"),
         (lambda x: torch.cuda.synchronize(), "synchronize"),
     ],
-    ids=["item", "float", "cpu", "tolist", "mask", "nonzero", "unique", "host index", "new_tensor", "to", "synchronize"],
+    ids=[
+        "item",
+        "float",
+        "cpu",
+        "tolist",
+        "mask",
+        "nonzero",
+        "unique",
+        "host index",
+        "new_tensor",
+        "to",
+        "synchronize",
+    ],
 )
 def test_what_waits_is_told(waiting, operator, monkeypatch):
     monkeypatch.setattr(cuda, "where", lambda: "here")

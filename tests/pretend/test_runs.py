@@ -5,12 +5,10 @@ the flat buffer in Triton.
 """
 
 import pytest
-import torch
 
-from fastrl import checkpoint
 from fastrl.step.learner import Learner
 from support.pretend.needed import cuda
-from support.trainers import make_trainer, weights_and_state
+from support.trainers import make_trainer
 
 SMALL = ["--problems-per-step", 4, "--eval-limit", 2, "--group-size", 4, "--threads", 1, "--seed", 3, "--steps", 4]
 SMALL += ["--rollouts-every", 0, "--sample-every", 0, "--num-profile-completions", 2]
