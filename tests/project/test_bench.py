@@ -269,7 +269,7 @@ def test_peak_memory_runs_the_program_on_random_weights(tmp_path):
         "--reward-workers",
         "1",
     ]
-    arguments = (tmp_path / "model", tmp_path / "problems.jsonl", "math")
+    arguments = (tmp_path / "model", tmp_path / "problems.jsonl", peak_memory.SETTINGS["math"])
     row = peak_memory.measured_row("GRPO", *arguments, tmp_path / "run", cpu)
     assert row.get("note") is None and row["step_s"] > 0
     broken = peak_memory.measured_row("GRPO", *arguments, tmp_path / "other", [*cpu, "--no-such-flag"])
