@@ -4,12 +4,13 @@
     python bench/gpu.py --continue                               what has no good result yet, in the newest folder
     python bench/gpu.py --only headline --only kernel_tests      some stages; --list shows all with their limits
 
-Results: OUT/gpu_DATE/STAGE.json and summary.json. The stage `install` installs fastrl where it is not. Exit codes: 0 all
-stages are good, 1 some failed or are left, 2 no GPU or no such stage. docs/gpu.md says how to read what they find.
+Results: OUT/gpu_DATE/STAGE.json and summary.json; docs/gpu.md says how to read them. The stage `install` puts fastrl into
+this Python where it is not. Exit codes: 0 all stages are good, 1 some failed or are left, 2 no GPU or no such stage.
 """
 
 import argparse
 import importlib.util
+import signal
 import sys
 from datetime import date
 from pathlib import Path
@@ -93,6 +94,7 @@ def main() -> int:
     if fault := no_gpu():
         print(fault, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whoever ends this ends the stage that runs, too
     folder = folder_in(args.out, args.resume)
     results = run_stages(wanted, folder, budget=args.budget, about={"versions": versions()}, resume=args.resume)
     bad = [r["stage"] for r in results if r["rc"] not in (0, SKIPPED)]

@@ -54,9 +54,9 @@ def run_stages(stages: list[Stage], folder: Path, *, budget: float, about: dict,
             else:
                 write_json(path, result | {"rc": RUNNING})
                 result |= run(stage, folder, min(stage.limit, left))
-            if before is None or result["rc"] != SKIPPED:
-                write_json(path, result)
             say(f"{stage.name:20} {result['rc']!s:>8} {result.get('seconds', 0):7.1f} s  {result['says']}")
+            result = before if before and result["rc"] == SKIPPED else result
+            write_json(path, result)
         results.append(result)
         write_json(folder / "summary.json", about | {"stages": [in_short(r) for r in results]})
     return results
