@@ -4,8 +4,8 @@
     python bench/gpu.py --continue                               what has no good result yet, in the newest folder
     python bench/gpu.py --only headline --only kernel_tests      some stages; --list shows all with their limits
 
-Results: OUT/gpu_DATE/STAGE.json and summary.json; docs/gpu.md says how to read them. The stage `install` puts fastrl into
-this Python where it is not. Exit codes: 0 all stages are good, 1 some failed or are left, 2 no GPU or no such stage.
+Results: OUT/gpu_DATE/STAGE.json and summary.json; docs/gpu.md says how to read them. The stage `install` installs this
+checkout where it is not. Exit codes: 0 all stages are good, 1 some failed or are left, 2 no GPU or no such stage.
 """
 
 import argparse

@@ -219,7 +219,7 @@ def modelled(n):
         os.kill(os.getpid(), 9)
 
 sys.argv = ["bench", "--shape", "1", "--shape", "2", "--out", {out!r}]
-timing.run("b", "", [], modelled, modelled)
+timing.run("b", "", ["1"], modelled, modelled)
 """
 
 
