@@ -122,7 +122,8 @@ def test_a_runner_that_is_killed_leaves_what_is_known(tmp_path):
     code += "make = lambda name, code: staged.Stage(name, 5, (sys.executable, '-c', code, '{out}'), '')\n"
     code += f"stages = [make('good', {SAYS!r}), make('kills', {SAYS + kills!r})]\n"
     code += f"staged.run_stages(stages, Path({str(tmp_path)!r}), budget=50, about={{}})\n"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -9
     found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert found["good.json"]["rc"] == 0 and found["kills.json"]["rc"] == "running"
     assert found["kills.partial.json"]["rows"] == [1] and (tmp_path / "kills.log").read_text() == "begun\n"
