@@ -7,8 +7,8 @@
 # make check   lint, format and types
 # make versions   the newest version of each dependency, tried one at a time beside those that are tested: a table
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
-# make gpu     tests and benchmarks of kernels on a GPU, into bench/results
-# make gpu-memory   peak memory of whole runs beside their plan, and the engines, on a GPU with vLLM
+# make gpu     the first minutes on a GPU: what works and what it yields, stage by stage, into OUT (docs/gpu.md)
+# make gpu-memory   peak memory of whole runs beside their plan, and the engines, on a GPU
 #
 # A machine with an NVIDIA GPU gets the CUDA build of the same torch version when its index serves that one. To take
 # torch from another index: make train PIP="pip --index-url URL".
@@ -86,26 +86,24 @@ bench: $(VENV)/.test
 	set -e; for name in $(OPERATIONS); do $(BIN)/python bench/bench_$$name.py; done
 	$(BIN)/python bench/peak_memory.py
 
-# PYTHON_GPU: an environment that has torch for CUDA, Triton, pytest and this package
-PYTHON_GPU ?= $(BIN)/python
-KERNEL_TESTS = tests/kernels $(addprefix tests/weights/test_,nvrtc.py halves.py moves.py shard.py)
+# PYTHON_GPU: an environment that has torch for CUDA; the stage `install` installs this package into it
+PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+OUT ?= bench/results
+BUDGET ?= 520
 RESULT = bench/results/$${name}_$$(date +%F)_gpu_$$(git rev-parse --short HEAD 2>/dev/null || echo unknown).json
 
-# all of it runs, whatever fails on the way, and what did is named at the end
+# ARGS: --continue, --only STAGE, --list
 gpu:
-	mkdir -p bench/results
-	failed=; \
-	$(PYTHON_GPU) -m pytest -q $(KERNEL_TESTS) || failed=tests; \
-	for name in $(OPERATIONS); do \
-		$(PYTHON_GPU) bench/bench_$$name.py --out $(RESULT) || failed="$$failed $$name"; \
-	done; \
-	test -z "$$failed" || { echo "failed: $$failed"; exit 1; }
+	@$(PYTHON_GPU) bench/gpu.py --out $(OUT) --budget $(BUDGET) $(ARGS)
 
-# whole runs: what they have allocated beside their plan, and the engines
+# whole runs: what they have allocated beside their plan, and the engines where vLLM is installed
 gpu-memory:
 	mkdir -p bench/results
-	name=engine; $(PYTHON_GPU) bench/bench_engine.py --out $(RESULT)
-	name=peak_memory; $(PYTHON_GPU) bench/peak_memory.py --out $(RESULT)
+	failed=; name=peak_memory; $(PYTHON_GPU) bench/peak_memory.py --out $(RESULT) || failed=$$name; \
+	name=engine; if $(PYTHON_GPU) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"; \
+	then $(PYTHON_GPU) bench/bench_engine.py --out $(RESULT) || failed="$$failed $$name"; \
+	else echo "no vLLM: the engines are not measured"; fi; \
+	test -z "$$failed" || { echo "failed: $$failed"; exit 1; }
 
 # torch first and by exact version: a range would let pip take another build of it
 $(VENV)/.train: pyproject.toml

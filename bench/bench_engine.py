@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import finish, show
+from timing import Report
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from fastrl.engine.base import Request, Sampling
@@ -196,14 +196,8 @@ def main() -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=args.max_new_tokens)
     error = gate(model, vllm, flat, Sampling(temperature=0.8, max_new_tokens=16))
     wanted = requests(model, args.prompts, args.group_size)
-    rows = generation({"hf": hf, "vllm": vllm}, wanted, sampling, args.repeats)
-    rows += weight_change(model, vllm, 5 * args.repeats)
-    rows += cache_pages(vllm, args.repeats) if gpu else []
-    vllm.close()
-    show(rows)
-    finish(
+    report = Report(
         "engine",
-        rows,
         args.out,
         model=args.model,
         vllm=vllm.version,
@@ -211,6 +205,11 @@ def main() -> None:
         start_s=start_s,
         measured_on="gpu" if gpu else "cpu",
     )
+    report.add(*generation({"hf": hf, "vllm": vllm}, wanted, sampling, args.repeats))
+    report.add(*weight_change(model, vllm, 5 * args.repeats))
+    report.add(*(cache_pages(vllm, args.repeats) if gpu else []))
+    vllm.close()
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
         reason = trainer.run()
         code = 75 if reason == "stopped" else 0
         message = "continue with the same command and --resume auto" if code else trainer.signal.outcome()
-        log.status(reason, trainer.completed, str(trainer.last_checkpoint), code, message)
+        log.status(reason, *where(trainer), code, message)
         for line in summary(log) if code == 0 else []:
             log.say(line)
         if code == 0:

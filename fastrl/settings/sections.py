@@ -115,8 +115,9 @@ class RunSection(Section):
 
     steps: int = setting(200, "[1, 1e9]", free=True, known_as="max_steps")  # of training
     max_minutes: float = setting(0.0, "[0, 1e7]", free=True)  # stop, save and evaluate after this long; 0 = no limit
-    # steps between checkpoints; one is always written at the end
+    # steps between checkpoints
     save_every: int = setting(0, "[0, 1e9]", free=True, known_as="save_steps")
+    save_at_end: bool = setting(True, free=True)  # write one after the last step too; a signal always gets one
     keep: int = setting(2, "[1, 1e6]", free=True, known_as="save_total_limit")  # newest checkpoints to keep, at least 2
     sample_every: int = setting(25, "[0, 1e9]", free=True)  # steps between sample completions on the console; 0 = never
     rollouts_every: int = setting(25, "[0, 1e9]", free=True)  # steps between rollouts/step_N.jsonl files; 0 = never

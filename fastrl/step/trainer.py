@@ -206,7 +206,7 @@ class Trainer:
                 break
             self.every(self.evaluation.eval_every, self.evaluate)
             self.every(self.schedule.save_every, self.save_or_warn)
-        if self.completed != self.saved_step:
+        if self.schedule.save_at_end and self.completed != self.saved_step:
             self.save()
         if not self.verdict:
             self.evaluate()

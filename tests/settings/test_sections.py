@@ -48,6 +48,7 @@ TYPED = {
     "steps": "run",
     "max_minutes": "run",
     "save_every": "run",
+    "save_at_end": "run",
     "keep": "run",
     "sample_every": "run",
     "log": "run",
