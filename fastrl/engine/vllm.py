@@ -128,13 +128,16 @@ class VllmEngine:
                 )
         self.core = self.llm.llm_engine.engine_core
         worker = self.llm.llm_engine.model_executor.driver_worker.worker
-        self.runner, second = worker.model_runner, bool(worker.use_v2_model_runner)
-        self.seeds = seeds_for(settings.seeds, second_runner=second, cuda=cuda)
-        self.how = f"{'second' if second else 'first'} model runner, a seed per {self.seeds}"
+        self.runner, self.second_runner = worker.model_runner, bool(worker.use_v2_model_runner)
+        self.seeds = seeds_for(settings.seeds, second_runner=self.second_runner, cuda=cuda)
         self.progress: Callable[[], None] = lambda: None
         self.llm.llm_engine.step = self.observed(self.llm.llm_engine.step)
         self.pages = KvPages(self.runner.kv_caches if settings.kv == "release" else [])
         self.check_alias()
+
+    @property
+    def how(self) -> str:
+        return f"{'second' if self.second_runner else 'first'} model runner, a seed per {self.seeds}"
 
     def check_alias(self) -> None:
         """Raise EngineError if a parameter of vLLM is not where the trainer writes."""

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy
 import torch
 
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # 1 the second, 0 the first
 Seeds = Literal["auto", "request", "step"]
 
 
@@ -21,7 +22,7 @@ def ask_for_second_runner() -> None:
     from vllm.triton_utils import HAS_TRITON
 
     if HAS_TRITON:
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+        os.environ.setdefault(RUNNER, "1")
 
 
 def seeds_for(setting: Seeds, *, second_runner: bool, cuda: bool) -> Literal["request", "step"]:
