@@ -43,6 +43,7 @@ TYPED = {
     "vllm.cuda_graphs": "engine",
     "vllm.max_num_batched_tokens": "engine",
     "vllm.compile": "engine",
+    "vllm.seeds": "engine",
     "max_num_seqs": "engine",
     "canary": "engine",
     "steps": "run",
