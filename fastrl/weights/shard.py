@@ -16,7 +16,8 @@ from fastrl.weights.guard import Guard
 from fastrl.weights.halves import join, split
 from fastrl.weights.halves_optim import SplitOptimizer
 from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
-from fastrl.weights.moves_ref import FlatStats, direction, squared_norm
+from fastrl.weights.moves_ref import FlatStats, direction
+from fastrl.weights.norm import norm_over_ranks, squared_norm
 from fastrl.weights.offload import HostCopies
 from fastrl.weights.optim import OptimConfig, ShardOptimizer
 
@@ -88,9 +89,9 @@ class ShardedModel:
                 self.host.put(tensor)
 
     def wake(self) -> None:
-        """Master and optimizer state are back, bit for bit, and gradients are zero."""
+        """Master and optimizer state are back, bit for bit, and gradients have memory again, not yet zero."""
         self.host.back()
-        self.flat.zero_grads()
+        self.flat.take_grads()
 
     def saving(self) -> AbstractContextManager:
         """Around a forward: where its activations go."""
@@ -206,8 +207,7 @@ class ShardedModel:
         faults.through("grad", grads)
         own = squared_norm(grads) if ranks.size() > 1 else None  # afterwards no one knows whose it was
         shard = ranks.reduce_shard(grads)
-        square = ranks.all_sum_(squared_norm(shard))
-        norm = square.sqrt().item()
+        norm = norm_over_ranks(shard)
         if not math.isfinite(norm):
             self.own_broken += own is None or not math.isfinite(own.item())
         return Gradient(shard, norm, loss)
@@ -222,10 +222,8 @@ class ShardedModel:
         if not self.guard.admit(norm, gradient.loss):
             return {"grad_norm": norm, "skipped": float(self.guard.skipped - refused)}
         limit = self.optim.max_grad_norm
-        if limit and norm > limit:
-            gradient.shard.mul_(limit / norm)
         faults.at("optimizer")
-        self.optimizer.step(gradient.shard)
+        self.optimizer.step(gradient.shard, divisor=norm / limit if limit and norm > limit else 1.0)
         self.publish()
         return {"grad_norm": norm, "skipped": 0.0}
 
