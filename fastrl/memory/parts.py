@@ -208,11 +208,16 @@ def step_bytes(model: ModelShape, s: MemorySettings) -> int:
     chunk, summed = min(shard, PART), min(shard, AT_A_TIME)
     reduced = several * shard * grad if s.cuda else 0  # the shard of the sum
     precision = max(4, s.dtype.itemsize)
+    converted = precision if grad != precision else 0  # the gradient as the optimizer takes it
+    if s.master != "split":
+        taken = converted * shard
+    elif s.cuda and s.optimizer == "adamw":
+        taken = 0  # one pass over both halves, and the gradient as it is
+    else:
+        taken = (SPLIT_STEP + converted) * chunk
     moments = [
         int(NORM * summed) + (4 * summed if grad == 2 and not s.cuda else 0),  # a CPU sums up a float32 copy
-        # the gradient as the optimizer takes it; of a split master a chunk at a time, beside one joined and split again
-        (SPLIT_STEP if s.master == "split" else 0) * chunk
-        + (precision * (chunk if s.master == "split" else shard) if grad != precision else 0),
+        taken,
         0 if s.cuda else several * shard * s.dtype.itemsize,  # gloo gathers from a copy
     ]
     return reduced + max(moments)

@@ -1,4 +1,4 @@
-"""AdamW over a shard that is kept as bfloat16 weights and the 16 bits that they lack, a chunk at a time.
+"""8-bit AdamW over a shard that is kept as bfloat16 weights and the 16 bits that they lack, a chunk at a time.
 
 One float32 buffer is enough for all chunks: a chunk is joined in it, moved by an optimizer of its own and split again.
 The states are those of one optimizer over the whole shard, cut where the chunks are.

@@ -14,7 +14,9 @@ from fastrl.weights.activations import saved_on_host
 from fastrl.weights.buffer import BLOCK, PART, FlatParams
 from fastrl.weights.guard import Guard
 from fastrl.weights.halves import join, split
+from fastrl.weights.halves_adamw import HalvesAdamW
 from fastrl.weights.halves_optim import SplitOptimizer
+from fastrl.weights.host_slabs import HostSlabs
 from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
 from fastrl.weights.moves_ref import FlatStats, direction
 from fastrl.weights.norm import norm_over_ranks, squared_norm
@@ -66,12 +68,13 @@ class ShardedModel:
         self.own_weights, self.low = own, None
         if master == "split":
             self.master, self.low = own, torch.zeros_like(own, dtype=torch.int16)
-            self.optimizer = SplitOptimizer(optim, own, self.low)
+            self.optimizer = (HalvesAdamW if optim.name == "adamw" else SplitOptimizer)(optim, own, self.low)
         else:
             self.master = own if own.dtype in (torch.float32, torch.float64) else own.float()
             self.optimizer = ShardOptimizer(optim, self.master)
         self.device = self.master.device
         self.optim, self.guard, self.host = optim, guard, HostCopies()
+        self.slabs = HostSlabs(locked=own.is_cuda) if "activations" in offload else None
         self.policy_version = 0  # weight updates published so far
         self.own_broken = 0  # gradients of this rank that were not finite, before they were reduced
 
@@ -95,7 +98,7 @@ class ShardedModel:
 
     def saving(self) -> AbstractContextManager:
         """Around a forward: where its activations go."""
-        return saved_on_host(self.flat.weights if "activations" in self.offload else None)
+        return saved_on_host(self.flat.weights, self.slabs)
 
     @property
     def like(self) -> Tensor:

@@ -320,7 +320,8 @@ def test_what_lies_on_the_host():
     assert moved.parts["reference"] == {"score": moved.host["reference"]}
     assert "generate" not in moved.parts["master"] | moved.parts["optimizer"]
     less = base.parts["activations"]["backward"] - moved.parts["activations"]["backward"]
-    assert less == moved.host["activations"] * 26 // 28  # two of 28 layers stay
+    kept = less * 28 // 26  # two of 28 layers stay
+    assert 0 <= moved.host["activations"] - kept < 2**26 and moved.host["activations"] % 2**26 == 0  # whole slabs
     paged = plan_memory(shape, replace(s, optimizer="paged_adamw8bit"))
     assert paged.parts["optimizer"]["step"] == 0 and paged.host["optimizer"] > 2 * shape.parameters
 
