@@ -19,7 +19,7 @@ from fastrl.weights.halves_optim import SplitOptimizer
 from fastrl.weights.host_slabs import HostSlabs
 from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
 from fastrl.weights.moves_ref import FlatStats, direction
-from fastrl.weights.norm import norm_over_ranks, squared_norm
+from fastrl.weights.norm import norm_over_ranks, squared_norm, squared_norm_in_float64
 from fastrl.weights.offload import HostCopies
 from fastrl.weights.optim import OptimConfig, ShardOptimizer
 
@@ -208,11 +208,13 @@ class ShardedModel:
         grads = self.flat.grads
         assert grads is not None
         faults.through("grad", grads)
-        own = squared_norm(grads) if ranks.size() > 1 else None  # afterwards no one knows whose it was
+        # gloo sums in place, and then no one knows whose it was; NCCL leaves the buffer as it is
+        own = squared_norm(grads) if ranks.size() > 1 and not grads.is_cuda else None
         shard = ranks.reduce_shard(grads)
         norm = norm_over_ranks(shard)
         if not math.isfinite(norm):
-            self.own_broken += own is None or not math.isfinite(own.item())
+            own = squared_norm_in_float64(grads) if own is None else own
+            self.own_broken += not math.isfinite(own.item())
         return Gradient(shard, norm, loss)
 
     @torch.no_grad()
