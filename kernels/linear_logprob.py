@@ -166,7 +166,7 @@ def slices(length: int, step: int) -> list[slice]:
 
 def chunk_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """[n, H], [V, H] -> logits [n, V] in at least float32; bfloat16 products are not rounded on the way out."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
+    if hidden.is_cuda and hidden.dtype.itemsize == 2:  # out_dtype is for half types only
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.to(dtype) @ weight.to(dtype).T

@@ -123,7 +123,7 @@ def linear_policy_loss(
     Raises ValueError on shapes, dtypes or a loss that do not fit.
     """
     if triton is None:
-        triton = hidden.is_cuda
+        triton = hidden.is_cuda and hidden.dtype != torch.float64
     check_head("linear_policy_loss", hidden, weight, target, inv_temperature, weight_grad=weight_grad, triton=triton)
     if vectors.w.shape != target.shape or vectors.w.device != hidden.device:
         raise ValueError(

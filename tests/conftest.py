@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before triton is imported
-
 import pytest
 import torch
 
-from fastrl.base import faults
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
+
+from fastrl.base import faults  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ["support.promises"]

@@ -26,9 +26,9 @@ from fastrl.base.types import TrainBatch
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.models.decoding import Decoding
 from fastrl.models.head import head_weight, label_hidden, logit_map
+from fastrl.models.inputs import inputs_of, upload
 from fastrl.models.loading import LoadedModel, first_line, load_model, named, pick_device
 from fastrl.models.modes import without_checkpoints
-from fastrl.models.packing import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,18 +146,18 @@ def fixed_rows(loaded: LoadedModel) -> Rows:
 
 def batch_of(prompts: list[list[int]], completions: list[list[int]], loaded: LoadedModel) -> TrainBatch:
     texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-    B, S, device = len(texts), max(map(len, texts)), loaded.model.device
-    ids = torch.tensor([text + [loaded.pad_id] * (S - len(text)) for text in texts], device=device)
-    column = torch.arange(S, device=device)
-    starts, ends = (torch.tensor([len(x) for x in some], device=device) for some in (prompts, texts))
-    rows, zeros = torch.zeros(B, device=device), torch.zeros(B, S, device=device)
+    B, S = len(texts), max(map(len, texts))
+    ids = torch.tensor([text + [loaded.pad_id] * (S - len(text)) for text in texts])
+    column = torch.arange(S)
+    starts, ends = (torch.tensor([len(x) for x in some]) for some in (prompts, texts))
+    rows, zeros = torch.zeros(B), torch.zeros(B, S)
     return TrainBatch(
         input_ids=ids,
         attention_mask=column < ends[:, None],
         response_mask=(column >= starts[:, None]) & (column < ends[:, None]),
         rollout_logprobs=zeros,
-        group=torch.tensor([0, 0, 1], device=device),
-        group_size=torch.tensor([2, 2, 1], device=device),
+        group=torch.tensor([0, 0, 1]),
+        group_size=torch.tensor([2, 2, 1]),
         reward=rows,
         credit=rows,
         truncated=rows.bool(),
@@ -193,12 +193,14 @@ def as_written(model: "PreTrainedModel") -> Iterator[None]:
 
 def of_head(loaded: LoadedModel, hidden: Tensor, rows: Rows) -> Tensor:
     weight = head_weight(loaded.model)[: loaded.num_tokens]
-    return linear_logprob(hidden, weight, rows.targets, logit_map=logit_map(loaded.model), triton=False)[0]
+    return linear_logprob(
+        hidden, weight, rows.targets.to(hidden.device), logit_map=logit_map(loaded.model), triton=False
+    )[0]
 
 
 def of_trainer(loaded: LoadedModel, rows: Rows, *, packed: bool = False) -> Tensor:
     batch = rows.batch
-    hidden = label_hidden(loaded.model, batch.input_ids, batch.response_mask, pack(batch) if packed else None)
+    hidden = label_hidden(loaded.model, upload(inputs_of(batch, packed), loaded.model.device))
     return of_head(loaded, hidden, rows)
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastrl.base.types import TrainBatch
 from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import inputs_of, upload
 from fastrl.models.loading import load_model
-from fastrl.models.packing import pack
 from fastrl.weights.buffer import FlatParams
 from fastrl.weights.host_memory import host_memory
 from fastrl.weights.offload import as_bytes
@@ -69,11 +69,9 @@ class Reference:
         self.wake()
         values, _ = token_logprobs(
             self.model,
-            batch.input_ids,
-            batch.response_mask,
+            upload(inputs_of(batch, self.packs), self.model.device),
             inv_temperature=self.inv_temperature,
             num_tokens=self.num_tokens,
-            packed=pack(batch) if self.packs else None,
             triton=self.triton,
         )
         return values

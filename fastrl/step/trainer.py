@@ -101,7 +101,6 @@ class Trainer:
             groups,
             learner.objective.credit,
             pad_id=learner.policy.pad_id,
-            device=learner.policy.device,
             max_new_tokens=self.rollout.sampling.max_new_tokens,
         )
         with spans("logprobs"):

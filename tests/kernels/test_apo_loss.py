@@ -8,8 +8,8 @@ import torch
 
 from fastrl.kernels.apo_loss import apo_loss, apo_loss_ref
 from fastrl.kernels.vectors import BLOCK_N
+from support.device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernel = partial(apo_loss, triton=True)
 PATHS = pytest.mark.parametrize("function", [kernel, apo_loss_ref], ids=["triton", "torch"])
 

@@ -7,8 +7,9 @@ from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss
 from fastrl.kernels.policy_loss import TokenLoss, policy_loss, policy_loss_ref
 from fastrl.kernels.rows import row_forward, row_gradient
+from support.device import COMPILED
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not COMPILED, reason="needs a GPU")]
 
 
 @pytest.fixture(autouse=True)

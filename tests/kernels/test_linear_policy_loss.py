@@ -11,8 +11,8 @@ from fastrl.kernels import rows
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss, linear_policy_loss_ref
 from fastrl.kernels.policy_loss import STATS, TokenLoss
+from support.device import COMPILED, DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H = 16
 PATHS = pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
 REF = dict(ref_logprobs=True, kl=0.1)
@@ -27,7 +27,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks that a small vocabulary fills, more than once."""
-    if DEVICE == "cpu":
+    if not COMPILED:
         monkeypatch.setattr(rows, "BLOCK_V", 256)
 
 
@@ -310,7 +310,7 @@ def test_three_products_a_chunk_and_nothing_of_tokens_times_vocabulary(monkeypat
 def test_a_scaled_loss_is_refused():
     inputs, vectors = problem(3, 50, torch.float32)
     out = linear_policy_loss(TokenLoss(), inputs[0].requires_grad_(), *inputs[1:], settled(vectors, {})["vectors"])
-    if DEVICE == "cpu":  # on CUDA the assertion ends the process
+    if not COMPILED:  # on CUDA the assertion ends the process
         with pytest.raises(RuntimeError, match="the loss must not be scaled; put the factor into w"):
             (2 * out.loss).backward()
 

@@ -12,8 +12,8 @@ from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss, 
 from fastrl.kernels.logit_map import PLAIN, LogitMap
 from fastrl.kernels.parity import head_fault
 from fastrl.kernels.policy_loss import TokenLoss
+from support.device import COMPILED, DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
 MAPS = {"scale": LogitMap(scale=1 / 8), "softcap": LogitMap(softcap=5.0), "both": LogitMap(scale=2.0, softcap=3.0)}
 EACH = pytest.mark.parametrize("logit_map", MAPS.values(), ids=MAPS)
@@ -22,7 +22,7 @@ EACH = pytest.mark.parametrize("logit_map", MAPS.values(), ids=MAPS)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks that a small vocabulary fills, more than once."""
-    if DEVICE == "cpu":
+    if not COMPILED:
         monkeypatch.setattr(kernels, "BLOCK_V", 256)
 
 
@@ -138,7 +138,7 @@ def test_capped_logits_stay_finite(triton):
 def test_the_check_before_a_run_covers_it(logit_map, monkeypatch):
     from fastrl.kernels import parity
 
-    if DEVICE == "cpu":
+    if not COMPILED:
         monkeypatch.setattr(parity, "NUM_ROWS", 8)
     weight = inputs(1, 700, torch.float32)[1]
     assert head_fault(weight, logit_map) == ""

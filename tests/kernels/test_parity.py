@@ -11,13 +11,12 @@ from fastrl.base.log import RunLog
 from fastrl.kernels import parity, rows
 from fastrl.models.loading import load_model
 from fastrl.run.models import head_kernels
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from support.device import COMPILED, DEVICE
 
 
 def small(monkeypatch):
     """Few rows in the interpreter, with the same number of blocks and slabs."""
-    if DEVICE == "cpu":
+    if not COMPILED:
         monkeypatch.setattr(parity, "NUM_ROWS", 48)
         for name, value in (("BLOCK_V", 256), ("SLAB_WORDS", 512), ("SLAB_ELEMENTS", 48 * 512)):
             monkeypatch.setattr(rows, name, value)

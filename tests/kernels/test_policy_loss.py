@@ -8,8 +8,8 @@ import torch
 
 from fastrl.kernels.policy_loss import STATS, TokenLoss, policy_loss, policy_loss_ref
 from fastrl.kernels.vectors import BLOCK_N
+from support.device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernel = partial(policy_loss, triton=True)
 PATHS = pytest.mark.parametrize("function", [kernel, policy_loss_ref], ids=["triton", "torch"])
 REF = dict(ref_logprobs=True, kl=0.1)

@@ -9,6 +9,7 @@ import torch
 
 from fastrl.models import packing as packing_module
 from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import inputs_of
 from fastrl.models.loading import load_model
 from fastrl.models.packing import ATTENTION, pack, supports
 from fastrl.step.batching import make_batch, select
@@ -80,12 +81,10 @@ def both(name, checkpoint="none"):
     """Log-probabilities, entropies and all gradients of a model on GROUPS, packed and padded."""
     batch = batch_of([group([i % 15 for i in g.problem.prompt_ids], *g.completions) for g in GROUPS])
     results = []
-    for packed in (pack(batch), None):
+    for packed in (True, False):
         loaded = load_model(name, dtype=torch.float64, device="cpu", checkpoint=checkpoint)
         assert loaded.packs
-        logprobs, entropy = token_logprobs(
-            loaded.model, batch.input_ids, batch.response_mask, num_tokens=15, need_entropy=True, packed=packed
-        )
+        logprobs, entropy = token_logprobs(loaded.model, inputs_of(batch, packed), num_tokens=15, need_entropy=True)
         weights = torch.linspace(-1, 2, logprobs.numel(), dtype=torch.float64).view_as(logprobs)
         (logprobs * weights + 0.3 * entropy).sum().backward()
         results.append([logprobs.detach(), entropy.detach(), *(p.grad for p in loaded.model.parameters())])

@@ -8,8 +8,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import inputs_of
 from fastrl.models.loading import load_model
-from fastrl.models.packing import pack
 from fastrl.settings.run import configure
 from fastrl.step.batching import make_batch
 from fastrl.weights.activations import saved_on_host
@@ -39,11 +39,10 @@ def trained_once(batch, mode: str, packed: bool, hooks=nullcontext):
     """-> all gradients, and the bytes that the forward leaves for the backward beside weights and inputs."""
     model = load_model("embedded", dtype=torch.float64, device="cpu", checkpoint=mode).model
     flat = FlatParams(model, grad_dtype=torch.float64)
-    packing = pack(batch) if packed else None
     gc.collect()
     before, saved = live_storages(), []  # autograd's own tensors are no objects of Python unless hooks make them so
     with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x), hooks(flat.weights):
-        values, _ = token_logprobs(model, batch.input_ids, batch.response_mask, num_tokens=15, packed=packing)
+        values, _ = token_logprobs(model, inputs_of(batch, packed), num_tokens=15)
     gc.collect()
     kept = live_storages() | {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
     saved.clear()
