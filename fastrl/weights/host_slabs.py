@@ -46,7 +46,7 @@ class Forward:
                 self.slabs.append(self.home.take())
                 self.room = SLAB
             size, start = min(self.room, len(left)), SLAB - self.room
-            pieces.append(self.slabs[-1][start : start + size].copy_(left[:size]))
+            pieces.append(self.slabs[-1][start : start + size].copy_(left[:size], non_blocking=True))
             left, self.room = left[size:], self.room - size
         return Kept(self, pieces, torch.empty_like(x, device="meta", memory_format=torch.contiguous_format), x.device)
 
