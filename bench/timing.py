@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from fastrl.base.log import versions, write_json
+from fastrl.base.exhausted import means_out_of_memory
 
 # what a "model" figure assumes: an H100 SXM, dense bfloat16 and HBM3, and what of them is reached in practice
 PEAK_FLOPS, PEAK_BYTES_PER_S = 989e12, 3.35e12
@@ -106,12 +107,13 @@ def attempt(name: str, call: Callable[[], dict]) -> dict:
     """What call() returns, or a note on why there is nothing; other failures of ours than of memory are raised."""
     try:
         return call()
-    except torch.OutOfMemoryError:
-        note = "out of memory"
     except Exception as error:  # a rival may need another GPU, compiler or version: its row says so
-        if name.startswith(OURS):
+        if means_out_of_memory(error):
+            note = "out of memory"
+        elif name.startswith(OURS):
             raise
-        note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:80]
+        else:
+            note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:80]
     torch.cuda.empty_cache()
     return {"note": note}
 

@@ -17,6 +17,7 @@ from fastrl.base.setting import setting
 from fastrl.data.task import default_rewards, load_task
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import frozen_engine
+from fastrl.engine.segments import set_segments
 from fastrl.models.loading import load_model, load_tokenizer, pick_device
 from fastrl.rewards import RewardSet
 from fastrl.settings.job import JobConfig
@@ -52,6 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Sample, grade and score; the metrics by name, and `num_problems`."""
     sampling = config.sampling.drawn()
     device, dtype = pick_device(config.device, config.dtype)
+    set_segments(config.engine, device)
     specs = list(config.reward) or default_rewards(config.data)
     with RewardSet(specs, workers=config.reward_workers, timeout_s=config.reward_timeout) as rewards:
         tokenizer = load_tokenizer(config.model)

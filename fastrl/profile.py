@@ -21,6 +21,7 @@ from fastrl.base.setting import setting
 from fastrl.base.types import DataError, Problem
 from fastrl.data.task import default_rewards, load_task
 from fastrl.engine.opening import frozen_engine
+from fastrl.engine.segments import set_segments
 from fastrl.models.loading import load_model, load_tokenizer, pick_device
 from fastrl.passrates.file import Profile, default_path, read_profile
 from fastrl.passrates.key import ProfileKey
@@ -149,7 +150,9 @@ def main(argv: list[str]) -> int:
     config = configure(argv)
     if config.threads:
         torch.set_num_threads(config.threads)
-    ranks.start(pick_device(config.device, config.dtype)[0])
+    device, _ = pick_device(config.device, config.dtype)
+    set_segments(config.engine, device)
+    ranks.start(device)
     try:
         path, profile = show(config.show) if config.show else make(config)
         state = "" if profile.complete else f" (unfinished: {len(profile.rows)} of {profile.num_problems} problems)"

@@ -27,6 +27,7 @@ from fastrl.base.log import RunLog, check_logger, printable, say, versions, writ
 from fastrl.base.spans import Progress, Spans, collector_paused
 from fastrl.base.types import EngineError, NumericsError
 from fastrl.base.versions import check_versions
+from fastrl.engine.segments import set_segments
 from fastrl.models.loading import load_tokenizer, model_path
 from fastrl.rewards import RewardSet
 from fastrl.run.build import build
@@ -158,6 +159,7 @@ def main(argv: list[str]) -> int:
     config = configure(argv)
     planned = faults.from_environment().planned
     resolved = resolve(config)
+    allocator = set_segments(config.engine, resolved.device)
     rewards = open_rewards(config)
     if config.run.dry_run:
         with rewards:
@@ -183,7 +185,7 @@ def main(argv: list[str]) -> int:
         resolved = replace(resolved, config=config)
         model_path(config.model, weights=True)  # fetched before anybody waits for progress
         watchdog.start()
-        for line in describe(resolved):
+        for line in [*describe(resolved), *([allocator] if allocator else [])]:
             log.say(line)
         with collector_paused():
             trainer = stop.trainer = build(resolved, log, rewards, stop, spans)

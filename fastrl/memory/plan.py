@@ -30,6 +30,8 @@ from fastrl.memory.parts import (
     trained,
     working_set,
 )
+from fastrl.weights.buffer import round_up
+from fastrl.weights.host_slabs import SLAB
 
 PHASES = ("generate", "score", "backward", "step")
 CARDS = {"h100": 79.6, "h200": 139.8}  # GiB that NVML calls total
@@ -134,7 +136,7 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
             host["critic"] = critic["master"] + critic["optimizer"]
     kept = checkpoints(model, s)
     if "activations" in s.offload:
-        host["activations"] = kept
+        host["activations"] = round_up(kept, SLAB)
         kept = min(kept, 2 * kept // model.layers)  # one on its way, one in use
     table["activations"] = {"score": forward_bytes(model, s), "backward": kept + working_set(model, s)}
     table["logits"] = head_bytes(model, s)

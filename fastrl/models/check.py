@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from fastrl.base.exhausted import means_out_of_memory
 from fastrl.base.types import TrainBatch
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.models.decoding import Decoding
@@ -102,11 +103,11 @@ def tried(loaded: LoadedModel, path: str, function: Callable[[], T]) -> T:
     """function(), whose errors become a ValueError that names the model and the path."""
     try:
         return function()
-    except torch.OutOfMemoryError:
-        raise
     except ValueError as error:
         raise ValueError(named(loaded.path, error)) from error
     except Exception as error:  # a family that is built otherwise fails in its own way, somewhere inside transformers
+        if means_out_of_memory(error):
+            raise
         said = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
         raise refusal(loaded, f"cannot be used: {PATHS[path].partition(',')[0]} fails with {said}") from error
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding  # a gather whose backward adds up in a fixed order, in parallel
 
+from fastrl.base.exhausted import means_out_of_memory
 from fastrl.base.types import TrainBatch
 
 if TYPE_CHECKING:
@@ -118,9 +119,9 @@ def packed_calls(model: "PreTrainedModel") -> list[int | None]:
     try:
         with torch.no_grad():
             forward(model, flat)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a family says that cannot take flat rows: its rows are padded
+    except Exception as error:  # whatever a family says that cannot take flat rows: its rows are padded
+        if means_out_of_memory(error):
+            raise
         return []
     finally:
         AttentionInterface.register(ATTENTION, attention)

@@ -10,12 +10,14 @@ from fastrl.models.head import token_logprobs
 from fastrl.models.inputs import inputs_of, upload
 from fastrl.models.loading import load_model
 from fastrl.weights.buffer import FlatParams
+from fastrl.weights.host_memory import host_memory
+from fastrl.weights.offload import as_bytes
 
 
 class Reference:
     """Log-probabilities of the model the run started from, at the policy's temperature.
 
-    on_host: its weights are on the host, pinned on CUDA, and on the device only from `score` to `rest`.
+    on_host: its weights are on the host, in locked pages for CUDA, and on the device only from `score` to `rest`.
     """
 
     def __init__(
@@ -37,7 +39,8 @@ class Reference:
         self.weights = self.kept = None
         if on_host:
             self.weights = FlatParams(self.model, grad_dtype=None).weights  # one transfer instead of one per tensor
-            self.kept = self.weights.cpu().pin_memory() if self.weights.is_cuda else self.weights.clone()
+            size = self.weights.untyped_storage().nbytes()
+            self.kept = host_memory(size, locked=self.weights.is_cuda).copy_(as_bytes(self.weights))
             self.rest()
 
     def rest(self) -> None:
@@ -47,8 +50,8 @@ class Reference:
 
     def wake(self) -> None:
         if self.weights is not None and self.kept is not None and not self.weights.untyped_storage().nbytes():
-            self.weights.untyped_storage().resize_(self.kept.untyped_storage().nbytes())
-            self.weights.copy_(self.kept)
+            self.weights.untyped_storage().resize_(len(self.kept))
+            as_bytes(self.weights).copy_(self.kept)
 
     def sha256(self) -> str:
         """Of the weights, in the order of their names, at 0.7 GB/s."""

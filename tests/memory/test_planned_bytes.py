@@ -288,8 +288,8 @@ def test_hand_worked_parts_of_a_large_model():
     assert parts["optimizer"]["step"] == 2 * elements
     assert parts["reference"]["score"] == 2 * 1_543_714_304
     assert parts["logits"]["backward"] == 4 * 4096 * 151936 and parts["logits"]["score"] == 64 * 2**20
-    # the shard of the reduce-scatter, and a chunk of it in float64 for the norm
-    assert parts["workspace"]["step"] == elements + 8 * 2**24
+    # the shard of the reduce-scatter, and of each 256 of 2^26 elements a norm in float32 and in float64
+    assert parts["workspace"]["step"] == elements + 12 * 2**18
     few = plan_memory(shape, replace(s, context=100, tokens_per_microbatch=100))
     assert few.parts["logits"]["backward"] == 4 * 100 * 151936
     halves = plan_memory(shape, replace(s, grad_dtype=torch.bfloat16))
@@ -320,7 +320,8 @@ def test_what_lies_on_the_host():
     assert moved.parts["reference"] == {"score": moved.host["reference"]}
     assert "generate" not in moved.parts["master"] | moved.parts["optimizer"]
     less = base.parts["activations"]["backward"] - moved.parts["activations"]["backward"]
-    assert less == moved.host["activations"] * 26 // 28  # two of 28 layers stay
+    kept = less * 28 // 26  # two of 28 layers stay
+    assert 0 <= moved.host["activations"] - kept < 2**26 and moved.host["activations"] % 2**26 == 0  # whole slabs
     paged = plan_memory(shape, replace(s, optimizer="paged_adamw8bit"))
     assert paged.parts["optimizer"]["step"] == 0 and paged.host["optimizer"] > 2 * shape.parameters
 

@@ -14,6 +14,7 @@ import bench_flat_update
 import bench_linear_logprob
 import bench_linear_policy_loss
 import bench_policy_loss
+import bench_split_adamw
 import peak_memory
 import pytest
 import timing
@@ -36,6 +37,8 @@ FRESH = {
     "apo_loss": partial(bench_apo_loss.fresh, 1500, 6, DEVICE),
     **{f"flat_update, {mode}": partial(bench_flat_update.fresh, mode, 4096, DEVICE)
        for mode in bench_flat_update.BYTES},
+    **{f"split_adamw, {mode}": partial(bench_split_adamw.fresh, mode, 4096, DEVICE)
+       for mode in bench_split_adamw.MODES},
 }  # fmt: skip
 RIVALS = {"trl": "TRL", "liger_kernel": "Liger"}
 

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrl.kernels import flat_update, rows, vectors
+from fastrl.kernels import flat_update, rows, split_adamw, vectors
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -154,6 +154,16 @@ def flat():
         yield name, (flat_update.flat_update_kernel, given, constants, 4)
 
 
+def adamw():
+    types = dict.fromkeys(("high_ptr", "low_ptr"), "*i16") | dict.fromkeys(("first_ptr", "second_ptr"), VECTOR)
+    numbers = ("divisor", "kept", "weight_1", "beta_2", "weight_2", "step_size", "root_2", "eps")
+    types |= {"n": "i64"} | dict.fromkeys(numbers, "fp32")
+    for grad, clipped in (("fp32", False), ("fp32", True), ("bf16", False)):
+        constants = dict(CLIPPED=clipped, BLOCK=split_adamw.BLOCK)
+        name = f"split_adamw-{grad}" + "-clipped" * clipped
+        yield name, (split_adamw.split_adamw_kernel, types | {"grad_ptr": f"*{grad}"}, constants, 4)
+
+
 def compiled_by_triton(kernel, types, constants, warps) -> dict[str, int]:
     """A pointer that is not among the types is None, and a constant."""
     constants = constants | {name: None for name in kernel.arg_names if name not in types and name not in constants}
@@ -228,7 +238,7 @@ def occupancy(registers: int, threads: int) -> dict[str, int]:
 
 
 # a generator of (name, (kernel, types of its arguments, constants, warps)) for each family of kernels
-FAMILIES = [policy_loss, apo_loss, row_forward, row_gradient, flat]
+FAMILIES = [policy_loss, apo_loss, row_forward, row_gradient, flat, adamw]
 
 
 def everything(*names: str) -> dict[str, dict[str, int]]:

@@ -14,6 +14,7 @@ from fastrl.settings.run import configure
 from fastrl.step.batching import make_batch
 from fastrl.weights.activations import saved_on_host
 from fastrl.weights.buffer import FlatParams
+from fastrl.weights.host_slabs import SLAB, Forward, HostSlabs
 from support.batches import completion, group
 
 MODES = ["none", "selective", "full"]
@@ -66,23 +67,20 @@ def test_the_same_gradient_from_fewer_bytes(packed, batch, float64_norms):
 @pytest.mark.parametrize("mode", MODES)
 def test_saved_activations_go_to_the_host_and_weights_stay(mode, batch, float64_norms, monkeypatch):
     expected, _ = trained_once(batch, mode, packed=True)
-    moved, weights = [], []
-    pack_on_host = torch.autograd.graph.save_on_cpu.__init__
-
-    def watched(self, *args, **kwargs):
-        pack_on_host(self, *args, **kwargs)
-        once = self.pack_hook
-        self.pack_hook = lambda x: moved.append(x) or once(x)
+    moved, weights, slabs = [], [], HostSlabs(locked=False)
+    put = Forward.put
 
     def hooks(flat_weights):
         weights.append(flat_weights.untyped_storage().data_ptr())
-        return saved_on_host(flat_weights)
+        return saved_on_host(flat_weights, slabs)
 
-    monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", watched)
+    monkeypatch.setattr(Forward, "put", lambda self, x: moved.append(x) or put(self, x))
     actual, _ = trained_once(batch, mode, packed=True, hooks=hooks)
     assert torch.equal(actual, expected)
     assert len(moved) >= 4  # the layers' inputs at least
     assert all(x.untyped_storage().data_ptr() not in weights and x.numel() >= 1024 for x in moved)
+    size = sum(x.numel() * x.element_size() for x in moved)
+    assert len(slabs.unused) == -(-size // SLAB)  # all are back, and no more than it takes
 
 
 def test_selective_needs_an_attention_kernel():

@@ -68,6 +68,25 @@ class on_device:
         return False
 
 
+class Runtime:
+    """Of torch.cuda.cudart(): host memory that is locked, address -> bytes."""
+
+    def __init__(self):
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        overlaps = any(address < other + n and other < address + size for other, n in self.locked.items())
+        if not overlaps:
+            self.locked[address] = size
+        return 712 if overlaps else 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0 if self.locked.pop(address, None) else 713
+
+
+runtime = Runtime()
+
+
 def index(device: object, needed: bool = False) -> int:
     """As torch has it: some functions take a bare `cuda`, others ask for an index."""
     from torch.cuda._utils import _get_device_index
@@ -159,6 +178,7 @@ cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # its generato
 cuda.get_rng_state_all = lambda: []
 cuda.set_rng_state = lambda state, device="cuda": None
 cuda.manual_seed = cuda.manual_seed_all = lambda seed: None
+cuda.cudart = lambda: runtime
 torch.Tensor.pin_memory = lambda self, device=None: self.clone()
 
 resize_on_host = torch.UntypedStorage.resize_
