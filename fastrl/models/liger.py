@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Liger = Literal["auto", "on", "off"]
-PATCHES = {name: f"apply_liger_kernel_to_{name}" for name in ("llama", "qwen2", "qwen3")}  # by model_type
+# model types whose norms, rotary positions and MLPs it has under these names
+FAMILIES = ("exaone4 granite hunyuan_v1_dense llama ministral mistral olmo2 olmo3 phi3 qwen2 qwen3 smollm3").split()
 ROTARY = "apply_rotary_pos_emb"  # of a family's module in transformers
 TOKENS = (2, 24)  # of the self-test, a batch of rows
 # difference of hidden states and gradients that rounding may make, of their norm; two sound implementations differ by
@@ -50,7 +51,7 @@ class LigerKernels:
         self.module = sys.modules[type(model).__module__]
         before = dict(vars(self.module))
         methods = {module: set(vars(module)) for module in model.modules()}
-        apply = getattr(import_module("liger_kernel.transformers"), PATCHES[model.config.model_type])
+        apply = getattr(import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{model.config.model_type}")
         apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model)
         plain, fused = before[ROTARY], getattr(self.module, ROTARY)
         self.rotary = Rotary(plain.plain if isinstance(plain, Rotary) else plain, fused)
@@ -103,8 +104,8 @@ def choose(model: "PreTrainedModel", wanted: Liger) -> tuple[LigerKernels | None
 
 def unfit(model_type: str, device: str) -> str:
     """Why the kernels cannot be used; empty where they may be."""
-    if model_type not in PATCHES:
-        return f"--liger on knows {', '.join(PATCHES)}, but the model is of type {model_type}"
+    if model_type not in FAMILIES:
+        return f"--liger on knows {', '.join(FAMILIES)}, but the model is of type {model_type}"
     if importlib.util.find_spec("liger_kernel") is None:
         return "--liger on needs liger-kernel, which is not installed (pip install liger-kernel)"
     if not device.startswith("cuda"):

@@ -35,8 +35,8 @@ class LoadedModel:
     eos_ids: tuple[int, ...]  # every id that ends a completion
     path: str
     packs: bool  # whether `token_logprobs` may be given a packing
-    liger: LigerKernels | None  # those that are in the model
-    said: list[str]  # lines on the kernels that were chosen, and why others were not
+    liger: LigerKernels | None = None  # those that are in the model
+    said: tuple[str, ...] = ()  # lines on the kernels that were chosen, and why others were not
 
     @property
     def num_tokens(self) -> int:
@@ -199,7 +199,7 @@ def load_model(
     kernel, more = choose(set(layers), ragged) if layers else (None, [])
     if kernel is not None:
         model.set_attn_implementation(register(kernel))
-    return LoadedModel(model, tokenizer, eos_ids, path, packs=bool(layers), liger=kernels, said=[*said, *more])
+    return LoadedModel(model, tokenizer, eos_ids, path, packs=bool(layers), liger=kernels, said=(*said, *more))
 
 
 def refuse_infinite(name: str, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ flash-attn is asked for a backward that gives the same gradient every time. PyTo
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from itertools import pairwise
@@ -73,23 +73,34 @@ def choose(layers: Collection[Layer], wanted: Ragged) -> tuple[Kernel | None, li
     devices = {layer.device for layer in layers}
     if wanted == "padded" or (wanted == "auto" and all(device.type != "cuda" for device in devices)):
         return None, []
-    reasons = [reason for layer in layers if (reason := unfit(layer))][:1]
+    kernel, reasons = None, [reason for layer in layers if (reason := unfit(layer))][:1]
     if not reasons:
-        capability = torch.cuda.get_device_capability(devices.pop())[0]
-        for label, make in candidates(wanted, capability):
-            try:
-                kernel = make()
-            except Exception as error:  # a build for another torch fails as it likes: it is told, the next is tried
-                reasons.append(f"{label} does not load: {first_line(error)}")
-                continue
-            faults = [found for layer in layers if (found := fault(kernel.attend, layer))]
-            if not faults:
-                return kernel, [*(f"attention: WARNING: {r}" for r in reasons), f"attention: {kernel.said}"]
-            reasons.append(f"{label} is left out: {faults[0]}")
+        capability, _ = torch.cuda.get_device_capability(devices.pop())
+        kernel, reasons = first_sound(layers, candidates(wanted, capability))
+    if kernel is not None:
+        return kernel, [*(f"attention: WARNING: {reason}" for reason in reasons), f"attention: {kernel.said}"]
     why = "; ".join(reasons) or "none is installed"
     if wanted != "auto":
         raise ValueError(f"--ragged {wanted} cannot be had: {why}; use --ragged auto")
-    return None, [f"attention: rows are padded, slower and with more memory: {why}"]
+    return None, [f"attention: rows are padded, which is slower: {why}"]
+
+
+def first_sound(
+    layers: Collection[Layer], kernels: Iterable[tuple[str, Callable[[], Kernel]]]
+) -> tuple[Kernel | None, list[str]]:
+    """The first that loads and passes the self-test for all layers, and what is wrong with those before it."""
+    reasons = []
+    for name, load in kernels:
+        try:
+            kernel = load()
+        except Exception as error:  # a build for another torch fails as it likes: it is told, and the next is tried
+            reasons.append(f"{name} does not load: {first_line(error)}")
+            continue
+        faults = [found for layer in layers if (found := fault(kernel.attend, layer))]
+        if not faults:
+            return kernel, reasons
+        reasons.append(f"{name} is left out: {faults[0]}")
+    return None, reasons
 
 
 def unfit(layer: Layer) -> str:
