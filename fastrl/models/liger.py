@@ -151,7 +151,7 @@ def passed(model: "PreTrainedModel") -> dict[str, Tensor]:
         hidden = body(inputs_embeds=embedded, use_cache=False).last_hidden_state
         generator = torch.Generator(device=model.device).manual_seed(0)
         upstream = torch.randn(hidden.shape, generator=generator, device=model.device).to(hidden.dtype)
-        inputs, *others = torch.autograd.grad(hidden, [embedded, *vectors], upstream)
+        inputs, *others = torch.autograd.grad(hidden, [embedded, *vectors], upstream, materialize_grads=True)
     flat = torch.cat([x.flatten() for x in others])
     found = {"hidden states": hidden.detach(), "gradients of inputs": inputs, "gradients of norms and biases": flat}
     return {name: x.float() for name, x in found.items()}
