@@ -13,13 +13,16 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from fastrl.models import liger
 from fastrl.models.check import check_model
+from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import inputs_of, upload
 from fastrl.models.liger import LigerKernels, Rotary, passed, tried
 from fastrl.models.loading import load_model
 from fastrl.settings.run import configure
+from support.batches import numbered
 from support.families import make_folder
 
 INSTALLED = importlib.util.find_spec("liger_kernel") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAND_IN = '''
 import torch
 from torch.nn.functional import gelu, silu
@@ -206,14 +209,13 @@ def test_the_check_at_load_compares_with_transformers_own_layers(stand_in):
     loaded.liger.take_out()
 
 
-def tiny(family, folder, device="cpu", dtype=torch.float32):
-    make_folder(folder, family, options=False)
-    return load_model(str(folder), dtype=dtype, device=device).model
-
-
 @pytest.fixture
-def interpreted(monkeypatch):
-    """Let Triton's interpreter take numbers that kernels convert, and a square root of a CUDA library."""
+def runs(monkeypatch):
+    """Skips where Liger's kernels run neither compiled nor in Triton's interpreter, which this helps to run them."""
+    if not INSTALLED:
+        pytest.skip("needs liger-kernel")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return None if DEVICE == "cuda" else pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1")
     import numpy as np
     import triton.language as tl
     from liger_kernel.ops import rms_norm
@@ -221,21 +223,21 @@ def interpreted(monkeypatch):
 
     plain = interpreter._implicit_cvt
 
-    def converted(argument):
+    def converted(argument):  # kernels convert numbers, which it leaves as Python's
         if isinstance(argument, float):
             return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
         return plain(argument)
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
-    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))
+    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))  # theirs is of a CUDA library
 
 
-@pytest.mark.skipif(not (INSTALLED and INTERPRETED), reason="needs liger-kernel, and no GPU")
 @pytest.mark.parametrize(
     "family", [f if f in ("llama", "qwen2") else pytest.param(f, marks=pytest.mark.soak) for f in liger.FAMILIES]
 )
-def test_liger_gives_what_transformers_gives_in_the_interpreter(family, interpreted, tmp_path):
-    model = tiny(family, tmp_path)
+def test_liger_gives_what_transformers_gives(family, runs, tmp_path):
+    make_folder(tmp_path, family, options=False)
+    model = load_model(str(tmp_path), dtype=torch.float32, device=DEVICE).model
     before = passed(model)
     kernels, wrong = tried(model)
     assert wrong == ""
@@ -245,28 +247,17 @@ def test_liger_gives_what_transformers_gives_in_the_interpreter(family, interpre
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (INSTALLED and torch.cuda.is_available()), reason="needs liger-kernel and a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", liger.FAMILIES)
-def test_liger_gives_what_transformers_gives_on_this_gpu(family, dtype, tmp_path):
-    kernels, wrong = tried(tiny(family, tmp_path, "cuda", dtype))
-    assert wrong == ""
-    kernels.take_out()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not (INSTALLED and torch.cuda.is_available()), reason="needs liger-kernel and a CUDA device")
-def test_hidden_states_and_gradients_are_those_of_transformers():
-    ids = torch.arange(90, device="cuda").view(3, 30) % 15
-    model = load_model("embedded", dtype=torch.float32, device="cuda").model
-    results = []
-    for kernels in (None, LigerKernels):
-        put_in = kernels(model) if kernels else None
-        model.zero_grad()
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-        (hidden * torch.linspace(-1, 1, hidden.numel(), device="cuda").view_as(hidden)).sum().backward()
-        results.append([hidden.detach(), *(p.grad.clone() for p in model.parameters())])
-        if put_in:
-            put_in.take_out()
+@pytest.mark.skipif(DEVICE != "cuda" or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA device")
+@pytest.mark.skipif(not INSTALLED, reason="needs liger-kernel")
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
+def test_gradients_of_all_parameters_are_those_of_transformers(checkpoint):
+    batch, results = numbered([9, 2, 4, 1, 6, 3], [2, 0, 2, 0, 5, 5]), []
+    for wanted in ("off", "on"):
+        loaded = load_model("embedded", dtype=torch.bfloat16, device=DEVICE, liger=wanted, checkpoint=checkpoint)
+        values, _ = token_logprobs(loaded.model, upload(inputs_of(batch, True), loaded.model.device), num_tokens=16)
+        (values * torch.linspace(-1, 2, values.numel(), device=DEVICE).view_as(values)).sum().backward()
+        results.append([values.detach(), *(p.grad for p in loaded.model.parameters())])
+        if loaded.liger:
+            loaded.liger.take_out()
     for plain, fused in zip(*results, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+        assert (fused - plain).norm() <= 0.05 * plain.norm()

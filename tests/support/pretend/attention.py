@@ -101,6 +101,7 @@ def ragged(
     *,
     scale=None,
     window_size_left=None,
+    window_size_right=None,
     **rest,
 ):
     """aten::_flash_attention_forward over rows of their own lengths, [M, heads, d]; fewer heads of keys are shared."""
@@ -108,7 +109,7 @@ def ragged(
     lse = query.new_empty(query.shape[1], len(query), dtype=torch.float32)
     for rows in row_slices(host(starts)):
         q, k, v = (host(x)[rows].transpose(0, 1) for x in (query, key, value))
-        mask = unseen(q.shape[1], k.shape[1], causal, window_size_left)
+        mask = unseen(q.shape[1], k.shape[1], causal or window_size_right == 0, window_size_left)
         made, _, sums = attended(q, shared(k, q), shared(v, q), mask, scale or q.shape[-1] ** -0.5)
         host(out)[rows] = made.transpose(0, 1).to(out.dtype)
         host(lse)[:, rows] = sums
@@ -135,13 +136,14 @@ def ragged_backward(
     *,
     scale=None,
     window_size_left=None,
+    window_size_right=None,
     **rest,
 ):
     """aten::_flash_attention_backward of the same rows."""
     made = [torch.empty_like(x) for x in (query, key, value)]
     for rows in row_slices(host(starts)):
         dout, q, k, v = (host(x)[rows].transpose(0, 1) for x in (upstream, query, key, value))
-        mask = unseen(q.shape[1], k.shape[1], causal, window_size_left)
+        mask = unseen(q.shape[1], k.shape[1], causal or window_size_right == 0, window_size_left)
         dq, dk, dv = gradients(dout, q, shared(k, q), shared(v, q), mask, scale or q.shape[-1] ** -0.5)
         for into, gradient in zip(made, (dq, summed(dk, k), summed(dv, v)), strict=True):
             host(into)[rows] = gradient.transpose(0, 1).to(into.dtype)
