@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from fastrl.base.log import versions, write_json
 from fastrl.base.exhausted import means_out_of_memory
+from fastrl.base.log import versions, write_json
 
 # what a "model" figure assumes: an H100 SXM, dense bfloat16 and HBM3, and what of them is reached in practice
 PEAK_FLOPS, PEAK_BYTES_PER_S = 989e12, 3.35e12

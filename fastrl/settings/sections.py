@@ -9,6 +9,8 @@ from fastrl.base.log import LOGGERS
 from fastrl.base.setting import Section, setting
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import EngineSection
+from fastrl.models.liger import Liger
+from fastrl.models.ragged import Ragged
 from fastrl.weights.activations import CheckpointMode
 from fastrl.weights.shard import MasterKind, Offload
 
@@ -98,7 +100,9 @@ class MemorySection(Section):
     offload: Offload = setting("none", free=True)
     # its weights are on the device while they score, and on the host otherwise
     reference_on_host: bool = setting(False, free=True)
-    liger: bool = False  # Liger's kernels for norms, rotary positions and gated MLPs, on a GPU
+    # what attends packed rows on a GPU: flash-attn, PyTorch's varlen_attn, or padded rows; auto: the first that works
+    ragged: Ragged = "auto"
+    liger: Liger = "auto"  # Liger's kernels for norms, rotary positions and gated MLPs; auto: on a GPU, where installed
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import bench_apo_loss
+import bench_attention
 import bench_flat_update
 import bench_linear_logprob
 import bench_linear_policy_loss
@@ -35,6 +36,7 @@ FRESH = {
     **{f"policy_loss, {mode}": partial(bench_policy_loss.fresh, 1030, mode, DEVICE)
        for mode in bench_policy_loss.BYTES},
     "apo_loss": partial(bench_apo_loss.fresh, 1500, 6, DEVICE),
+    "attention": partial(bench_attention.fresh, *bench_attention.GATE, DEVICE),
     **{f"flat_update, {mode}": partial(bench_flat_update.fresh, mode, 4096, DEVICE)
        for mode in bench_flat_update.BYTES},
     **{f"split_adamw, {mode}": partial(bench_split_adamw.fresh, mode, 4096, DEVICE)

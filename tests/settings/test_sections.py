@@ -36,6 +36,7 @@ TYPED = {
     "master": "memory",
     "offload": "memory",
     "reference_on_host": "memory",
+    "ragged": "memory",
     "liger": "memory",
     "engine": "engine",
     "vllm.kv_gib": "engine",
