@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels.linear_logprob import TorchChunks, TritonChunks, check_head, linear_logprob_ref, part
+from fastrl.kernels.linear_logprob import TorchChunks, TritonChunks, check_head, chunks_of, linear_logprob_ref, part
 from fastrl.kernels.logit_map import PLAIN, LogitMap
 from fastrl.kernels.policy_loss import STATS, PolicyLoss, TokenLoss, check_vectors, policy_loss, policy_loss_ref
+from fastrl.kernels.workspace import Workspace
 
 
 class TokenVectors(NamedTuple):
@@ -114,11 +115,13 @@ def linear_policy_loss(
     logit_map: LogitMap = PLAIN,
     weight_grad: Tensor | None = None,
     triton: bool | None = None,
+    workspace: Workspace | None = None,
 ) -> LinearLoss:
     """hidden [N, H], weight [V, H] of one dtype; target [N], negative where w = 0 is meant.
 
     weight_grad [V, H] float32 is added to in place; without it the result holds a new one. inv_temperature, logit_map,
-    triton: as in `linear_logprob`. The loss can be added to others and its backward() called, but not scaled.
+    triton, workspace: as in `linear_logprob`. The loss can be added to others and its backward() called, but not
+    scaled.
 
     Raises ValueError on shapes, dtypes or a loss that do not fit.
     """
@@ -137,7 +140,7 @@ def linear_policy_loss(
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     elif weight_grad.dtype != torch.float32:
         raise ValueError(f"linear_policy_loss: weight_grad must be torch.float32, got {weight_grad.dtype}")
-    chunks = TritonChunks(hidden, weight, logit_map) if triton else TorchChunks(hidden, weight, logit_map)
+    chunks = chunks_of(hidden, weight, logit_map, triton, workspace)
     with torch.no_grad():
         made = in_chunks(loss, chunks, target, vectors, inv_temperature, weight_grad)
     return made._replace(loss=Saved.apply(hidden, made.loss, made.hidden_grad))

@@ -11,6 +11,7 @@ from fastrl.base import faults
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.kernels.linear_policy_loss import LinearLoss, TokenVectors, linear_policy_loss
 from fastrl.kernels.logit_map import LogitMap
+from fastrl.kernels.workspace import Workspace
 from fastrl.models import packing
 from fastrl.models.packing import HasBody, Packing
 from fastrl.objectives.base import FusedLoss
@@ -83,6 +84,7 @@ def token_policy_loss(
     inv_temperature: float = 1.0,
     num_tokens: int,
     packed: Packing | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[LinearLoss, Tensor]:
     """As `token_logprobs`, and the loss with it, divided by count: `linear_policy_loss`'s result, and logprobs [B, S].
 
@@ -105,6 +107,7 @@ def token_policy_loss(
         logit_map=logit_map(model),
         weight_grad=weight.grad[:num_tokens],
         triton=True,
+        workspace=workspace,
     )
     return out, spread(out.logprobs, response_mask)
 
@@ -120,13 +123,15 @@ def token_logprobs(
     head_grad_in_place: bool = False,
     packed: Packing | None = None,
     triton: bool = False,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Right-padded input_ids, response_mask [B, S] -> logprobs [B, S], entropy [B, S] or None; nats, label-aligned.
 
     Zero outside the mask. Only masked positions enter the head. `num_tokens`: the tokenizer's size; ids beyond it (a
     padded vocabulary) are not part of the distribution, here as in the engine. head_grad_in_place: add the head's
     gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
-    packed: the packing of input_ids, if the model can use it. triton: take the kernels for the head.
+    packed: the packing of input_ids, if the model can use it. triton: take the kernels for the head. workspace: where
+    their logits go, in the forward and the backward.
     """
     hidden = faults.through("logits", label_hidden(model, input_ids, response_mask, packed))
     weight = head_weight(model)
@@ -143,5 +148,6 @@ def token_logprobs(
         need_entropy=need_entropy,
         weight_grad=weight_grad,
         triton=triton,
+        workspace=workspace,
     )
     return spread(values, response_mask), None if entropy is None else spread(entropy, response_mask)
