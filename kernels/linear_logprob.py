@@ -164,6 +164,11 @@ class TritonChunks:
     def gradient(self, *given) -> Tensor:
         return self.kernels.row_gradient(*given, dtype=self.hidden.dtype, logit_map=self.logit_map)
 
+    def at_once(self, *given) -> tuple[Tensor, Tensor]:
+        from fastrl.kernels.row_once import row_once
+
+        return row_once(*given, dtype=self.hidden.dtype, logit_map=self.logit_map)
+
 
 def chunks_of(
     hidden: Tensor, weight: Tensor, logit_map: LogitMap, triton: bool, workspace: Workspace | None

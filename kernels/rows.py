@@ -260,6 +260,14 @@ def slab_forward(
             )
 
 
+def over_logits(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of z [n, V] as [n, V] of `dtype`, which is z's or half as wide; every row begins where z's does."""
+    if dtype == z.dtype:
+        return z
+    whole = z.as_strided((len(z), z.stride(0)), (z.stride(0), 1)).view(dtype)
+    return whole[:, : z.shape[1]]
+
+
 def row_gradient(
     z: Tensor,
     target: Tensor,
@@ -274,10 +282,7 @@ def row_gradient(
     logit_map: LogitMap = PLAIN,
 ) -> Tensor:
     """z [n, V], vectors [n] -> dz [n, V] of `dtype`, which is z's or half as wide, over the same memory; z is gone."""
-    dz = z
-    if dtype != z.dtype:
-        whole = z.as_strided((len(z), z.stride(0)), (z.stride(0), 1)).view(dtype)
-        dz = whole[:, : z.shape[1]]
+    dz = over_logits(z, dtype)
     outer, inner = factors(inv_temperature, logit_map)
     per_token = isinstance(outer, Tensor)
     row_gradient_kernel[(len(z),)](
