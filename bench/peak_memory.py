@@ -6,9 +6,9 @@
 Each case is `python -m fastrl.train` in a process of its own for two steps: random weights in the shape of a known
 model, a tokenizer as large as its vocabulary, problems as long as the setting says (math: 256 + 1024 tokens; 16k:
 1024 + 15360). Nothing is saved, and what a case has written is removed when it ends. Measured on a GPU are the phases
-of `fastrl.memory.watch`, as a share of the card and beside the plan; and what the driver says: memory of the process and
-of the card, peaks and means over the backward passes (which is what papers give), energy, and what held the clocks down.
-A case that does not fit keeps its row, with the plan alone. Without a GPU all figures are planned, and say so.
+of `fastrl.memory.watch`, as a share of the card and beside the plan; and what the driver says: memory of the process
+and of the card, peaks and means over the backward passes (which is what papers give), energy, and what held the clocks
+down. A case that does not fit keeps its row, with the plan alone. Without a GPU all figures are planned, and say so.
 """
 
 import argparse
