@@ -36,7 +36,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(library.parent))
 import pretended  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from support.pretend import attention  # noqa: E402
+from support.pretend import attention, collectives  # noqa: E402
 
 
 class Properties(NamedTuple):
@@ -97,7 +97,7 @@ def index(device: object, needed: bool = False) -> int:
 # ---------------------------------------------------------------------------------------------- waits
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """Events in order: (wait | upload | synchronize, operator, bytes, where in our code).
 
@@ -111,9 +111,9 @@ class Watch:
     def waits(self) -> list[str]:
         return [f"{op} at {where}" for what, op, _, where in self.events if what != "upload"]
 
-    def at(self, place: str) -> list[str]:
-        """Waits whose innermost line of ours is in a file or function of that name."""
-        return [wait for wait in self.waits if place in wait]
+    def from_files(self, *folders: str) -> list[str]:
+        """Waits that a line in one of these folders asked for itself."""
+        return [wait for wait in self.waits if wait.partition(" at ")[2].startswith(folders)]
 
 
 watches: list[Watch] = []
@@ -238,3 +238,5 @@ ON_CUDA = {
 }
 for name, function in ON_CUDA.items():
     operators.impl(name, function, "CUDA")
+
+collectives.install(pretended.host_view)
