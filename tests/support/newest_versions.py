@@ -93,8 +93,9 @@ def newest(name: str, python: str) -> str:
 
 
 def tested_versions(path: Path) -> None:
-    """Write what this environment has, as pip's constraints."""
-    lines = {f"{d.metadata['Name']}=={d.version}\n" for d in distributions() if d.metadata["Name"] != "fastrl"}
+    """Write what this environment has, as pip's constraints, but for what belongs to each environment."""
+    own = ("fastrl", "pip", "setuptools")
+    lines = {f"{d.metadata['Name']}=={d.version}\n" for d in distributions() if d.metadata["Name"] not in own}
     path.write_text("".join(sorted(lines)))
 
 
