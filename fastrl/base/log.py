@@ -62,6 +62,13 @@ class RunLog:
         rewards = [json.loads(row).get("reward") for row in rows]
         self.previous_reward = next((r for r in reversed(rewards) if r is not None), math.nan)
 
+    def last(self, name: str) -> float:
+        """The newest value of a metric that is written down; 0 without one."""
+        if self.quiet or not self.path.exists():
+            return 0.0
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return next((row[name] for row in reversed(rows) if name in row), 0.0)
+
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one object to metrics.jsonl and hand it to the optional loggers."""
         if self.quiet:

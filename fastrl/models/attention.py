@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding  # a gather whose backward adds up in a fixed order, in parallel
 
+from fastrl.base.exhausted import means_out_of_memory
 from fastrl.models.packing import Packing, forward
 from fastrl.models.ragged import Kernel, Layer
 
@@ -147,9 +148,9 @@ def packed_calls(model: "PreTrainedModel") -> list[Layer]:
     try:
         with torch.no_grad():
             forward(model, flat)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a family says that cannot take flat rows: its rows are padded
+    except Exception as error:  # whatever a family says that cannot take flat rows: its rows are padded
+        if means_out_of_memory(error):
+            raise
         return []
     finally:
         register()

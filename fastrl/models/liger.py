@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from fastrl.base.exhausted import means_out_of_memory
 from fastrl.models.ragged import first_line
 
 if TYPE_CHECKING:
@@ -126,9 +127,9 @@ def tried(model: "PreTrainedModel") -> tuple[LigerKernels | None, str]:
     try:
         kernels = LigerKernels(model)
         fused = passed(model)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a compiler or another version may say: it is told, and transformers' run
+        if means_out_of_memory(error):
+            raise
         if kernels is not None:
             kernels.take_out()
         return None, f"{type(error).__name__}: {first_line(error)}"

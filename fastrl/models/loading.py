@@ -51,14 +51,18 @@ class LoadedModel:
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. Raises ValueError without CUDA."""
+    """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. A bare `cuda` is the rank's GPU too.
+
+    Raises ValueError for a GPU that is not there.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    on_gpu = device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device; use --device cpu")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = "cpu" if device == "auto" else device
+    on_gpu = device.startswith("cuda")
     if on_gpu and torch.device(device).index and torch.device(device).index >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")

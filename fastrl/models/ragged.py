@@ -18,6 +18,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fastrl.base.exhausted import means_out_of_memory
+
 Ragged = Literal["auto", "flash", "torch", "padded"]
 # by generation: the distribution, and the module of its `flash_attn_varlen_func`
 FLASH = {
@@ -217,9 +219,9 @@ def fault(attend: Attend, layer: Layer) -> str:
 
     try:
         found = run(attend, layer.dtype)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a compiler, driver or library may say: it is told, and another kernel runs
+        if means_out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {first_line(error)}"
     names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
     for name, mine, right in zip(names, found, run(definition, torch.float32), strict=True):

@@ -43,25 +43,11 @@ CASES = {
 }
 PER_MINIBATCH = 3  # log-probabilities, sums of metrics, norm of the gradient
 # what an update rule asks for once per move: its statistics
-MOVES = {"sfpo": 1, "gxpo": 2}
+MOVES = {"SFPO": 1, "GXPO": 2}
 
 
 def trainer_on(device: str, folder, flags, dtype="bfloat16"):
     return make_trainer(folder, *SMALL, "--device", device, "--dtype", dtype, *flags)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_run_has_the_numbers_of_the_cpu_and_waits_for_nothing(name, tmp_path, monkeypatch):
-    flags, found = CASES[name], {}
-    for device in ("cpu", "cuda:0"):
-        trainer = trainer_on(device, tmp_path / device, flags)
-        found[device] = [trainer.step() for _ in range(2)]
-        for _, tensor in trainer.learner.state_tensors():
-            assert tensor.isfinite().all()
-    for on_cpu, on_device in zip(*found.values(), strict=True):
-        assert on_device["loss"] == pytest.approx(on_cpu["loss"], rel=0.05, abs=2e-3)
-        assert on_device["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=0.1)
-        assert on_device["reward"] == on_cpu["reward"]
 
 
 class Counted:
@@ -83,17 +69,24 @@ class Counted:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_microbatch_waits_for_nothing_and_a_minibatch_little(name, tmp_path, monkeypatch):
-    trainer = trainer_on("cuda:0", tmp_path, CASES[name])
-    trainer.step()
+def test_a_run_has_the_numbers_of_the_cpu_and_hardly_waits(name, tmp_path, monkeypatch):
+    """The first step is compared: what is sampled in the second depends on the last bits of the first."""
+    on_cpu = trainer_on("cpu", tmp_path / "cpu", CASES[name]).step()
+    trainer = trainer_on("cuda:0", tmp_path / "cuda", CASES[name])
+    assert trainer.learner.policy.flat.weights.is_cuda
+    on_device = trainer.step()
+    assert on_device["loss"] == pytest.approx(on_cpu["loss"], rel=0.05, abs=5e-3)
+    assert on_device["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=0.1)
+    assert on_device["reward"] == on_cpu["reward"]
     counted = Counted(monkeypatch)
     with cuda.watched() as whole:
         trainer.step()
+    assert all(tensor.isfinite().all() for _, tensor in trainer.learner.state_tensors())
     for watch in counted.microbatches:
         assert watch.waits == []
         assert [event[0] for event in watch.events] == ["upload"]
     scores = 1 if trainer.learner.objective.needs_current else 0  # the present log-probabilities of the whole minibatch
     for watch in counted.minibatches:
-        assert len(watch.waits) <= PER_MINIBATCH + scores, watch.waits
-    updates = [w for w in whole.waits if "fastrl/weights/" in w or "fastrl/updates/" in w]
-    assert len(updates) <= 3 * len(counted.minibatches), updates
+        assert len(watch.waits) + 1 <= PER_MINIBATCH + scores, watch.waits  # the norm comes later
+    moves = [wait for wait in whole.waits if "fastrl/weights/" in wait or "fastrl/updates/" in wait]
+    assert len(moves) <= len(counted.minibatches) + MOVES.get(trainer.learner.update.__class__.__name__, 0), moves
