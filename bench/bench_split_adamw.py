@@ -9,7 +9,7 @@ float64 is relative to the learning rate, which is the size of a step. Without a
 gives, and says so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -73,12 +73,10 @@ def fresh(mode: str, n: int, device: str = "cuda") -> dict[str, Provider]:
     } | ({COPY: device_copy(moved * n)} if device == "cuda" else {})
 
 
-def measured(n: int) -> list[dict]:
-    rows = []
+def measured(n: int) -> Iterator[dict]:
     for mode in MODES:
         small, large = (partial(fresh, mode, size) for size in (GATE_ELEMENTS, n))
-        rows += measure(BENCH, small, large, yardstick=COPY, warmup=5, case={"mode": mode, "elements": n})
-    return rows
+        yield from measure(BENCH, small, large, yardstick=COPY, warmup=5, case={"mode": mode, "elements": n})
 
 
 def modelled(n: int) -> list[dict]:

@@ -39,7 +39,8 @@ def run_stages(stages: list[Stage], folder: Path, *, budget: float, about: dict,
     resume: what the folder has a good result of is left as it is, and what is skipped leaves an earlier result.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    end, results = time.monotonic() + budget, []
+    end, results, summary = time.monotonic() + budget, [], folder / "summary.json"
+    known = {s["stage"]: s for s in json.loads(summary.read_text())["stages"]} if summary.exists() else {}
     for stage in stages:
         path = folder / f"{stage.name}.json"
         before = json.loads(path.read_text()) if resume and path.exists() else None
@@ -58,7 +59,8 @@ def run_stages(stages: list[Stage], folder: Path, *, budget: float, about: dict,
             result = before if before and result["rc"] == SKIPPED else result
             write_json(path, result)
         results.append(result)
-        write_json(folder / "summary.json", about | {"stages": [in_short(r) for r in results]})
+        known[stage.name] = in_short(result)
+        write_json(summary, about | {"stages": list(known.values())})
     return results
 
 

@@ -249,6 +249,7 @@ def test_each_mode_of_a_benchmark_is_known_before_the_next_begins(monkeypatch):
         (bench_linear_logprob, HEAD, bench_linear_logprob.MODES),
         (bench_policy_loss, (8,), bench_policy_loss.BYTES),
         (bench_flat_update, (8,), bench_flat_update.BYTES),
+        (bench_split_adamw, (8,), bench_split_adamw.MODES),
     ]:
         begun.clear()
         monkeypatch.setattr(bench, "measure", stand_in)
