@@ -1,6 +1,8 @@
 """The kernel that reads a row of logits once against those that read it twice, on rows that are no ordinary ones."""
 
 import math
+import re
+import shutil
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fastrl.kernels.logit_map import PLAIN, LogitMap
 from fastrl.kernels.policy_loss import TokenLoss, policy_loss
 from fastrl.kernels.row_once import BLOCKS, THREADS, VECTOR, row_once
 from fastrl.kernels.rows import row_forward, row_gradient
+from support import aot
 from support.host_kernels import HostRowKernel, row_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,3 +151,17 @@ def test_what_it_does_not_take():
     kernel.most_words = 49
     with pytest.raises(ValueError, match="at most 49 words, got 50; leave row_kernel out"):
         linear_policy_loss(TokenLoss(), *head, ones, triton=True, row_kernel=kernel)
+
+
+@pytest.mark.slow
+def test_every_logit_is_read_once_and_before_any_is_written():
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH, so csrc/row_once.cu cannot be compiled")
+    text, _ = aot.cuda_sources()["row_once"]
+    _, ptx = aot.made_by_nvcc("row_once", text)
+    for name, code in ptx.items():
+        groups = int(name.split("_")[3])
+        *before, after = code.split("barrier.cluster.wait")
+        logits = r"ld\.global\.cs\.v4"
+        assert len(re.findall(logits, "".join(before))) == 2 * groups and not re.search(logits, after), name
+        assert "st.global.v4" in after and not re.search(r"st\.global", "".join(before)), name
