@@ -116,6 +116,16 @@ def test_ratios_beyond_the_cap_and_infinite_ones():
         assert found[2][5] == 2 and found[2][6] == 1  # capped, not finite
 
 
+@pytest.mark.parametrize("kl_type", ["k1", "k2", "k3"])
+def test_a_reference_that_is_no_number_gives_nothing_and_is_counted(kl_type):
+    vectors = tokens()._replace(ref_logprobs=torch.tensor([NAN, -4.0, INF], device=DEVICE))
+    loss = TokenLoss(kl=0.1, kl_type=kl_type)
+    expected = twice(loss, made("as it is"), vectors, torch.float32, PLAIN)
+    found = once(loss, made("as it is"), vectors, torch.float32, PLAIN)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-5)
+    assert found[2][6] == 2 and not found[3][[0, 2]].any() and found[3][1].any()
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's cluster has one size")
 @pytest.mark.parametrize("threads, blocks", [(32, 1), (32, 8), (128, 2)])
 def test_any_cluster_gives_the_same(threads, blocks):

@@ -25,7 +25,7 @@ def compiled_by_gcc(program: str, *options: str) -> ctypes.CDLL:
         pytest.skip("no g++ to compile the kernels for the CPU with")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.so"
-        how = ["-O1", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
+        how = ["-O1", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
         where = [f"-I{SUPPORT}", f"-I{nvrtc.source().parent}"]
         command = [compiler, *how, *options, *where, "-xc++", "-", "-o", path]
         subprocess.run(command, input=program, text=True, check=True)
