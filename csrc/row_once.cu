@@ -34,7 +34,7 @@ struct Arguments {
   const float* w;
   float* logprobs;
   float* entropy;
-  float* stats;  // [rows, kStats], in the order of policy_loss.STATS
+  float* stats;      // [rows, kStats], in the order of policy_loss.STATS
   long long stride;  // in floats, a multiple of kVector
   int words;
   int cispo, kl_type;
@@ -55,8 +55,8 @@ __device__ unsigned bf16_pair(float first, float second) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
   return word;
 }
-__device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // a word of this block's shared memory -> into the same place of another block of the cluster
 __device__ void put(float* place, int block, float value) {
   const unsigned own = static_cast<unsigned>(__cvta_generic_to_shared(place));
@@ -184,8 +184,8 @@ __device__ void write(const Arguments& a, const Row& row, const float (&x)[group
     }
     // beyond the vocabulary, up to a multiple of kVector, the row has room that nobody reads
     if constexpr (half) {
-      *reinterpret_cast<uint4*>(reinterpret_cast<unsigned short*>(row.z) + v) =
-          make_uint4(bf16_pair(dz[0], dz[1]), bf16_pair(dz[2], dz[3]), bf16_pair(dz[4], dz[5]), bf16_pair(dz[6], dz[7]));
+      *reinterpret_cast<uint4*>(reinterpret_cast<unsigned short*>(row.z) + v) = make_uint4(
+          bf16_pair(dz[0], dz[1]), bf16_pair(dz[2], dz[3]), bf16_pair(dz[4], dz[5]), bf16_pair(dz[6], dz[7]));
     } else {
       *reinterpret_cast<float4*>(row.z + v) = make_float4(dz[0], dz[1], dz[2], dz[3]);
       *reinterpret_cast<float4*>(row.z + v + 4) = make_float4(dz[4], dz[5], dz[6], dz[7]);
@@ -281,8 +281,8 @@ __device__ void row_once(const Arguments& a) {
 }  // namespace
 
 // with up to 80 registers of logits two blocks share a multiprocessor: one reads while the other waits for its cluster
-#define FASTRL_ROW_ONCE(groups, softcap, half)                                                                        \
-  extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, half && groups <= 10 ? 2 : 1) \
-      fastrl_row_once_##groups##_##softcap##_##half(const __grid_constant__ Arguments a) {                            \
-    row_once<groups, softcap, half>(a);                                                                               \
+#define FASTRL_ROW_ONCE(groups, softcap, half)                                                                         \
+  extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, groups <= 10 && half ? 2 : 1) \
+      fastrl_row_once_##groups##_##softcap##_##half(const __grid_constant__ Arguments a) {                             \
+    row_once<groups, softcap, half>(a);                                                                                \
   }

@@ -1,7 +1,7 @@
-"""Rows of logits read once, loss of tokens included: the arguments of csrc/row_once.cu, and a chunk of rows through it.
+"""Rows of logits read once, with the loss of tokens: the arguments of csrc/row_once.cu, and a chunk through it.
 
-The kernels of `rows.py` read a logit twice and write its gradient: 10 bytes. This one keeps the row on the device between
-them: 6 bytes. It needs clusters of blocks (compute capability 9) and a compiler, so whoever calls brings it: a `RowKernel`.
+The kernels of `rows.py` read a logit twice and write its gradient: 10 bytes. This one keeps a row in the registers of a
+cluster of blocks: 6 bytes. It needs compute capability 9 and a CUDA compiler, so the caller brings it: a `RowKernel`.
 """
 
 import ctypes
@@ -110,6 +110,7 @@ def row_once(
 
     vectors: advantage, w, old_logprobs, ref_logprobs, [n] float32. logprobs, entropy [n] are written in place; nats.
     """
+    assert z.stride(0) % VECTOR == 0 and z.data_ptr() % 16 == 0, "a row is read and written 16 bytes at a time"
     configuration = configuration_of(kernel, z.shape[1], dtype, logit_map)
     stats = torch.empty(len(z), len(STATS), dtype=torch.float32, device=z.device)
     advantage, w, old, ref = vectors

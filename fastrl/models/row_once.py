@@ -13,6 +13,11 @@ MOST_GROUPS = 16  # 128 registers of a thread
 CLUSTERS = (9, 0)  # the first compute capability that has them
 
 
+def has_clusters() -> bool:
+    """Of the current CUDA device."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability() >= CLUSTERS
+
+
 class CompiledRowKernel:
     """The `RowKernel` of the current device; a compilation takes a second or two, once a configuration and process.
 
@@ -23,9 +28,8 @@ class CompiledRowKernel:
     most_words = MOST_GROUPS * group
 
     def __init__(self):
-        capability = torch.cuda.get_device_capability()
-        if capability < CLUSTERS:
-            name, found = torch.cuda.get_device_name(), ".".join(map(str, capability))
+        if not has_clusters():
+            name, found = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
             raise ValueError(f"row_kernel: {name} is of compute capability {found}, expected 9.0; leave row_kernel out")
 
     def launch(self, configuration: Configuration, arguments: Arguments, rows: int) -> None:

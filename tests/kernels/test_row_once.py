@@ -1,6 +1,8 @@
 """The kernel that reads a row of logits once against those that read it twice, on rows that are no ordinary ones."""
 
 import math
+import re
+import shutil
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fastrl.kernels.logit_map import PLAIN, LogitMap
 from fastrl.kernels.policy_loss import TokenLoss, policy_loss
 from fastrl.kernels.row_once import BLOCKS, THREADS, VECTOR, row_once
 from fastrl.kernels.rows import row_forward, row_gradient
+from support import aot
 from support.host_kernels import HostRowKernel, row_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,6 +116,16 @@ def test_ratios_beyond_the_cap_and_infinite_ones():
         assert found[2][5] == 2 and found[2][6] == 1  # capped, not finite
 
 
+@pytest.mark.parametrize("kl_type", ["k1", "k2", "k3"])
+def test_a_reference_that_is_no_number_gives_nothing_and_is_counted(kl_type):
+    vectors = tokens()._replace(ref_logprobs=torch.tensor([NAN, -4.0, INF], device=DEVICE))
+    loss = TokenLoss(kl=0.1, kl_type=kl_type)
+    expected = twice(loss, made("as it is"), vectors, torch.float32, PLAIN)
+    found = once(loss, made("as it is"), vectors, torch.float32, PLAIN)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-5)
+    assert found[2][6] == 2 and not found[3][[0, 2]].any() and found[3][1].any()
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's cluster has one size")
 @pytest.mark.parametrize("threads, blocks", [(32, 1), (32, 8), (128, 2)])
 def test_any_cluster_gives_the_same(threads, blocks):
@@ -148,3 +161,17 @@ def test_what_it_does_not_take():
     kernel.most_words = 49
     with pytest.raises(ValueError, match="at most 49 words, got 50; leave row_kernel out"):
         linear_policy_loss(TokenLoss(), *head, ones, triton=True, row_kernel=kernel)
+
+
+@pytest.mark.slow
+def test_every_logit_is_read_once_and_before_any_is_written():
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH, so csrc/row_once.cu cannot be compiled")
+    text, _ = aot.cuda_sources()["row_once"]
+    _, ptx = aot.made_by_nvcc("row_once", text)
+    for name, code in ptx.items():
+        groups = int(name.split("_")[3])
+        *before, after = code.split("barrier.cluster.wait")
+        logits = r"ld\.global\.cs\.v4"
+        assert len(re.findall(logits, "".join(before))) == 2 * groups and not re.search(logits, after), name
+        assert "st.global.v4" in after and not re.search(r"st\.global", "".join(before)), name

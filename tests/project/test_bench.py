@@ -113,6 +113,8 @@ def test_the_model_by_hand():
     assert loss[0]["memory_ms"] == pytest.approx(8.256, abs=1e-3)
     assert loss[0]["of_bare"] == pytest.approx(1 + 8.256 / 32.22, abs=1e-3)
     assert loss[0]["workspace_mib"] == 4096 * 151936 * 4 / 2**20
+    assert [row["logits_read"] for row in loss] == ["twice", "once"]
+    assert loss[1]["of_bare"] == pytest.approx(1 + 6 * 0.8256 / 32.22, abs=1e-3)
     assert logprob[0]["ms"] == pytest.approx(10.74 + 4 * 0.8256, abs=0.01)
     assert logprob[1]["ms"] == pytest.approx(4 * 10.74 + 14 * 0.8256, abs=0.02)
     assert logprob[1]["of_bare"] == pytest.approx((4 * 10.74 + 14 * 0.8256) / (3 * 10.74), abs=1e-3)

@@ -21,12 +21,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrl.kernels import flat_update, rows, split_adamw, vectors
+from fastrl.kernels import flat_update, row_once, rows, split_adamw, vectors
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GOLDEN = Path(__file__).parents[1] / "golden" / "kernels_sm90.json"
-SOURCE = Path(__file__).parents[2] / "csrc" / "flat_update.cu"
+CSRC = Path(__file__).parents[2] / "csrc"
 VECTOR = "*fp32"
 # a launch tells sizes apart: multiples of 16, with which 16 bytes move at a time, 1, which is a constant, and the rest
 ODD, ONE = "odd", "one"
@@ -182,24 +182,39 @@ def compiled_by_triton(kernel, types, constants, warps) -> dict[str, int]:
     return used | accesses(made.asm["ptx"]) | occupancy(used["registers"], 32 * warps)
 
 
+def cuda_sources() -> dict[str, tuple[str, int]]:
+    """Of csrc/, by name: the text, and the threads of a block."""
+    # groups of 16,384 words: the vocabularies of Llama 3, Qwen and Gemma, and Qwen's in float32
+    kinds = [(groups, softcap, True) for groups in (8, 10, 16) for softcap in (False, True)]
+    kinds += [(10, softcap, False) for softcap in (False, True)]
+    instances = "".join(row_once.Configuration(*kind).instance for kind in kinds)
+    texts = {name: (CSRC / f"{name}.cu").read_text() for name in ("flat_update", "row_once")}
+    return {"flat_update": (texts["flat_update"], 512), "row_once": (texts["row_once"] + instances, row_once.THREADS)}
+
+
 def compiled_by_nvcc() -> dict[str, dict[str, int]]:
-    """The kernels of csrc/, by name, and the version of nvcc; nothing without an nvcc."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return {}
+    """The kernels of csrc/ by name; nothing without an nvcc."""
+    found = {}
+    for name, (text, threads) in cuda_sources().items() if shutil.which("nvcc") else ():
+        cubin, ptx = made_by_nvcc(name, text)
+        for kernel, used in usage(cubin).items():
+            found[kernel] = used | accesses(ptx[kernel]) | occupancy(used["registers"], threads)
+            found[kernel].pop("f64")  # statistics are summed in it; tests/kernels/test_flat_update.py looks at where
+    return found
+
+
+def made_by_nvcc(name: str, text: str) -> tuple[bytes, dict[str, str]]:
+    """A source -> its cubin, and the PTX of its kernels by name."""
     with tempfile.TemporaryDirectory() as folder:
-        made = {}
+        made, source = {}, Path(folder) / f"{name}.cu"
+        source.write_text(text)
         for kind in ("cubin", "ptx"):
-            path = Path(folder) / f"flat_update.{kind}"
-            subprocess.run([nvcc, "-O3", "-std=c++17", f"-{kind}", "-arch=sm_90", "-o", path, SOURCE], check=True)
+            path = Path(folder) / f"{name}.{kind}"
+            how = ["-O3", "-std=c++17", f"-{kind}", "-arch=sm_90", f"-I{CSRC}"]
+            subprocess.run(["nvcc", *how, "-o", path, source], check=True)
             made[kind] = path.read_bytes()
     entries = re.split(r"\.visible \.entry ", made["ptx"].decode())[1:]
-    ptx = {entry.partition("(")[0]: entry for entry in entries}
-    found = {}
-    for name, used in usage(made["cubin"]).items():
-        found[name] = used | accesses(ptx[name]) | occupancy(used["registers"], 512)
-        found[name].pop("f64")  # statistics are summed in it; tests/kernels/test_flat_update.py looks at where
-    return found
+    return made["cubin"], {entry.partition("(")[0]: entry for entry in entries}
 
 
 def usage(cubin: bytes) -> dict[str, dict[str, int]]:
