@@ -63,11 +63,11 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     B, S = packing.place.shape
     if kernel is not None:
-        inputs = (
+        q, k, v = (
             embedding(packing.rows, x[0].transpose(0, 1).flatten(1)).view(-1, x.shape[1], x.shape[3])
             for x in (query, key, value)
         )
-        out = kernel.attend(*inputs, packing.row_starts, S, scale_of(query, kwargs), sliding_window)
+        out = kernel.attend(q, k, v, packing.row_starts, S, scale_of(query, kwargs), sliding_window)
         return embedding(packing.row_home, out.flatten(1)).view(1, -1, *out.shape[1:]), None
 
     def rows(x: Tensor) -> Tensor:

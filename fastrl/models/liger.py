@@ -144,9 +144,9 @@ def tried(model: "PreTrainedModel") -> tuple[LigerKernels | None, str]:
 def passed(model: "PreTrainedModel") -> dict[str, Tensor]:
     """Hidden states of a few tokens, and gradients of their embeddings and of all vectors among the parameters."""
     body = model.base_model
-    words = model.get_input_embeddings()
-    ids = torch.arange(TOKENS[0] * TOKENS[1], device=model.device).view(TOKENS) % words.num_embeddings
-    embedded = words(ids).detach().requires_grad_()
+    words = model.config.get_text_config().vocab_size
+    ids = torch.arange(TOKENS[0] * TOKENS[1], device=model.device).view(TOKENS) % words
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     vectors = [p for p in body.parameters() if p.ndim == 1]
     with torch.enable_grad():
         hidden = body(inputs_embeds=embedded, use_cache=False).last_hidden_state

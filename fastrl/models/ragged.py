@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -165,12 +165,12 @@ def varlen() -> Attend:
 
     known = inspect.signature(varlen_attn).parameters
 
-    def attend(query, key, value, starts, longest, scale, window):
-        options = {}
+    def attend(query, key, value, starts, longest, scale, window) -> Any:
+        options: dict[str, Any] = {}
         if "window_size" in known:
-            options = dict(scale=scale, window_size=(-1 if window is None else window - 1, 0))
+            options |= dict(scale=scale, window_size=(-1 if window is None else window - 1, 0))
         elif window is None and math.isclose(scale, query.shape[-1] ** -0.5):
-            options = dict(is_causal=True)
+            options |= dict(is_causal=True)
         else:
             raise ValueError("this version has neither a scale nor a window")
         groups = query.shape[1] // key.shape[1]
@@ -214,7 +214,7 @@ def fault(attend: Attend, layer: Layer) -> str:
     def run(function: Attend, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in (query.detach(), key.detach(), value.detach())]
         with torch.enable_grad():
-            out = function(*leaves, starts, max(LENGTHS), layer.scale, window)
+            out = function(leaves[0], leaves[1], leaves[2], starts, max(LENGTHS), layer.scale, window)
             return [x.float() for x in (out.detach(), *torch.autograd.grad(out, leaves, upstream.to(dtype)))]
 
     try:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from transformers.models.qwen2 import modeling_qwen2
 
+from fastrl.base.log import RunLog
 from fastrl.models import liger
 from fastrl.models.check import check_model
 from fastrl.models.head import token_logprobs
 from fastrl.models.inputs import inputs_of, upload
 from fastrl.models.liger import LigerKernels, Rotary, passed, tried
 from fastrl.models.loading import load_model
+from fastrl.run.models import load_models
+from fastrl.run.resolve import resolve
 from fastrl.settings.run import configure
 from support.batches import numbered
 from support.families import make_folder
@@ -198,6 +201,17 @@ def test_a_model_says_that_it_has_them(stand_in, monkeypatch):
     assert loaded.liger and loaded.said == ("liger: norms, rotary positions and gated MLPs run on liger-kernel 0.8.5",)
     assert max(check_model(loaded).values()) < 5e-5
     loaded.liger.take_out()
+
+
+def test_a_run_says_it_and_its_reference_has_them_too(stand_in, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(liger, "unfit", lambda kind, device: "")  # of a GPU that is not here
+    stand_in()
+    resolved = resolve(configure(["--device", "cpu", "--kl", "0.01"]))
+    models = load_models(resolved, RunLog(tmp_path, total_steps=1))
+    assert "liger: norms, rotary positions and gated MLPs run on liger-kernel 0.8.5" in capsys.readouterr().out
+    assert models.loaded.liger and models.reference
+    assert forwards(models.policy.model) == forwards(models.reference.model) == {"norm", "mlp"}
+    models.loaded.liger.take_out()
 
 
 def test_the_check_at_load_compares_with_transformers_own_layers(stand_in):

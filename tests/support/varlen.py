@@ -10,7 +10,8 @@ def by_row(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float | None,
     """[M, heads, d]. sides: tokens that are seen to the left and to the right, None for all."""
     out, bounds = [], starts.tolist()
     for a, b in zip(bounds, bounds[1:], strict=False):
-        far = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        place = torch.arange(b - a, device=q.device)
+        far = place[:, None] - place
         seen = torch.ones_like(far, dtype=torch.bool)
         for side, distance in zip(sides, (far, -far), strict=True):
             seen &= True if side is None else distance <= side
