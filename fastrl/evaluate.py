@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         tokenizer = load_tokenizer(config.model)
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         say("\n".join(task.report))
-        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention, ragged="padded")
         with frozen_engine(config.engine, loaded, task.problems, sampling, config.seed) as engine:
             rollout = Rollout(
                 engine=engine,

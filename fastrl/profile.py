@@ -104,7 +104,7 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
             key.refuse_other(stored.key, path)
             if stored.complete:
                 return path, stored.first(config.num_completions)
-        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention, ragged="padded")
         with frozen_engine(config.engine, loaded, task.problems, sampling, config.seed) as engine:
             rollout = Rollout(
                 engine=engine,

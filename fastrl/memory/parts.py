@@ -182,16 +182,17 @@ def forward_bytes(model: ModelShape, s: MemorySettings) -> int:
 
 
 def head_bytes(model: ModelShape, s: MemorySettings) -> dict[str, int]:
-    """Logits alive at a time; and beside gradients in bfloat16, the head's in float32 until all chunks are in."""
+    """Logits alive at a time; and beside gradients in bfloat16, the head's in float32 until all chunks are in.
+
+    On CUDA a chunk of them is the workspace that the policy keeps until it rests.
+    """
     logits = 4 * s.tokens * model.vocab
     upcast = 0 if s.cuda or s.dtype != torch.bfloat16 else 4 * model.vocab * model.hidden
-    if s.cuda:
-        backward = 4 * min(CHUNK_ROWS, s.tokens) * model.vocab
-    else:
-        backward = 3 * min(SLAB, logits) + upcast
+    kept = 4 * min(CHUNK_ROWS, s.tokens) * model.vocab if s.cuda else 0
+    backward = kept or 3 * min(SLAB, logits) + upcast
     if torch.promote_types(s.grad_dtype, s.dtype) == torch.bfloat16:
         backward += 4 * model.vocab * model.hidden
-    return {"score": min(SLAB, logits) + upcast, "backward": backward}
+    return {"score": min(SLAB, logits) + upcast, "backward": backward, "step": kept}
 
 
 def engine_bytes(model: ModelShape, s: MemorySettings) -> int:

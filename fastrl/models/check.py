@@ -13,7 +13,7 @@ Training and sampling share fastrl's head, so a head that is not the model's wou
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -87,7 +87,7 @@ def check_model(loaded: LoadedModel, *, sampled: bool = True) -> dict[str, float
     rows, limits = fixed_rows(loaded), LIMITS[loaded.model.dtype]
     found: dict[str, float] = {}
     with torch.no_grad():
-        own, hidden = tried(loaded, "own", partial(own_forward, loaded.model, rows, loaded.num_tokens))
+        own, hidden = tried(loaded, "own", partial(own_forward, loaded, rows))
         for path, logprobs in ways(loaded, rows, hidden, sampled):
             difference = (tried(loaded, path, logprobs).double() - own).abs()
             figures = [difference.mean().item(), difference.max().item()]
@@ -166,13 +166,13 @@ def batch_of(prompts: list[list[int]], completions: list[list[int]], loaded: Loa
     )
 
 
-def own_forward(model: "PreTrainedModel", rows: Rows, num_tokens: int) -> tuple[Tensor, Tensor]:
+def own_forward(loaded: LoadedModel, rows: Rows) -> tuple[Tensor, Tensor]:
     """The model as its authors wrote it, row by row -> log-probabilities [M], and the last hidden states [M, H]."""
-    logprobs, states = [], []
-    with as_written(model):
+    model, logprobs, states = loaded.model, [], []
+    with as_written(model), loaded.liger.out() if loaded.liger else nullcontext():
         for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
             ids = torch.tensor([prompt + completion], device=model.device)
-            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1, :num_tokens].double()
+            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1, : loaded.num_tokens].double()
             logprobs.append(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0])
             states.append(model.base_model(ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1])
     return torch.cat(logprobs), torch.cat(states)

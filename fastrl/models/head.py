@@ -10,6 +10,7 @@ from fastrl.base import faults
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.kernels.linear_policy_loss import LinearLoss, TokenVectors, linear_policy_loss
 from fastrl.kernels.logit_map import LogitMap
+from fastrl.kernels.workspace import Workspace
 from fastrl.models import packing
 from fastrl.models.inputs import Inputs
 from fastrl.models.packing import HasBody
@@ -73,6 +74,7 @@ def token_policy_loss(
     *,
     inv_temperature: float = 1.0,
     num_tokens: int,
+    workspace: Workspace | None = None,
 ) -> tuple[LinearLoss, Tensor]:
     """As `token_logprobs`, and the loss with it, divided by count: `linear_policy_loss`'s result, and logprobs [B, S].
 
@@ -96,6 +98,7 @@ def token_policy_loss(
         logit_map=logit_map(model),
         weight_grad=weight.grad[:num_tokens],
         triton=True,
+        workspace=workspace,
     )
     return out, inputs.spread(out.logprobs)
 
@@ -109,13 +112,14 @@ def token_logprobs(
     need_entropy: bool = False,
     head_grad_in_place: bool = False,
     triton: bool = False,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """-> logprobs [B, S], entropy [B, S] or None; nats, label-aligned, zero outside the response.
 
     Only response tokens enter the head. `num_tokens`: the tokenizer's size; ids beyond it (a
     padded vocabulary) are not part of the distribution, here as in the engine. head_grad_in_place: add the head's
     gradient to the `.grad` it has at this call (a view of a gradient buffer), without a second [V, H] tensor.
-    triton: take the kernels for the head.
+    triton: take the kernels for the head. workspace: where their logits go, in the forward and the backward.
     """
     hidden = faults.through("logits", label_hidden(model, inputs))
     weight = head_weight(model)
@@ -132,5 +136,6 @@ def token_logprobs(
         need_entropy=need_entropy,
         weight_grad=weight_grad,
         triton=triton,
+        workspace=workspace,
     )
     return inputs.spread(values), None if entropy is None else inputs.spread(entropy)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl.base.types import TrainBatch
+from fastrl.kernels.workspace import Workspace
 from fastrl.models.head import token_logprobs, token_policy_loss
 from fastrl.models.inputs import Inputs, inputs_of, upload
 from fastrl.models.loading import LoadedModel
@@ -38,6 +39,11 @@ class Policy(ShardedModel):
         super().__init__(loaded.model, optim, guard, grad_dtype, master=master, offload=offload)
         self.tokenizer, self.pad_id, self.packs = loaded.tokenizer, loaded.pad_id, loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton
+        self.workspace = Workspace()  # the logits of every microbatch, until the next `rest`
+
+    def rest(self) -> None:
+        super().rest()
+        self.workspace.release()
 
     def score(self, batch: TrainBatch) -> Tensor:
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""
@@ -61,7 +67,13 @@ class Policy(ShardedModel):
         """
         with self.saving():
             out, logprobs = token_policy_loss(
-                self.model, inputs, fused, count, inv_temperature=self.inv_temperature, num_tokens=self.num_tokens
+                self.model,
+                inputs,
+                fused,
+                count,
+                inv_temperature=self.inv_temperature,
+                num_tokens=self.num_tokens,
+                workspace=self.workspace,
             )
         sums = out.named()
         # a token that is not finite has no part in the fused loss; autograd would pass it on, and the guard see it
@@ -81,4 +93,5 @@ class Policy(ShardedModel):
                 need_entropy=need_entropy,
                 head_grad_in_place=True,
                 triton=self.triton,
+                workspace=self.workspace,
             )

@@ -8,7 +8,9 @@ from torch import Tensor
 from fastrl.base.types import TrainBatch
 from fastrl.models.head import token_logprobs
 from fastrl.models.inputs import inputs_of, upload
+from fastrl.models.liger import Liger
 from fastrl.models.loading import load_model
+from fastrl.models.ragged import Ragged
 from fastrl.weights.buffer import FlatParams
 from fastrl.weights.host_memory import host_memory
 from fastrl.weights.offload import as_bytes
@@ -27,12 +29,13 @@ class Reference:
         dtype: torch.dtype,
         device: str,
         attention: str,
+        ragged: Ragged = "auto",
         temperature: float,
         triton: bool = False,
         on_host: bool = False,
-        liger: bool = False,
+        liger: Liger = "off",
     ):
-        loaded = load_model(name, dtype=dtype, device=device, attention=attention, liger=liger)
+        loaded = load_model(name, dtype=dtype, device=device, attention=attention, ragged=ragged, liger=liger)
         self.model, self.num_tokens = loaded.model.requires_grad_(False), loaded.num_tokens
         self.packs = loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton

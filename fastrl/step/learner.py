@@ -1,7 +1,7 @@
 """From a batch to its gradient: what the objective compares with, and the loss, microbatch by microbatch."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -44,6 +44,7 @@ class Learner:
     update: UpdateRule
     num_minibatches: int
     fitting: Fitting  # cuts microbatches
+    after_backward: Callable[[], None] = lambda: None  # called with every backward pass of the policy
     old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
 
     mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step and rank
@@ -125,6 +126,7 @@ class Learner:
             loss, logprobs, metrics = self.forward(part, count, learns)
             if learns:
                 loss.backward()
+                self.after_backward()
             seen.append((rows, logprobs.detach()))
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.double()

@@ -38,7 +38,9 @@ def checkpoint_layers(model: "PreTrainedModel", mode: CheckpointMode) -> None:
     how: dict = {"use_reentrant": False}
     if mode == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, attention_kept)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    # the first name is that of transformers since 5.23, the second is on its way out
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(how)
 
 
 def saved_on_host(weights: Tensor, slabs: HostSlabs | None) -> AbstractContextManager:
