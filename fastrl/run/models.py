@@ -77,6 +77,7 @@ def load_models(resolved: Resolved, log: RunLog) -> Models:
         )
     if "values" in resolved.needs:
         critic = Critic(load(), config.critic, spike_sigma=sigma, **kept)
+        critic.slabs = policy.slabs  # one learns at a time
     return Models(loaded=loaded, policy=policy, reference=reference, critic=critic)
 
 
