@@ -51,7 +51,7 @@ class LoadedModel:
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. A bare `cuda` is the rank's GPU too.
+    """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. `cuda` is the rank's GPU too.
 
     Raises ValueError for a GPU that is not there.
     """
