@@ -5,8 +5,11 @@ the flat buffer in Triton.
 """
 
 import pytest
+import torch
+from torch.nn.functional import embedding
 
 from fastrl.kernels import parity
+from fastrl.models.inputs import Inputs
 from fastrl.step.learner import Learner
 from support.pretend.needed import cuda
 from support.trainers import make_trainer
@@ -113,3 +116,33 @@ def test_a_run_has_the_numbers_of_the_cpu_and_hardly_waits(name, tmp_path, monke
     of_moves = whole.from_files("fastrl/weights/", "fastrl/updates/", "torch/optim/")
     most = len(counted.minibatches) + MOVES.get(type(trainer.learner.update).__name__, 0)
     assert len(of_moves) <= most, of_moves
+
+
+def index_of_the_host(monkeypatch):
+    """The positions of the response tokens stay on the CPU."""
+    monkeypatch.setattr(Inputs, "at_sources", lambda self, hidden: embedding(self.sources.cpu(), hidden.flatten(0, -2)))
+
+
+def as_an_array(monkeypatch):
+    spread = Inputs.spread
+    monkeypatch.setattr(Inputs, "spread", lambda self, x: spread(self, torch.as_tensor(x.detach().numpy())))
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [(index_of_the_host, "same device"), (as_an_array, "can't convert cuda:0 device type tensor to numpy")],
+)
+def test_a_mixed_operation_ends_the_run(fault, message, tmp_path, monkeypatch):
+    trainer = trainer_on("cuda:0", tmp_path, [])
+    fault(monkeypatch)
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        trainer.step()
+
+
+def test_a_wait_in_the_loop_of_microbatches_is_seen(tmp_path, monkeypatch):
+    trainer = trainer_on("cuda:0", tmp_path, [])
+    spread = Inputs.spread
+    monkeypatch.setattr(Inputs, "spread", lambda self, x: spread(self, x if x.sum().item() < 0 else x + 0))
+    counted = Counted(monkeypatch)
+    trainer.step()
+    assert all("item at fastrl/" in watch.waits[0] for watch in counted.microbatches), counted.microbatches
