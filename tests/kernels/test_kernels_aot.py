@@ -16,13 +16,15 @@ TESTS = Path(__file__).parents[1]
 GOLDEN = json.loads((TESTS / "golden" / "kernels_sm90.json").read_text())
 
 
-def complaints(name: str, found: dict[str, int], golden: dict[str, int], *, registers: bool) -> Iterator[str]:
-    """registers: whether the same compiler made both."""
-    if found["spilled_bytes"] or found.get("f64", 0):
-        yield "it spills, or computes in float64"
-    if found["programs"] < golden["programs"]:
+def complaints(name: str, found: dict[str, int], golden: dict[str, int], *, same: bool) -> Iterator[str]:
+    """same: the table is of this version of Triton. Another one brings another assembler, which may take more."""
+    if found["spilled_bytes"] > (0 if same else 16):
+        yield "it spills"
+    if found.get("f64", 0):
+        yield "it computes in float64"
+    if found["programs"] < (golden["programs"] if same else golden["programs"] // 2):
         yield "fewer programs fit on a multiprocessor"
-    if registers and (found["registers"] > golden["registers"] or found["shared_bytes"] > golden["shared_bytes"]):
+    if same and (found["registers"] > golden["registers"] or found["shared_bytes"] > golden["shared_bytes"]):
         yield "it takes more registers or shared memory"
     if any(found[kind] != golden[kind] for kind in ("loads_128", "stores_128")):
         yield "it moves 16 bytes at a time elsewhere"
@@ -49,7 +51,7 @@ def test_kernels_compile_into_what_they_were():
     said = []
     for name, found in made["kernels"].items():
         golden, same = GOLDEN["kernels"][name], name in by_nvcc or made["triton"] == GOLDEN["triton"]
-        said += [f"{name}: {text}; {found}, was {golden}" for text in complaints(name, found, golden, registers=same)]
+        said += [f"{name}: {text}; {found}, was {golden}" for text in complaints(name, found, golden, same=same)]
     assert not said, "\n".join(said)
 
 
@@ -65,9 +67,10 @@ def test_each_way_to_be_worse_is_seen():
         (dict(loads_128=0), "does not move 16 bytes"),
     ]:
         name = "row_gradient-fp32-bf16"
-        assert any(text in said for said in complaints(name, golden | worse, golden, registers=True)), text
-        assert not list(complaints(name, golden, golden, registers=True))
-    more = golden | dict(registers=golden["registers"] + 1)
-    assert not list(complaints("row_gradient-fp32-bf16", more, golden, registers=False))
+        assert any(text in said for said in complaints(name, golden | worse, golden, same=True)), text
+        assert not list(complaints(name, golden, golden, same=True))
+    more = golden | dict(registers=golden["registers"] + 1, programs=golden["programs"] // 2)
+    assert not list(complaints("row_gradient-fp32-bf16", more, golden, same=False))
+    assert list(complaints("row_gradient-fp32-bf16", more | dict(programs=1), golden, same=False))
     scalar = golden | dict(loads_128=0, stores_128=0)
-    assert not list(complaints("row_gradient-fp32-bf16-odd", scalar, scalar, registers=True))
+    assert not list(complaints("row_gradient-fp32-bf16-odd", scalar, scalar, same=True))
