@@ -92,7 +92,7 @@ def flat(report: Report, backend: str) -> None:
     from fastrl.weights import backends, library
 
     if backend == "cuda" and library.find() is None:
-        report.finish(says="not built: there was no cmake or no nvcc")
+        report.finish(says="not built: install.json says why, or there is no cmake or nvcc")
         return
     begin = time.perf_counter()
     backends.try_out(backend, torch.device("cuda", 0))
