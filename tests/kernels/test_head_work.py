@@ -47,7 +47,10 @@ class Work(TorchDispatchMode):
         self.products, self.alive, self.peak, self.allocated = [], {}, 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # there is nothing to compute, and torch 2.11 mixes up the arguments of this one on the meta device
+        given = kwargs.get("out") if function is torch.ops.aten.addmm.dtype_out else None
+        out = function(*args, **kwargs) if given is None else given
         packet = function._overloadpacket
         if packet in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             a, b = args[:2] if packet is torch.ops.aten.mm else args[1:3]

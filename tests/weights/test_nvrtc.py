@@ -63,7 +63,7 @@ def test_what_nvrtc_cannot_compile_is_said(compiler):
 
 @pytest.mark.slow
 def test_arguments_lie_where_the_kernel_reads_them(compiler):
-    """Fields of one order and the same sizes lie alike: the compiler says if they are not. NVRTC 13.0 has no offsetof."""
+    """Fields of one order and one size each lie alike: the compiler says if not. NVRTC 13.0 has no offsetof."""
     names = [name for name, *_ in library.Arguments._fields_]
     sizes = {f"sizeof(Arguments::{name})": getattr(library.Arguments, name).size for name in names}
     sizes |= {"sizeof(Arguments)": ctypes.sizeof(library.Arguments), "kThreads": nvrtc.THREADS}
