@@ -62,7 +62,9 @@ def label_hidden(model: HasBody, inputs: Inputs) -> Tensor:
         body = model.base_model
         return body.get_input_embeddings()(inputs.ids.reshape(-1))  # pyright: ignore[reportCallIssue] said to be any module
     if inputs.packing is None:
-        return inputs.at_sources(model.base_model(inputs.ids, use_cache=False).last_hidden_state)
+        # with a mask of its own transformers does not look for several texts in a row, for which the host would wait
+        whole = torch.ones_like(inputs.ids)
+        return inputs.at_sources(model.base_model(inputs.ids, attention_mask=whole, use_cache=False).last_hidden_state)
     return inputs.at_sources(packing.forward(model, inputs.packing))
 
 

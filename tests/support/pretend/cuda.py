@@ -99,9 +99,9 @@ def index(device: object, needed: bool = False) -> int:
 
 @dataclass(eq=False)
 class Watch:
-    """Events in order: (wait | upload | synchronize, operator, bytes, where in our code).
+    """Events in order: (wait | upload | download | synchronize, operator, bytes, where in our code).
 
-    A transfer to the device waits too, unless it is asked not to.
+    A transfer waits, unless it is asked not to: only then it is an upload or a download.
     """
 
     events: list[tuple[str, str, int, str]] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Watch:
 
     @property
     def waits(self) -> list[str]:
-        return [f"{op} at {where}" for what, op, _, where in self.events if what != "upload"]
+        return [f"{op} at {where}" for what, op, _, where in self.events if not what.endswith("load")]
 
     def from_files(self, *folders: str) -> list[str]:
         """Waits that a line in one of these folders asked for itself."""

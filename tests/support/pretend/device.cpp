@@ -208,7 +208,7 @@ static void move(const Tensor& to, const Tensor& from) {
 }
 
 static Tensor& copy_tensor(Tensor& self, const Tensor& source, bool non_blocking) {
-  if (source.is_cuda() && !self.is_cuda()) tell("wait", "copy to the host", source.nbytes());
+  if (source.is_cuda() && !self.is_cuda()) tell(non_blocking ? "download" : "wait", "copy to the host", source.nbytes());
   if (!source.is_cuda() && self.is_cuda()) tell(non_blocking ? "upload" : "wait", "copy to the device", source.nbytes());
   move(self, source);
   return self;
