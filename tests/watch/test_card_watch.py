@@ -55,7 +55,7 @@ wanted = {
 }
 assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
 assert {name: round(value, 9) for name, value in found.items()} == {n: round(v, 9) for n, v in wanted.items()}, found
-assert lines == ["warning: hw_thermal held the GPU's clocks down in 50% of this step; "
+assert lines == ["warning: hw_thermal held the GPU's clocks down in 50% of the samples; "
                  "look at its cooling and its power supply"]
 
 # the next step: nothing is left of the last one but what the run has used, and a reason is said once
@@ -292,7 +292,8 @@ print(json.dumps(timing.card_state()))
 
 
 def test_a_benchmark_says_that_it_was_slowed_down(tmp_path, driver):
-    throttled, document, state, lost = nvml.run_script(tmp_path, driver, BENCHMARK).splitlines()
+    warning, throttled, document, state, lost = nvml.run_script(tmp_path, driver, BENCHMARK).splitlines()
+    assert warning.startswith("warning: hw_thermal held the GPU's clocks down in 100% of the samples")
     assert throttled == (
         "THROTTLED: the GPU's clocks were held down, in samples of one case each: hw_thermal 100%, power_cap 100%"
     )
