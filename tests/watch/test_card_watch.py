@@ -1,6 +1,7 @@
 """A run's card from step to step: memory by phase, energy, what slows it, a driver that fails, several ranks."""
 
 import json
+import re
 
 import pytest
 
@@ -269,6 +270,26 @@ def test_a_run_writes_it_down_and_goes_on_counting_after_a_resume(tmp_path, driv
         "['gpu: 1024 MiB are held by other processes: unknown (pid 4711) 1024 MiB; the plan leaves them that']"
     )
     assert lines[-1] == "['gpu: no readings beyond those of torch: NVML: Driver Not Loaded']"
+
+
+PROGRAM = """
+from dataclasses import replace
+from fastrl import train
+from fastrl.watch.card import open_card
+readings("0 process 0 1073741824")
+resolved = train.resolve
+train.resolve = lambda config: replace(resolved(config), card=open_card("cuda:0"))  # as if this torch used it
+assert train.main(["--out", "run", "--steps", "1", "--problems-per-step", "4", "--eval-limit", "4",
+                   "--reward-workers", "1", "--device", "cpu"]) == 0
+"""
+
+
+def test_the_program_ends_with_its_energy(tmp_path, driver, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = nvml.run_script(tmp_path, driver, PROGRAM).splitlines()
+    assert re.match(r"done at step 1 after \d+ s and 0 kWh of the GPUs; run ", lines[-1])
+    first, step, *_, last = rows(tmp_path / "run")
+    assert step["memory/process_mib/rollout"] == 1024 and last == {"step": 1, "energy/run_kwh": 0.0}
 
 
 BENCHMARK = """
