@@ -323,7 +323,7 @@ def test_a_benchmark_says_that_it_was_slowed_down(tmp_path, driver):
         "driver": "580.95.05",
         "sm_mhz": 1410,
         "top_sm_mhz": 1980,
-        "power_w": 300,
+        "power_w": 500,
         "slowed_by": ["power_cap"],
         "others": "1024 MiB are held by other processes: python3 (pid 4711) 1024 MiB",
     }
