@@ -129,14 +129,17 @@ def snapshot_bytes(shard: int, s: MemorySettings) -> int:
 def saved_per_layer(model: ModelShape, s: MemorySettings) -> int:
     """Bytes per token that a layer keeps for its backward, as transformers' Llama, Qwen2 and Qwen3 do.
 
-    Of each norm the float32 input, the normalised and the scaled one; query, key, value and output of attention; gate,
-    up, activated gate and product of the MLP.
+    Of each norm the float32 input, the normalised and the scaled one; query, key, value and output of attention, and
+    where it attends packed rows the output in the order of the other layers as well; gate, up, activated gate and
+    product of the MLP.
     """
     size = s.dtype.itemsize
     norms = 2 * ((4 + 2 * size) * model.hidden + 4)
     if model.qk_norm:
         norms += (model.heads + model.kv_heads) * ((4 + size) * model.head_dim + 4)
     attention = size * model.attention_width + 4 * model.heads
+    if s.cuda and s.attention == "sdpa":
+        attention += size * model.heads * model.head_dim
     if s.attention == "eager":
         attention += model.heads * s.context * (4 + size)
     return norms + attention + 4 * size * model.inner
@@ -156,28 +159,56 @@ def checkpoints(model: ModelShape, s: MemorySettings) -> int:
     return s.tokens * model.layers * kept
 
 
-def working_set(model: ModelShape, s: MemorySettings) -> int:
-    """Bytes beside `checkpoints` at the worst moment of a backward.
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes of a microbatch that are there at one time."""
 
-    Gradients within a layer, the layer computed again where it was not kept, the hidden states of the head with their
-    gradient, and the gradient of the largest matrix before it is added to the buffer.
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits
+
+
+def backward_moments(model: ModelShape, s: MemorySettings, kept: int) -> list[Moment]:
+    """Of the head, the last norm, the last layer and the embedding one is the peak. kept: of `checkpoints`, on the device.
+
+    head         the last norm, the hidden states and their gradient, beside the logits
+    norm         its gradients in float32
+    layer        computed again where it was not kept; the gradients of gate, up and product, of which the last takes
+                 the place of what it is of, or the first weight gradient; and the gradient of the layer's output
+    embedding    its gradient, before it is added to the buffer
     """
-    size = s.dtype.itemsize
-    within = size * (2 * model.inner + 4 * model.hidden)
-    if s.checkpoint == "none":
-        per_token = max(within, 13 * size * model.hidden)  # the last norm
-    else:
+    size, head, tokens = s.dtype.itemsize, head_bytes(model, s), s.tokens
+    grad = torch.promote_types(s.grad_dtype, s.dtype).itemsize
+    added = size + (grad if grad != size else 0)  # bytes of a weight gradient's element on its way
+    again = 0
+    if s.checkpoint != "none":
         again = saved_per_layer(model, s)
         if s.checkpoint == "selective":
             again -= model.heads * (size * model.head_dim + 4)
-        per_token = again + within
-    matrix = model.inner * model.hidden * (size + s.grad_dtype.itemsize)
-    return s.tokens * (per_token + 2 * size * model.hidden) + matrix
+    elif "activations" in s.offload:
+        again = saved_per_layer(model, s)  # comes back whole
+    positions = 2 * size * model.head_dim
+    product = tokens * size * model.inner
+    layer = max(2 * product, product + added * model.inner * model.hidden)
+    stays = head["step"]
+    return [
+        Moment(kept + tokens * ((4 + 3 * size) * model.hidden + positions), head["backward"]),
+        Moment(kept + tokens * (13 * size * model.hidden + positions), stays),
+        Moment(kept + tokens * (again + size * model.hidden + positions) + layer, stays),
+        Moment(added * model.vocab * model.hidden + tokens * size * model.hidden, stays),
+    ]
 
 
-def forward_bytes(model: ModelShape, s: MemorySettings) -> int:
-    """Bytes of a microbatch without gradients."""
-    return s.tokens * s.dtype.itemsize * (3 * model.inner + 4 * model.hidden)
+def score_moments(model: ModelShape, s: MemorySettings) -> list[Moment]:
+    """Without gradients: a layer's MLP, and the hidden states with the head."""
+    per_token = s.tokens * s.dtype.itemsize
+    return [
+        Moment(per_token * (3 * model.inner + 4 * model.hidden), 0),
+        Moment(per_token * 2 * model.hidden, head_bytes(model, s)["score"]),
+    ]
 
 
 def head_bytes(model: ModelShape, s: MemorySettings) -> dict[str, int]:
@@ -190,7 +221,7 @@ def head_bytes(model: ModelShape, s: MemorySettings) -> dict[str, int]:
         backward = 3 * min(SLAB, logits) + upcast
     if torch.promote_types(s.grad_dtype, s.dtype) == torch.bfloat16:
         backward += 4 * model.vocab * model.hidden
-    return {"score": min(SLAB, logits) + upcast, "backward": backward}
+    return {"score": min(SLAB, logits) + upcast, "backward": backward, "step": 0}
 
 
 def engine_bytes(model: ModelShape, s: MemorySettings) -> int:

@@ -18,17 +18,17 @@ from fastrl.memory.parts import (
     MIB,
     MemorySettings,
     ModelShape,
+    backward_moments,
     buffer,
     checkpoints,
     engine_bytes,
-    forward_bytes,
     head_bytes,
     kv_per_sequence,
     optimizer_bytes,
+    score_moments,
     snapshot_bytes,
     step_bytes,
     trained,
-    working_set,
 )
 
 PHASES = ("generate", "score", "backward", "step")
@@ -136,8 +136,10 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
     if "activations" in s.offload:
         host["activations"] = kept
         kept = min(kept, 2 * kept // model.layers)  # one on its way, one in use
-    table["activations"] = {"score": forward_bytes(model, s), "backward": kept + working_set(model, s)}
-    table["logits"] = head_bytes(model, s)
+    peaks = {"score": score_moments(model, s), "backward": backward_moments(model, s, kept)}
+    worst = {phase: max(moments, key=lambda moment: moment.total) for phase, moments in peaks.items()}
+    table["activations"] = {phase: moment.activations for phase, moment in worst.items()}
+    table["logits"] = {phase: moment.logits for phase, moment in worst.items()} | {"step": head_bytes(model, s)["step"]}
     table["workspace"] = {"generate": engine_bytes(model, s), "step": step_bytes(model, s)}
     if s.cuda:
         graphs = GRAPHS if s.engine == "vllm" else 0

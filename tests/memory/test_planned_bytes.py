@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastrl.memory.parts import GIB, MemorySettings, kv_per_sequence, saved_per_layer, working_set
+from fastrl.memory.parts import GIB, MemorySettings, backward_moments, kv_per_sequence, saved_per_layer, score_moments
 from fastrl.memory.parts import checkpoints as checkpoint_bytes
 from fastrl.memory.plan import CARDS, USABLE, plan_memory
 from fastrl.memory.watch import MemoryWatch
@@ -216,7 +216,8 @@ def test_the_peak_of_a_backward_is_near_the_planned_one(architecture, checkpoint
     ids, gradient = torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens, 64, dtype=torch.bfloat16)
     found = peak_bytes(lambda: model.base_model(ids, use_cache=False).last_hidden_state.backward(gradient))
     s = settings(context=tokens, checkpoint=checkpoint, dtype=torch.bfloat16)
-    planned = checkpoint_bytes(shape, s) + working_set(shape, s)
+    moments = backward_moments(shape, s, checkpoint_bytes(shape, s))
+    planned = max(moment.activations for moment in moments) + size(gradient)  # the output lives on here
     assert found < 1.02 * planned and planned < 1.25 * found
 
 
@@ -287,11 +288,17 @@ def test_hand_worked_parts_of_a_large_model():
     assert parts["master"]["step"] == elements == parts["snapshots"]["step"]
     assert parts["optimizer"]["step"] == 2 * elements
     assert parts["reference"]["score"] == 2 * 1_543_714_304
-    assert parts["logits"]["backward"] == 4 * 4096 * 151936 and parts["logits"]["score"] == 64 * 2**20
+    assert parts["logits"]["backward"] == 4 * 4096 * 151936
+    # a layer's MLP takes more than the head where only log-probabilities are asked for
+    assert [moment.logits for moment in score_moments(shape, s)] == [0, 64 * 2**20]
+    assert parts["activations"]["score"] == 8192 * 2 * (3 * 8960 + 4 * 1536) and parts["logits"]["score"] == 0
     # the shard of the reduce-scatter, and a chunk of it in float64 for the norm
     assert parts["workspace"]["step"] == elements + 8 * 2**24
-    few = plan_memory(shape, replace(s, context=100, tokens_per_microbatch=100))
-    assert few.parts["logits"]["backward"] == 4 * 100 * 151936
+    few = replace(s, context=100, tokens_per_microbatch=100)
+    assert backward_moments(shape, few, 0)[0].logits == 4 * 100 * 151936
+    # less than the embedding's gradient, in bfloat16 and in float32
+    assert plan_memory(shape, few).parts["logits"]["backward"] == 0
+    assert plan_memory(shape, few).parts["activations"]["backward"] == 6 * 151936 * 1536 + 100 * 2 * 1536
     halves = plan_memory(shape, replace(s, grad_dtype=torch.bfloat16))
     assert halves.parts["logits"]["backward"] == 4 * 4096 * 151936 + 4 * 151936 * 1536
 
