@@ -145,6 +145,14 @@ def saved_per_layer(model: ModelShape, s: MemorySettings) -> int:
     return norms + attention + 4 * size * model.inner
 
 
+def staying(model: ModelShape, s: MemorySettings) -> int:
+    """What `checkpoints` leaves on the device: all, or with offloading what is not autograd's, attention's output."""
+    if "activations" not in s.offload:
+        return checkpoints(model, s)
+    kept = model.heads * (s.dtype.itemsize * model.head_dim + 4)
+    return s.tokens * model.layers * kept * (s.checkpoint == "selective")
+
+
 def checkpoints(model: ModelShape, s: MemorySettings) -> int:
     """Bytes of a microbatch that every layer keeps until its backward.
 
@@ -171,8 +179,8 @@ class Moment:
         return self.activations + self.logits
 
 
-def backward_moments(model: ModelShape, s: MemorySettings, kept: int) -> list[Moment]:
-    """Of the head, the last norm, the last layer and the embedding one is the peak. kept: of `checkpoints`, on the device.
+def backward_moments(model: ModelShape, s: MemorySettings) -> list[Moment]:
+    """Of the head, the last norm, the last layer and the embedding one is the peak.
 
     head         the last norm, the hidden states and their gradient, beside the logits
     norm         its gradients in float32
@@ -180,7 +188,7 @@ def backward_moments(model: ModelShape, s: MemorySettings, kept: int) -> list[Mo
                  the place of what it is of, or the first weight gradient; and the gradient of the layer's output
     embedding    its gradient, before it is added to the buffer
     """
-    size, head, tokens = s.dtype.itemsize, head_bytes(model, s), s.tokens
+    size, head, tokens, kept = s.dtype.itemsize, head_bytes(model, s), s.tokens, staying(model, s)
     grad = torch.promote_types(s.grad_dtype, s.dtype).itemsize
     added = size + (grad if grad != size else 0)  # bytes of a weight gradient's element on its way
     again = 0
@@ -189,7 +197,7 @@ def backward_moments(model: ModelShape, s: MemorySettings, kept: int) -> list[Mo
         if s.checkpoint == "selective":
             again -= model.heads * (size * model.head_dim + 4)
     elif "activations" in s.offload:
-        again = saved_per_layer(model, s)  # comes back whole
+        again = 3 * size * model.inner  # what the product is of comes back, and nothing else is there yet
     positions = 2 * size * model.head_dim
     product = tokens * size * model.inner
     layer = max(2 * product, product + added * model.inner * model.hidden)

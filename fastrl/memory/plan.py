@@ -27,6 +27,7 @@ from fastrl.memory.parts import (
     optimizer_bytes,
     score_moments,
     snapshot_bytes,
+    staying,
     step_bytes,
     trained,
 )
@@ -132,11 +133,9 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
         table["critic"] = {phase: sum(critic[name] for name in held if phase in held[name]) for phase in PHASES}
         if "optimizer" in s.offload:
             host["critic"] = critic["master"] + critic["optimizer"]
-    kept = checkpoints(model, s)
     if "activations" in s.offload:
-        host["activations"] = kept
-        kept = min(kept, 2 * kept // model.layers)  # one on its way, one in use
-    peaks = {"score": score_moments(model, s), "backward": backward_moments(model, s, kept)}
+        host["activations"] = checkpoints(model, s) - staying(model, s)
+    peaks = {"score": score_moments(model, s), "backward": backward_moments(model, s)}
     worst = {phase: max(moments, key=lambda moment: moment.total) for phase, moments in peaks.items()}
     table["activations"] = {phase: moment.activations for phase, moment in worst.items()}
     table["logits"] = {phase: moment.logits for phase, moment in worst.items()} | {"step": head_bytes(model, s)["step"]}

@@ -29,7 +29,7 @@ from support.trainers import make_trainer
 CONTEXT, PROMPT, TOKENS = 1024, 16, 4096  # of a sequence, of its prompt, of a microbatch
 PARTS = (
     "other", "weights", "gradients", "master", "optimizer", "snapshots", "rule", "critic", "reference", "activations",
-    "logits", "workspace",
+    "logits", "workspace", "KV cache",
 )  # fmt: skip
 LABEL = {name: number for number, name in enumerate(PARTS)}
 END = "<|endoftext|>"
@@ -58,8 +58,6 @@ def write_model(folder: Path, name: str, **changes: object) -> Path:
     vocab |= {f"unused {i}": i for i in range(len(vocab), config.vocab_size)}
     Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=None, eos_token=END, pad_token=END).save_pretrained(folder)
     (folder / "reward.py").write_text(REWARD)
-    rows = [{"prompt": str(10 ** (PROMPT - 1) + i), "answer": "1"} for i in range(8)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -97,7 +95,9 @@ class Probe:
 
     def label(self) -> int:
         """Asked before every operator; the head says itself what is logits."""
-        return LABEL["logits" if self.part == "activations" and in_the_head() else self.part]
+        if self.part == "activations" and called_from("linear_logprob.py", "linear_policy_loss.py", "kernels/rows.py"):
+            return LABEL["logits"]
+        return LABEL["KV cache" if self.phase == "generate" and called_from("models/cache.py") else self.part]
 
     def begin(self, phase: str, part: str) -> None:
         """The phase before has ended."""
@@ -105,11 +105,15 @@ class Probe:
         if self.phase and sum(now.values()) > sum(self.found.get(self.phase, {}).values()):
             self.found[self.phase] = now
         self.phase, self.part = phase, part
+        self.settle()
+        pretended.reset_peak()
+
+    def settle(self) -> None:
+        """Give what is there to its owners."""
         for name, tensors in self.owned().items():
             for tensor in tensors:
                 if tensor.is_cuda:
                     pretended.relabel(tensor, LABEL[name])
-        pretended.reset_peak()
 
     def owned(self) -> dict[str, list[Tensor]]:
         learner = self.trainer.learner
@@ -129,11 +133,11 @@ class Probe:
         return found
 
 
-def in_the_head() -> bool:
-    """Whether what asks is one of the head's kernels, forward or backward."""
+def called_from(*files: str) -> bool:
+    """Whether one of these files asks, in a forward or in a backward."""
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_filename.endswith(("linear_logprob.py", "linear_policy_loss.py", "kernels/rows.py")):
+        if frame.f_code.co_filename.endswith(files):
             return True
         frame = frame.f_back
     return False
@@ -160,6 +164,9 @@ def watch(trainer: Trainer, probe: Probe) -> None:
     def keep(part: str):
         probe.part = part
 
+    around(trainer.rollout, "sample", partial(begin, "generate", "workspace"), lambda _: begin("", "other"))
+    if learner.reference:
+        around(learner.reference, "wake", lambda: None, lambda _: probe.settle())
     around(learner, "prepare", partial(begin, "score", "activations"), lambda _: begin("", "other"))
     around(learner, "accumulate", partial(begin, "backward", "activations"), lambda _: begin("step", "snapshots"))
     if learner.critic:
@@ -171,16 +178,25 @@ def watch(trainer: Trainer, probe: Probe) -> None:
 
 
 @contextmanager
-def real_widths(folder: Path, model: Path, *flags: object) -> Iterator[tuple[Trainer, Probe]]:
-    """A trainer whose large tensors are never computed, in bfloat16, and its probe."""
+def real_widths(
+    folder: Path, model: Path, *flags: object, prompt: int = PROMPT, samples: bool = False
+) -> Iterator[tuple[Trainer, Probe]]:
+    """A trainer whose large tensors are never computed, in bfloat16, and its probe.
+
+    prompt: tokens of each. samples: by its own engine, where completions else are ready.
+    """
     probe: list[Probe] = []
-    args = ["--device", "cuda:0", "--dtype", "bfloat16", "--model", model, "--data", model / "data.jsonl",
-            "--eval", model / "data.jsonl", "--reward", f"{model / 'reward.py'}:alternating", "--max-prompt-tokens", PROMPT,
-            "--max-new-tokens", CONTEXT - PROMPT, "--tokens-per-microbatch", TOKENS, "--problems-per-step", 2,
+    data = folder / "data.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_text("".join(json.dumps({"prompt": f"{i}" * prompt, "answer": "1"}) + "\n" for i in range(8)))
+    args = ["--device", "cuda:0", "--dtype", "bfloat16", "--model", model, "--data", data, "--eval", data,
+            "--reward", f"{model / 'reward.py'}:alternating", "--max-prompt-tokens", prompt,
+            "--max-new-tokens", CONTEXT - prompt, "--tokens-per-microbatch", TOKENS, "--problems-per-step", 2,
             "--group-size", 4, "--sample-every", 0, *flags]  # fmt: skip
     with hollow(lambda: probe[0].label() if probe else 0):
         trainer = make_trainer(folder, *args)
-        trainer.rollout.engine = Ready()
+        if not samples:
+            trainer.rollout.engine = Ready()
         for model in (trainer.learner.policy, trainer.learner.reference):
             if model is not None:
                 model.triton = True  # which compares its numbers with torch's at the start, and here there are none
@@ -193,7 +209,7 @@ CASES: dict[str, tuple[object, ...]] = {
     "ppo": ("--objective", "ppo", "--kl", 0.01),
     "apo": ("--objective", "apo", "--objective.value-mode", "zero"),
     "rebel": ("--objective", "rebel"),
-    "rebel paired": ("--objective", "rebel", "--paired", "true"),
+    "rebel paired": ("--objective", "rebel", "--paired"),
     "sfpo": ("--update", "sfpo"),
     "sfpo restore": ("--update", "sfpo", "--opt-state", "restore"),
     "gxpo": ("--update", "gxpo"),
@@ -204,5 +220,5 @@ CASES: dict[str, tuple[object, ...]] = {
     "split, bfloat16": ("--master", "split", "--grad-dtype", "bfloat16"),
     "offload optimizer": ("--offload", "optimizer"),
     "offload both": ("--offload", "optimizer,activations"),
-    "reference on host": ("--kl", 0.01, "--reference-on-host", "true"),
+    "reference on host": ("--kl", 0.01, "--reference-on-host"),
 }
