@@ -59,6 +59,8 @@ class MemorySettings:
 
     context: int  # longest prompt and completion together
     tokens_per_microbatch: int
+    prompt: int = 0  # longest prompt; 0: as long as the context
+    group_size: int = 1  # completions that share a prompt, at least
     least_rows: int = 1  # sequences that a microbatch cannot be cut below
     sequences: int = 1
     ranks: int = 1
@@ -233,8 +235,16 @@ def head_bytes(model: ModelShape, s: MemorySettings) -> dict[str, int]:
 
 
 def engine_bytes(model: ModelShape, s: MemorySettings) -> int:
+    """Beside the KV cache. hf: the largest of a batch's prompts, a layer's attention and the sampler's logits."""
     if s.engine == "hf":
-        return HF_LOGITS * s.running * model.vocab
+        size = s.dtype.itemsize
+        prefill = math.ceil(s.running / s.group_size) * (s.prompt or s.context)  # tokens
+        repeated = 2 * s.running * s.context * model.heads * model.head_dim * size  # keys and values, for each head
+        return max(
+            prefill * size * (3 * model.inner + 4 * model.hidden),
+            repeated if model.heads != model.kv_heads else 0,
+            HF_LOGITS * s.running * model.vocab,
+        )
     batch = s.max_num_batched_tokens * s.dtype.itemsize * (2 * model.inner + 4 * model.hidden)
     return (ENGINE if s.cuda else 0) + batch + ENGINE_LOGITS * s.max_num_seqs * model.vocab
 

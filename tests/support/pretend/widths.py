@@ -164,7 +164,7 @@ def watch(trainer: Trainer, probe: Probe) -> None:
     def keep(part: str):
         probe.part = part
 
-    around(trainer.rollout, "sample", partial(begin, "generate", "workspace"), lambda _: begin("", "other"))
+    around(trainer.rollout.engine, "sample", partial(begin, "generate", "workspace"), lambda _: begin("", "other"))
     if learner.reference:
         around(learner.reference, "wake", lambda: None, lambda _: probe.settle())
     around(learner, "prepare", partial(begin, "score", "activations"), lambda _: begin("", "other"))
@@ -183,12 +183,12 @@ def real_widths(
 ) -> Iterator[tuple[Trainer, Probe]]:
     """A trainer whose large tensors are never computed, in bfloat16, and its probe.
 
-    prompt: tokens of each. samples: by its own engine, where completions else are ready.
+    prompt: tokens of the longest. samples: by its own engine, where completions else are ready.
     """
     probe: list[Probe] = []
     data = folder / "data.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    data.write_text("".join(json.dumps({"prompt": f"{i}" * prompt, "answer": "1"}) + "\n" for i in range(8)))
+    data.write_text("".join(json.dumps({"prompt": f"{i}" * (prompt - (i if samples else 0)), "answer": "1"}) + "\n" for i in range(8)))
     args = ["--device", "cuda:0", "--dtype", "bfloat16", "--model", model, "--data", data, "--eval", data,
             "--reward", f"{model / 'reward.py'}:alternating", "--max-prompt-tokens", prompt,
             "--max-new-tokens", CONTEXT - prompt, "--tokens-per-microbatch", TOKENS, "--problems-per-step", 2,
