@@ -10,13 +10,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pretended  # pyright: ignore[reportMissingImports]
 import torch
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-
-import pretended  # pyright: ignore[reportMissingImports]
 
 LARGE = 1 << 18  # elements
 # they change a tensor's memory or shape, not its numbers

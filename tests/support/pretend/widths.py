@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from fastrl.base.types import Completion
-from fastrl.memory.plan import MemoryPlan
 from fastrl.models.loading import parameter_shapes
 from fastrl.models.shapes import KNOWN
-from fastrl.run.resolve import resolve
 from fastrl.step.trainer import Trainer
 from support.pretend.hollow import hollow
 from support.trainers import make_trainer
@@ -42,7 +40,9 @@ def write_model(folder: Path, name: str, **changes: object) -> Path:
     from transformers import AutoConfig, Qwen2Tokenizer
 
     config = AutoConfig.for_model(**KNOWN[name] | changes)
-    config.architectures = [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config.model_type]]
+    config.architectures = [
+        {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config.model_type]
+    ]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -79,7 +79,10 @@ class Ready:
     def sample(self, requests, sampling) -> list[list[Completion]]:
         n = sampling.max_new_tokens
         return [
-            [Completion(token_ids=[7] * (n - 1) + [0], rollout_logprobs=[0.0] * n, finish_reason="stop") for _ in r.seeds]
+            [
+                Completion(token_ids=[7] * (n - 1) + [0], rollout_logprobs=[0.0] * n, finish_reason="stop")
+                for _ in r.seeds
+            ]
             for r in requests
         ]
 
@@ -173,7 +176,15 @@ def watch(trainer: Trainer, probe: Probe) -> None:
         around(learner.critic, "wake", partial(begin, "backward", "activations"))
         around(learner.critic, "rest", partial(begin, "", "other"))
     around(learner, "learn", partial(begin, "step", "snapshots"), lambda _: begin("", "other"))
-    for name in ("gradient", "apply", "optimizer_step", "interpolate", "extrapolate", "extrapolate_by_tensor", "restore"):
+    for name in (
+        "gradient",
+        "apply",
+        "optimizer_step",
+        "interpolate",
+        "extrapolate",
+        "extrapolate_by_tensor",
+        "restore",
+    ):
         around(learner.policy, name, partial(keep, "workspace"), lambda _: keep("snapshots"))
 
 
@@ -188,7 +199,11 @@ def real_widths(
     probe: list[Probe] = []
     data = folder / "data.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    data.write_text("".join(json.dumps({"prompt": f"{i}" * (prompt - (i if samples else 0)), "answer": "1"}) + "\n" for i in range(8)))
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": f"{i}" * (prompt - (i if samples else 0)), "answer": "1"}) + "\n" for i in range(8)
+        )
+    )
     args = ["--device", "cuda:0", "--dtype", "bfloat16", "--model", model, "--data", data, "--eval", data,
             "--reward", f"{model / 'reward.py'}:alternating", "--max-prompt-tokens", prompt,
             "--max-new-tokens", CONTEXT - prompt, "--tokens-per-microbatch", TOKENS, "--problems-per-step", 2,
