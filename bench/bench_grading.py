@@ -7,14 +7,14 @@ the rates that two cores promise (C7 of docs/reliability.md) into a file as `mak
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from fastrl.base.log import versions
+from timing import Report
+
 from fastrl.rewards import Exact, Math
 from support.promises import record
 
@@ -39,10 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out")
+    parser.add_argument("--out", default="")
     parser.add_argument("--reliability", type=Path)
     args = parser.parse_args()
-    rows = {}
+    report = Report("grading", args.out, workers=args.workers)
     with Math(workers=args.workers) as math, Exact() as exact:
         for name, verifier, n in (("exact", exact, 256), ("math, mixed", math, 500), ("math, sympy", math, 200)):
             texts, answers, expected = cases(name, n)
@@ -53,18 +53,14 @@ def main() -> None:
                 start = time.perf_counter()
                 verifier.grade(texts, answers)
                 seconds.append(time.perf_counter() - start)
-            rows[name] = {"answers": n, "median_s": statistics.median(seconds), "all_s": seconds}
-            median = rows[name]["median_s"]
-            print(f"{name:12} {n / median:10.0f} answers/s   {median * 1e3:8.2f} ms for {n}")
-    document = {"bench": "grading", "workers": args.workers, "rows": rows, "versions": versions()}
-    print(json.dumps(document))
+            rate = n / statistics.median(seconds)
+            report.add({"what": name, "answers": n, "answers_per_s": rate, "all_s": seconds})
+    report.finish()
     if args.reliability:
-        kept = [rows[name]["answers"] / rows[name]["median_s"] >= rate for name, rate in PROMISED.items()]
-        seconds = sum(sum(row["all_s"]) for row in rows.values())
+        kept = [row["answers_per_s"] >= PROMISED[row["what"]] for row in report.rows if row["what"] in PROMISED]
+        seconds = sum(sum(row["all_s"]) for row in report.rows)
         counts = {"run": len(kept), "passed": sum(kept), "command": "python bench/bench_grading.py", "seconds": seconds}
         record(args.reliability, {"C7": counts})
-    if args.out:
-        Path(args.out).write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

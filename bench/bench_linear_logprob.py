@@ -7,6 +7,7 @@ time over that of the bare products of the vendor library in the same run. The e
 and of the gradients' norm otherwise. Without a GPU it prints what a model of an H100 gives, and says so.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -103,12 +104,10 @@ def fresh(mode: str, N: int, H: int, V: int, device: str = "cuda") -> dict[str, 
     return providers(inputs(N, H, V, device), mode)
 
 
-def measured(N: int, H: int, V: int) -> list[dict]:
-    rows = []
+def measured(N: int, H: int, V: int) -> Iterator[dict]:
     for mode in MODES:
         small, large = (partial(fresh, mode, rows_of, H, V) for rows_of in (GATE_ROWS, N))
-        rows += measure(BENCH, small, large, yardstick=BARE, case={"N": N, "H": H, "V": V, "mode": mode})
-    return rows
+        yield from measure(BENCH, small, large, yardstick=BARE, case={"N": N, "H": H, "V": V, "mode": mode})
 
 
 def modelled(N: int, H: int, V: int) -> list[dict]:

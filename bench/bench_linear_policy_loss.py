@@ -6,7 +6,7 @@ Useful work is 6 N H V, three products, whatever a provider spends.
 The headline, of_bare, is the time over that of the bare products of the vendor library in the same run. A provider that
 computes another loss is marked so, and set against that one. The error is the larger of those of the gradients in
 hidden and in weight against float64, relative to their norms. Without a GPU it prints what a model of an H100 gives,
-and says so.
+and says so, once for each row kernel: rows of logits that are read twice, the default, or once.
 """
 
 import importlib.util
@@ -22,10 +22,13 @@ from torch.nn import functional as F
 
 from fastrl.kernels.linear_logprob import CHUNK_ROWS, linear_logprob
 from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss, linear_policy_loss_ref
+from fastrl.kernels.row_once import RowKernel
+from fastrl.models.row_once import CompiledRowKernel, has_clusters
 
 BENCH = "linear_policy_loss"
 BARE = "bare products"
-ROW_BYTES = 10  # of each float32 logit: read twice, written once as bfloat16
+ONCE = "logits read once"  # fastrl with another row kernel, which may not run everywhere: a fault is a note in its row
+ROW_BYTES = {"twice": 10, "once": 6}  # of each float32 logit: read so often, written once as bfloat16
 
 Gradients = tuple[Tensor, Tensor]  # in hidden and in weight
 
@@ -43,11 +46,12 @@ def inputs(N: int, H: int, V: int, device: str) -> dict[str, Tensor]:
     )
 
 
-def fused(x: dict[str, Tensor], triton: bool) -> Gradients:
+def fused(x: dict[str, Tensor], triton: bool, row_kernel: RowKernel | None = None) -> Gradients:
     """Both gradients are there after the forward; that in weight is added to a float32 buffer."""
     vectors = TokenVectors(x["advantage"], x["w"], x["old_logprobs"])
     head = (x["hidden"], x["weight"], x["target"])
-    made = linear_policy_loss(token_loss(x), *head, vectors, weight_grad=x["gradient"], triton=triton)
+    how = dict(weight_grad=x["gradient"], triton=triton, row_kernel=row_kernel)
+    made = linear_policy_loss(token_loss(x), *head, vectors, **how)
     return made.hidden_grad, x["gradient"]
 
 
@@ -160,6 +164,8 @@ def providers(x: dict[str, Tensor]) -> dict[str, Provider]:
     for name, loss in losses.items():
         error = partial(off, x, "no RL loss" in name)
         made[name] = Provider(partial(differentiated, x, partial(loss, x)), error, ROUNDED, flop)
+    if on_cuda and has_clusters():
+        made[ONCE] = ours(partial(fused, x, True, CompiledRowKernel()))
     return made | ({BARE: bare_products(x, gradient=True)} if on_cuda else {})
 
 
@@ -173,8 +179,12 @@ def measured(N: int, H: int, V: int) -> list[dict]:
 
 
 def modelled(N: int, H: int, V: int) -> list[dict]:
-    row = model(6 * N * H * V, ROW_BYTES * N * V, N=N, H=H, V=V)
-    return [row | {"of_bare": row["ms"] / row["products_ms"], "workspace_mib": 4 * min(N, CHUNK_ROWS) * V / 2**20}]
+    made = []
+    for logits_read, row_bytes in ROW_BYTES.items():
+        row = model(6 * N * H * V, row_bytes * N * V, N=N, H=H, V=V, logits_read=logits_read)
+        workspace = 4 * min(N, CHUNK_ROWS) * V
+        made.append(row | {"of_bare": row["ms"] / row["products_ms"], "workspace_mib": workspace / 2**20})
+    return made
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ against float64, relative to its norm. Without a GPU it prints what a model of a
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -109,12 +109,10 @@ def fresh(N: int, mode: str, device: str = "cuda") -> dict[str, Provider]:
     return providers(inputs(N, mode, device))
 
 
-def measured(N: int) -> list[dict]:
-    rows = []
+def measured(N: int) -> Iterator[dict]:
     for mode in BYTES:
         small, large = (partial(fresh, tokens, mode) for tokens in (GATE_TOKENS, N))
-        rows += measure(BENCH, small, large, yardstick=COPY, warmup=20, case={"N": N, "mode": mode})
-    return rows
+        yield from measure(BENCH, small, large, yardstick=COPY, warmup=20, case={"N": N, "mode": mode})
 
 
 def modelled(N: int) -> list[dict]:

@@ -9,7 +9,6 @@ logits.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -21,7 +20,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from fastrl.base.log import versions
+from timing import Report
+
 from fastrl.memory.watch import MemoryWatch
 from fastrl.models.loading import load_model
 from fastrl.run.resolve import resolve
@@ -127,13 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--starts", type=int, default=3)
-    parser.add_argument("--out")
+    parser.add_argument("--out", default="")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(Path(folder), "--sample-every", 0, "--rollouts-every", 0)
         error = gate(trainer)
         if error > 1e-4:
             sys.exit(f"gradients differ by {error:.2e} of their norm: no timing")
+        report = Report("step", args.out, device="cpu", steps=args.steps, gradient_error=error)
         plain = PlainLoop(trainer)
         times: dict[str, list[float]] = {}
         for i in range(args.steps + 2):
@@ -148,37 +149,22 @@ def main() -> None:
                     times.setdefault(f"fastrl {name}", []).append(value)
                 for name, value in rival.items():
                     times.setdefault(f"plain {name}", []).append(value)
+        for name, values in times.items():
+            report.add({"what": name, **quantiles(values)})
         trainer.memory = MemoryWatch(resolve(configure([])).plan, "cpu", print)
         used = trainer.step()  # not timed: the tensors that are alive are counted at the end of each phase
-        memory = {name.removeprefix("memory/"): mib for name, mib in used.items() if name.startswith("memory/")}
-    rows = {name: quantiles(values) for name, values in times.items()}
-    for name, row in rows.items():
-        print(f"{name:16} {row['median_s']:8.4f} s   [{row['p20_s']:.4f}, {row['p80_s']:.4f}]")
+    memory = {name.removeprefix("memory/"): mib for name, mib in used.items() if name.startswith("memory/")}
     for phase in ("generate", "train"):
         planned, held = (memory[f"{kind}_mib/{phase}"] for kind in ("planned", "measured"))
         print(f"{phase:16} {held:8.1f} MiB at its end, planned peak {planned:.1f} MiB")
-    ratio = rows["plain step"]["median_s"] / rows["fastrl step"]["median_s"]
-    print(f"plain step / fastrl step: {ratio:.2f}")
+    plain_s, ours_s = (statistics.median(times[f"{who} step"]) for who in ("plain", "fastrl"))
+    print(f"plain step / fastrl step: {plain_s / ours_s:.2f}")
+    report.write(memory_mib=memory, ratio_plain_to_fastrl=plain_s / ours_s)
     starts, imports = seconds_to_first_step(args.starts)
     print(f"first step starts after {statistics.median(starts):.2f} s   {[round(s, 2) for s in starts]}")
     print(f"importing torch and transformers alone: {statistics.median(imports):.2f} s")
-    document = {
-        "bench": "step",
-        "device": "cpu",
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "steps": args.steps,
-        "gradient_error": error,
-        "rows": rows,
-        "memory_mib": memory,
-        "ratio_plain_to_fastrl": ratio,
-        "first_step_s": starts,
-        "imports_s": imports,
-        "versions": versions(),
-    }
-    print(json.dumps(document))
-    if args.out:
-        Path(args.out).write_text(json.dumps(document, indent=1) + "\n")
+    cpu = platform.processor() or platform.machine()
+    report.finish(first_step_s=starts, imports_s=imports, cpu=cpu, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -20,7 +19,10 @@ from pathlib import Path
 
 import torch
 
-from fastrl.base.log import versions
+from fastrl.base.exhausted import means_out_of_memory
+from fastrl.base.log import versions, write_json
+from fastrl.watch.card import NoCard, open_card
+from fastrl.watch.card_watch import CardWatch, slowed_by
 
 # what a "model" figure assumes: an H100 SXM, dense bfloat16 and HBM3, and what of them is reached in practice
 PEAK_FLOPS, PEAK_BYTES_PER_S = 989e12, 3.35e12
@@ -83,8 +85,10 @@ def measure(
             rows[name] |= attempt(name, lambda call=provider.call: {"peak_mib": peak_mib(call)})
         if "note" not in rows[name]:
             calls[name] = provider.call
-    for name, times in sample(calls, warmup=warmup, seconds=seconds).items():
-        rows[name] |= times
+    with card_watched() as seen:
+        timed = sample(calls, warmup=warmup, seconds=seconds)
+    for name, times in timed.items():
+        rows[name] |= times | seen
     for name, row in rows.items():
         if "ms" in row:
             row |= rates(providers[name], row["ms"], providers[yardstick], rows[yardstick].get("ms", math.nan))
@@ -106,12 +110,13 @@ def attempt(name: str, call: Callable[[], dict]) -> dict:
     """What call() returns, or a note on why there is nothing; other failures of ours than of memory are raised."""
     try:
         return call()
-    except torch.OutOfMemoryError:
-        note = "out of memory"
     except Exception as error:  # a rival may need another GPU, compiler or version: its row says so
-        if name.startswith(OURS):
+        if means_out_of_memory(error):
+            note = "out of memory"
+        elif name.startswith(OURS):
             raise
-        note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:80]
+        else:
+            note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:80]
     torch.cuda.empty_cache()
     return {"note": note}
 
@@ -146,6 +151,23 @@ def sample(
     for number in range(rounds):
         turn(number % max(1, len(names)))
     return {name: quantiles(taken[warmup:]) for name, taken in times.items()}
+
+
+@contextmanager
+def card_watched() -> Iterator[dict]:
+    """A dict, filled at the end: mean clock and power of the card inside, and what held its clocks down how often."""
+    seen: dict[str, float | str] = {}
+    watch = CardWatch(open_card("cuda:0"))
+    watch.start()
+    watch.begin_step()
+    try:
+        yield seen
+    finally:
+        found = watch.end_step()
+        watch.stop()
+        seen |= {name: found[f"gpu/{name}"] for name in ("sm_mhz", "power_w") if f"gpu/{name}" in found}
+        if slowed_by(found):
+            seen["slowed_by"] = slowed_by(found)
 
 
 def quantiles(taken: list[tuple[float, float]]) -> dict[str, float]:
@@ -216,24 +238,28 @@ def model(flop: float = 0.0, moved: float = 0.0, **case: object) -> dict:
 
 
 def run(
-    bench: str, doc: str, shapes: list[str], measured: Callable[..., list[dict]], modelled: Callable[..., list[dict]]
+    bench: str,
+    doc: str,
+    shapes: list[str],
+    measured: Callable[..., Iterable[dict]],
+    modelled: Callable[..., Iterable[dict]],
 ) -> None:
-    """The program of a benchmark: shapes like 16384x1536, a table for people, one JSON line."""
+    """The program of a benchmark: shapes like 16384x1536, a file after every row, a table for people, one JSON line."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", help=f"like {shapes[0]}; may be given several times")
-    parser.add_argument("--out", default="", help="also write the JSON here")
+    parser.add_argument("--out", default="", help="also write the JSON here, after every row")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    rows = []
+    report = Report(bench, args.out, measured=gpu)
     for shape in args.shape or shapes:
-        rows += (measured if gpu else modelled)(*map(int, shape.split("x")))
-    show(rows)
-    finish(bench, rows, args.out, measured=gpu)
+        for row in (measured if gpu else modelled)(*map(int, shape.split("x"))):
+            report.add(row)
+    report.finish()
 
 
 def show(rows: list[dict]) -> None:
-    """A table for people; what a row lacks is a dash."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """A table for people; what a row lacks is a dash, and lists are left to the file."""
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
     width = {c: max(len(c), *(len(text(row.get(c))) for row in rows)) for c in columns}
     print("  ".join(c.rjust(width[c]) for c in columns))
     for row in rows:
@@ -246,26 +272,69 @@ def text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def finish(bench: str, rows: list[dict], out: str, **more: object) -> None:
-    """Print the result as one JSON line; with `out` also write it there."""
-    document = {"bench": bench, "date": date.today().isoformat(), **machine(), **more, "rows": rows}
-    if out:
-        Path(out).write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+class Report:
+    """The JSON document of a benchmark, in a file that is whole after every row: one that is killed keeps its rows."""
+
+    def __init__(self, bench: str, out: str = "", **more: object):
+        self.path = Path(out) if out else None
+        about = {"bench": bench, "date": date.today().isoformat(), **machine()}
+        self.document: dict = {**about, "complete": False, **more, "rows": []}
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.document["rows"]
+
+    def add(self, *rows: dict) -> None:
+        self.rows.extend(rows)
+        self.write()
+
+    def write(self, **more: object) -> None:
+        """Note what else there is to say, and replace the file."""
+        self.document |= {"says": headline(self.rows), **more}
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.document)
+
+    def finish(self, **more: object) -> None:
+        """The table for people, and the whole document as one JSON line."""
+        self.write(complete=True, **machine(), **more)  # clocks are those of a GPU that has worked
+        if self.rows:
+            show(self.rows)
+        if slowed := list(dict.fromkeys(row["slowed_by"] for row in self.rows if row.get("slowed_by"))):
+            print(f"THROTTLED: the GPU's clocks were held down, in samples of one case each: {'; '.join(slowed)}")
+        print(json.dumps(self.document))
+
+
+def headline(rows: list[dict]) -> str:
+    """Ours against the yardstick, or how many rows there are."""
+    found = [
+        f"{row['provider']} {key} {text(row[key])}"
+        for row in rows
+        for key in ("of_bare", "of_copy")
+        if key in row and row.get("provider", "").startswith(OURS)
+    ]
+    return "; ".join(found[:4]) or f"{len(rows)} rows"
 
 
 def machine() -> dict:
-    """The GPU, its driver and clocks as they are now, and versions of what ran on it."""
+    """The GPU, its driver and clocks as they are now, and versions of what ran on it; what is missing is left out."""
     found = versions() | {"cuda": torch.version.cuda}
     for name in SOFTWARE:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     if not torch.cuda.is_available():
         return {"gpu": None, "versions": found}
-    fields = "driver_version,clocks.sm,clocks.mem,power.limit"
-    state: dict[str, str] = {}
-    with suppress(OSError):
-        ask = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-        told = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
-        state = dict(zip(fields.split(","), told.split(", "), strict=False))
-    return {"gpu": torch.cuda.get_device_name(), "state": state, "versions": found}
+    return {"gpu": torch.cuda.get_device_name(), "state": card_state(), "versions": found}
+
+
+def card_state() -> dict:
+    """Driver, clocks, load and other processes of the card as they are now; or why they are not known."""
+    card = open_card("cuda:0")
+    try:
+        if isinstance(card, NoCard):
+            raise card
+        held, now = card.held(), card.read()
+    except NoCard as error:
+        return {"unknown": str(error)}
+    figures = {"sm_mhz": now.sm_mhz, "top_sm_mhz": card.top_sm_mhz, "power_w": now.watts, "slowed_by": now.slowed}
+    return {"driver": card.driver, **figures, "others": str(held) if held else None}

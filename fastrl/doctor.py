@@ -3,8 +3,9 @@
     python -m fastrl.doctor                                  the embedded model
     python -m fastrl.doctor --model DIR --out runs/mine --template chat
 
-Versions, device and driver, free memory, disk and shared memory against what a checkpoint takes, whether the grader
-answers, and how the tokenizer ends, pads and renders a prompt. Loads no weights. Exit codes: 0 fine, 2 something fails.
+Versions, GPUs with their load, clocks and other processes, device and driver, free memory, disk and shared memory
+against what a checkpoint takes, whether the grader answers, and how the tokenizer ends, pads and renders a prompt.
+Loads no weights. Exit codes: 0 fine, 2 something fails.
 """
 
 import math
@@ -29,6 +30,7 @@ from fastrl.models.loading import EMBEDDED, load_tokenizer, model_config, parame
 from fastrl.models.tokens import num_ids
 from fastrl.rewards import VERIFIERS, RewardSet
 from fastrl.settings.parse import parse
+from fastrl.watch.card import MIB, NoCard, Reading, count_cards, open_card
 
 SHM = Path("/dev") / "shm"
 SHM_LEAST = 64 * 2**20  # bytes; NCCL takes about ten MB per pair of ranks
@@ -46,6 +48,47 @@ class DoctorConfig:
 
     def __post_init__(self):
         check_bounds(self)
+
+
+def gpu(config: DoctorConfig) -> list[str]:
+    """What the driver says of the GPUs that `--device` may mean. Comes before anything that makes a context on one.
+
+    Nothing here ends a run: without readings it has fewer metrics.
+    """
+    found = count_cards()
+    one = config.device.startswith("cuda:")
+    devices = [config.device] if one else [f"cuda:{i}" for i in range(found or 1)]
+    lines = [line for device in devices for line in card_lines(device)]
+    if found and not torch.cuda.is_available():
+        lines.append(f"torch {torch.__version__} uses none of them; install its build for CUDA")
+    return lines
+
+
+def card_lines(device: str) -> list[str]:
+    """Of one GPU: how it is now, who else is on it, and what it does not tell."""
+    card = open_card(device)
+    try:
+        if isinstance(card, NoCard):
+            raise card
+        now, (used, total), held = card.read(), card.capacity(), card.held()
+    except NoCard as error:
+        return [f"{device} cannot be read: {error}"]
+    memory = "memory unknown" if used is None or total is None else f"{used / MIB:.0f} of {total / MIB:.0f} MiB in use"
+    lines = [f"{device} {card.name}, driver {card.driver}: {', '.join([memory, *state(now, card.top_sm_mhz)])}"]
+    lines += [f"{device} {held}"] if held else []
+    missing = [name for name in now.missing if name != "own"]  # this process has nothing there yet
+    return lines + ([f"{device} does not tell: {', '.join(missing)}"] if missing else [])
+
+
+def state(now: Reading, top_sm_mhz: float | None) -> list[str]:
+    """Load, power and clocks, as far as a card tells them."""
+    found = [f"busy {now.busy:.0%}"] if now.busy is not None else []
+    found += [f"{now.watts:.0f} W"] if now.watts is not None else []
+    if now.sm_mhz is not None:
+        found.append(f"SM {now.sm_mhz:.0f}" + ("" if top_sm_mhz is None else f" of {top_sm_mhz:.0f}") + " MHz")
+    if now.slowed is not None:
+        found.append(f"clocks held down by {', '.join(now.slowed)}" if now.slowed else "nothing holds the clocks down")
+    return found
 
 
 def machine(config: DoctorConfig) -> list[str]:
@@ -125,11 +168,12 @@ def packages(config: DoctorConfig) -> list[str]:
     found = check_versions()
     needed = [f"{name} {have or 'not installed'} (>= {least})" for name, (have, least) in found.items()]
     others = [f"{name} {value}" for name, value in versions().items() if name not in found]
-    return [", ".join(needed), ", ".join(others)]
+    return [", ".join(names) for names in (needed, others) if names]
 
 
 CHECKS: dict[str, Callable[[DoctorConfig], list[str]]] = {
     "versions": packages,
+    "gpu": gpu,
     "machine": machine,
     "disk": disk,
     "grader": grader,

@@ -17,6 +17,7 @@ from fastrl.base.setting import setting
 from fastrl.data.task import default_rewards, load_task
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import frozen_engine
+from fastrl.engine.segments import set_segments
 from fastrl.models.loading import load_model, load_tokenizer, pick_device
 from fastrl.rewards import RewardSet
 from fastrl.settings.job import JobConfig
@@ -52,12 +53,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Sample, grade and score; the metrics by name, and `num_problems`."""
     sampling = config.sampling.drawn()
     device, dtype = pick_device(config.device, config.dtype)
+    set_segments(config.engine, device)
     specs = list(config.reward) or default_rewards(config.data)
     with RewardSet(specs, workers=config.reward_workers, timeout_s=config.reward_timeout) as rewards:
         tokenizer = load_tokenizer(config.model)
         task = load_task(config.data, config.split, config.task, tokenizer, rewards, config.limit)
         say("\n".join(task.report))
-        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention, ragged="padded")
         with frozen_engine(config.engine, loaded, task.problems, sampling, config.seed) as engine:
             rollout = Rollout(
                 engine=engine,

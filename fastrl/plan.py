@@ -20,6 +20,7 @@ import torch
 from fastrl.base.exits import run_program
 from fastrl.base.log import say, write_json
 from fastrl.base.setting import setting
+from fastrl.engine.opening import EngineName, pick_engine
 from fastrl.memory.advice import (
     advice,
     available,
@@ -66,15 +67,21 @@ def card_gib(card: str) -> float:
     return size
 
 
+def engine_for(name: EngineName) -> Literal["hf", "vllm"]:
+    """`auto` decided: what a run takes on a GPU of this machine; for another machine, one that has vLLM."""
+    if name == "auto":
+        return pick_engine(name, "cuda") if torch.cuda.is_available() else "vllm"
+    return name
+
+
 def settings_for(config: PlanConfig, card: str) -> MemorySettings:
-    """As the run on a GPU that has vLLM; with `tokens_per_microbatch` 0 where they are to be searched for."""
-    engine = config.engine.engine
+    """As the run on a GPU; with `tokens_per_microbatch` 0 where they are to be searched for."""
     return memory_settings(
         config,
         device="cuda",
         dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
         tokens_per_microbatch=config.memory.tokens_per_microbatch,
-        engine="vllm" if engine == "auto" else engine,
+        engine=engine_for(config.engine.engine),
         ranks=config.gpus,
         context=config.context,
         capacity=int(card_gib(card) * GIB),
@@ -93,7 +100,7 @@ def report(plan: MemoryPlan, flags: set[str]) -> list[str]:
     context, biggest = longest_context(model, s), largest_model(known_shapes(), s)
     over = f" (the model was made for {model.limit})" if context > model.limit > 0 else ""
     return [
-        f"{model.name}: {model.parameters / 1e9:.4g} B parameters, context {s.context}, {s.ranks} x "
+        f"{model.name}: {model.parameters / 1e9:.4g} B parameters, context {s.context}, engine {s.engine}, {s.ranks} x "
         f"{s.capacity / GIB:.1f} GiB, of which {plan.usable / GIB:.1f} are used; planned, not measured",
         *table(plan),
         f"microbatches of {s.tokens} tokens; KV cache {plan.kv_bytes / GIB:.2f} GiB: {plan.kv_sequences} sequences of "

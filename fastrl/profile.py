@@ -21,6 +21,7 @@ from fastrl.base.setting import setting
 from fastrl.base.types import DataError, Problem
 from fastrl.data.task import default_rewards, load_task
 from fastrl.engine.opening import frozen_engine
+from fastrl.engine.segments import set_segments
 from fastrl.models.loading import load_model, load_tokenizer, pick_device
 from fastrl.passrates.file import Profile, default_path, read_profile
 from fastrl.passrates.key import ProfileKey
@@ -103,7 +104,7 @@ def make(config: ProfileConfig) -> tuple[Path, Profile]:
             key.refuse_other(stored.key, path)
             if stored.complete:
                 return path, stored.first(config.num_completions)
-        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention, ragged="padded")
         with frozen_engine(config.engine, loaded, task.problems, sampling, config.seed) as engine:
             rollout = Rollout(
                 engine=engine,
@@ -149,7 +150,9 @@ def main(argv: list[str]) -> int:
     config = configure(argv)
     if config.threads:
         torch.set_num_threads(config.threads)
-    ranks.start(pick_device(config.device, config.dtype)[0])
+    device, _ = pick_device(config.device, config.dtype)
+    set_segments(config.engine, device)
+    ranks.start(device)
     try:
         path, profile = show(config.show) if config.show else make(config)
         state = "" if profile.complete else f" (unfinished: {len(profile.rows)} of {profile.num_problems} problems)"

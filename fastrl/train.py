@@ -27,6 +27,7 @@ from fastrl.base.log import RunLog, check_logger, printable, say, versions, writ
 from fastrl.base.spans import Progress, Spans, collector_paused
 from fastrl.base.types import EngineError, NumericsError
 from fastrl.base.versions import check_versions
+from fastrl.engine.segments import set_segments
 from fastrl.memory.watch import outcome
 from fastrl.models.loading import load_tokenizer, model_path
 from fastrl.rewards import RewardSet
@@ -38,6 +39,7 @@ from fastrl.run.sampling import open_rewards, wanted_profile
 from fastrl.settings.parse import as_dict
 from fastrl.settings.run import TrainConfig, configure
 from fastrl.step.trainer import Stopped, Trainer
+from fastrl.watch.card_watch import CardWatch
 from fastrl.watch.watchdog import Watchdog, longest_wait
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -160,6 +162,7 @@ def main(argv: list[str]) -> int:
     config = configure(argv)
     planned = faults.from_environment().planned
     resolved = resolve(config)
+    allocator = set_segments(config.engine, resolved.device)
     rewards = open_rewards(config)
     if config.run.dry_run:
         with rewards:
@@ -176,6 +179,7 @@ def main(argv: list[str]) -> int:
     log = RunLog(config.run.folder, total_steps=config.run.steps, quiet=quiet)
     stop, spans = StopFlag(log), Spans()
     watchdog = watchdog_of(config, spans, log, stop)
+    card = CardWatch(resolved.card, spans, log.say)
     trainer = None
     try:
         for fault in planned:
@@ -185,10 +189,11 @@ def main(argv: list[str]) -> int:
         resolved = replace(resolved, config=config)
         model_path(config.model, weights=True)  # fetched before anybody waits for progress
         watchdog.start()
-        for line in describe(resolved):
+        card.start()
+        for line in [*describe(resolved), *([allocator] if allocator else [])]:
             log.say(line)
         with collector_paused():
-            trainer = stop.trainer = build(resolved, log, rewards, stop, spans)
+            trainer = stop.trainer = build(resolved, log, rewards, stop, spans, card)
         if config.run.resume:
             resume(trainer, config.run.resume, config)
         elif not quiet:
@@ -202,16 +207,19 @@ def main(argv: list[str]) -> int:
         log.status("running", *where(trainer), None)
         log.say(f"start-up took {time.monotonic() - started:.1f} s")
         reason = trainer.run()
+        kwh = card.run_kwh()
         code = 75 if reason == "stopped" else 0
         message = "continue with the same command and --resume auto" if code else trainer.signal.outcome()
-        log.status(reason, trainer.completed, str(trainer.last_checkpoint), code, message)
+        log.status(reason, *where(trainer), code, message)
+        if kwh is not None:
+            log.metrics(trainer.completed, {"energy/run_kwh": kwh})
         for line in summary(log) if code == 0 else []:
             log.say(line)
         if code == 0:
             log.curve()
         log.close()
-        took = time.monotonic() - started
-        log.say(f"{reason} at step {trainer.completed} after {took:.0f} s; {config.run.folder}  {message}")
+        took = f"{time.monotonic() - started:.0f} s" + ("" if kwh is None else f" and {kwh:.4g} kWh of the GPUs")
+        log.say(f"{reason} at step {trainer.completed} after {took}; {config.run.folder}  {message}")
         ranks.barrier()  # a rank that leaves early would abort the others' last collective
     except BaseException as error:
         phase = spans.progress.phase
@@ -230,6 +238,7 @@ def main(argv: list[str]) -> int:
             trainer.rollout.engine.close()
         ranks.stop()
         watchdog.stop()
+        card.stop()
     return code
 
 

@@ -14,14 +14,16 @@ and the gradient of the raw logits is inv_temperature f' dz. GEMMs are the vendo
 kernels of `rows.py` on CUDA, and torch elsewhere.
 """
 
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastrl.kernels.logit_map import PLAIN, LogitMap
+from fastrl.kernels.workspace import Workspace
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at a time without Triton: 64 MiB
+GRADIENT_WORDS = 8192  # of the weight's gradient alive twice without Triton
 # With it: the float32 weight gradient is read and written once per chunk, which takes longer than the product that is
 # added to it below 1200 rows (an H100's ratio of arithmetic to bandwidth).
 CHUNK_ROWS = 4096
@@ -51,16 +53,16 @@ def linear_logprob_ref(
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, inv_temperature, logit_map, need_entropy, weight_grad, triton):
+    def forward(ctx, hidden, weight, target, inv_temperature, logit_map, need_entropy, weight_grad, triton, workspace):
         ctx.set_materialize_grads(False)  # outputs that the loss does not use cost nothing in the backward
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, lse = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(lse) if need_entropy else None
-        chunks = TritonChunks(hidden, weight, logit_map) if triton else TorchChunks(hidden, weight, logit_map)
+        chunks = chunks_of(hidden, weight, logit_map, triton, workspace)
         chunks.forward_all(target, inv_temperature, logprobs, lse, entropy)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
-        ctx.inv_temperature, ctx.weight_grad, ctx.of_chunks = inv_temperature, weight_grad, type(chunks)
-        ctx.logit_map = logit_map
+        ctx.inv_temperature, ctx.weight_grad = inv_temperature, weight_grad
+        ctx.chunks = partial(chunks_of, logit_map=logit_map, triton=triton, workspace=workspace)
         return logprobs, entropy, lse
 
     @staticmethod
@@ -75,7 +77,7 @@ class LinearLogprob(torch.autograd.Function):
         elif into is not None or ctx.needs_input_grad[1]:
             # chunks add up in full precision, also for a bfloat16 buffer
             dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        chunks = ctx.of_chunks(hidden, weight, ctx.logit_map)
+        chunks = ctx.chunks(hidden, weight)
         for rows in chunks:
             vectors = [None if x is None else x[rows] for x in (lse, entropy, dlogprobs, dlse, dentropy)]
             dz = chunks.gradient(chunks.logits(rows), target[rows], part(ctx.inv_temperature, rows), *vectors)
@@ -86,7 +88,7 @@ class LinearLogprob(torch.autograd.Function):
         if into is not None and dweight is not into:
             into += dweight
         returned = dweight.to(weight.dtype) if into is None and dweight is not None else None
-        return dhidden, returned, None, None, None, None, None, None
+        return dhidden, returned, None, None, None, None, None, None, None
 
 
 class TorchChunks:
@@ -126,38 +128,53 @@ class TorchChunks:
             dz -= probs.mul_(logp.add_(entropy[:, None])).mul_(dentropy[:, None])
         dz.scatter_add_(-1, target[:, None].long(), dlogprobs[:, None])
         dz = scaled_(dz, inv_temperature)
-        return dz if self.logit_map == PLAIN else dz.mul_(slope)
+        dz = dz if self.logit_map == PLAIN else dz.mul_(slope)
+        return dz.to(self.hidden.dtype) if multiplies_halves(self.hidden) else dz
 
     @staticmethod
     def add_weight_gradient(into: Tensor, dz: Tensor, hidden: Tensor) -> None:
-        into.addmm_(dz.T, hidden.to(dz.dtype))
+        if not multiplies_halves(hidden):
+            into.addmm_(dz.T, hidden.to(dz.dtype))
+            return
+        # not the product in place of the Triton path: before a run the one is checked against the other
+        for words in slices(len(into), GRADIENT_WORDS):
+            into[words] += torch.mm(dz[:, words].T, hidden, out_dtype=torch.float32)
 
 
 class TritonChunks:
     """Chunks of rows in one workspace of logits; their gradient takes its place, in the dtype of the model."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, logit_map: LogitMap = PLAIN):
+    def __init__(self, hidden: Tensor, weight: Tensor, logit_map: LogitMap = PLAIN, workspace: Workspace | None = None):
         from fastrl.kernels import rows as kernels
 
         self.kernels, self.hidden, self.weight, self.logit_map = kernels, hidden, weight, logit_map
+        self.workspace = Workspace() if workspace is None else workspace
         self.forward = partial(kernels.row_forward, logit_map=logit_map)
         self.add_weight_gradient = kernels.add_weight_gradient
 
-    @cached_property
-    def workspace(self) -> Tensor:
-        return self.kernels.make_workspace(self.hidden, self.weight, CHUNK_ROWS)
-
     def __iter__(self):
-        return iter(slices(len(self.hidden), len(self.workspace)))
+        return iter(slices(len(self.hidden), CHUNK_ROWS))
 
     def logits(self, rows: slice) -> Tensor:
         return self.kernels.logits_into(self.workspace, self.hidden[rows], self.weight)
 
     def forward_all(self, *given) -> None:
-        self.kernels.slab_forward(self.hidden, self.weight, *given, logit_map=self.logit_map)
+        self.kernels.slab_forward(self.hidden, self.weight, *given, logit_map=self.logit_map, workspace=self.workspace)
 
     def gradient(self, *given) -> Tensor:
         return self.kernels.row_gradient(*given, dtype=self.hidden.dtype, logit_map=self.logit_map)
+
+    def at_once(self, *given) -> tuple[Tensor, Tensor]:
+        from fastrl.kernels.row_once import row_once
+
+        return row_once(*given, dtype=self.hidden.dtype, logit_map=self.logit_map)
+
+
+def chunks_of(
+    hidden: Tensor, weight: Tensor, logit_map: LogitMap, triton: bool, workspace: Workspace | None
+) -> TorchChunks | TritonChunks:
+    """workspace None: memory of this call's own."""
+    return TritonChunks(hidden, weight, logit_map, workspace) if triton else TorchChunks(hidden, weight, logit_map)
 
 
 def slices(length: int, step: int) -> list[slice]:
@@ -166,10 +183,18 @@ def slices(length: int, step: int) -> list[slice]:
 
 def chunk_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """[n, H], [V, H] -> logits [n, V] in at least float32; bfloat16 products are not rounded on the way out."""
-    if hidden.is_cuda and hidden.dtype.itemsize == 2:  # out_dtype is for half types only
+    if multiplies_halves(hidden):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.to(dtype) @ weight.to(dtype).T
+
+
+def multiplies_halves(x: Tensor) -> bool:
+    """Whether products of x are of its 16 bits, with float32 results: float32 operands would leave the tensor cores.
+
+    A CPU has no such product.
+    """
+    return x.dtype.itemsize == 2 and x.device.type != "cpu"
 
 
 def scaled(z: Tensor, inv_temperature: float | Tensor) -> Tensor:
@@ -196,6 +221,7 @@ def linear_logprob(
     need_entropy: bool = False,
     weight_grad: Tensor | None = None,
     triton: bool | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """hidden [N, H], weight [V, H] of one dtype, target [N] in [0, V) -> logprobs, entropy, lse, each [N], nats.
 
@@ -203,7 +229,7 @@ def linear_logprob(
     hidden and weight. inv_temperature: one for all, or [N] float32. logit_map: what the model does to its logits before
     the temperature. With `weight_grad` [V, H] the weight gradient is
     added there during the backward and does not travel through autograd. triton: whether to take that path; None = on
-    CUDA.
+    CUDA. workspace: the memory of its logits, which the backward takes too; None = of each its own.
 
     Raises ValueError on shapes or dtypes that do not match. A target that is no row of weight raises in torch and gives
     NaN in Triton.
@@ -212,7 +238,7 @@ def linear_logprob(
         triton = hidden.is_cuda and hidden.dtype != torch.float64
     check_head("linear_logprob", hidden, weight, target, inv_temperature, weight_grad=weight_grad, triton=triton)
     scale = inv_temperature if isinstance(inv_temperature, Tensor) else float(inv_temperature)
-    return LinearLogprob.apply(hidden, weight, target, scale, logit_map, need_entropy, weight_grad, triton)
+    return LinearLogprob.apply(hidden, weight, target, scale, logit_map, need_entropy, weight_grad, triton, workspace)
 
 
 def check_head(

@@ -4,6 +4,7 @@
                     logprob, lse, entropy of each row of Z              rows.row_forward
                     coef = d loss / d logprob                           policy_loss
                     dZ over Z                                           rows.row_gradient
+                    (or the three of them at once, with a `RowKernel`   row_once.row_once)
                     hidden_grad = dZ @ weight,   weight_grad += dZ.T @ hidden
     loss          = sum_n w (policy loss + kl KL - entropy H)
 
@@ -12,14 +13,18 @@ that is known when the row is: a `TokenLoss` of token ratios, with its normalize
 (A*-PO, REBEL, GSPO) needs their sum of log-probabilities first, and so the logits twice: those are the eight.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrl.kernels.linear_logprob import TorchChunks, TritonChunks, check_head, linear_logprob_ref, part
+from fastrl.kernels.linear_logprob import TorchChunks, TritonChunks, check_head, chunks_of, linear_logprob_ref, part
 from fastrl.kernels.logit_map import PLAIN, LogitMap
 from fastrl.kernels.policy_loss import STATS, PolicyLoss, TokenLoss, check_vectors, policy_loss, policy_loss_ref
+from fastrl.kernels.workspace import Workspace
+
+if TYPE_CHECKING:
+    from fastrl.kernels.row_once import RowKernel
 
 
 class TokenVectors(NamedTuple):
@@ -114,11 +119,14 @@ def linear_policy_loss(
     logit_map: LogitMap = PLAIN,
     weight_grad: Tensor | None = None,
     triton: bool | None = None,
+    workspace: Workspace | None = None,
+    row_kernel: "RowKernel | None" = None,
 ) -> LinearLoss:
     """hidden [N, H], weight [V, H] of one dtype; target [N], negative where w = 0 is meant.
 
     weight_grad [V, H] float32 is added to in place; without it the result holds a new one. inv_temperature, logit_map,
-    triton: as in `linear_logprob`. The loss can be added to others and its backward() called, but not scaled.
+    triton, workspace: as in `linear_logprob`. The loss can be added to others and its backward() called, but not
+    scaled. row_kernel: one that reads each logit once, in the place of those of Triton.
 
     Raises ValueError on shapes, dtypes or a loss that do not fit.
     """
@@ -137,9 +145,11 @@ def linear_policy_loss(
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     elif weight_grad.dtype != torch.float32:
         raise ValueError(f"linear_policy_loss: weight_grad must be torch.float32, got {weight_grad.dtype}")
-    chunks = TritonChunks(hidden, weight, logit_map) if triton else TorchChunks(hidden, weight, logit_map)
+    if row_kernel is not None and not triton:
+        raise ValueError("linear_policy_loss: row_kernel takes the logits of the Triton path; use triton=True")
+    chunks = chunks_of(hidden, weight, logit_map, triton, workspace)
     with torch.no_grad():
-        made = in_chunks(loss, chunks, target, vectors, inv_temperature, weight_grad)
+        made = in_chunks(loss, chunks, target, vectors, inv_temperature, weight_grad, row_kernel)
     return made._replace(loss=Saved.apply(hidden, made.loss, made.hidden_grad))
 
 
@@ -150,6 +160,7 @@ def in_chunks(
     vectors: TokenVectors,
     inv_temperature: float | Tensor,
     weight_grad: Tensor,
+    row_kernel: "RowKernel | None",
 ) -> LinearLoss:
     hidden, weight, triton = chunks.hidden, chunks.weight, isinstance(chunks, TritonChunks)
     logprobs, lse, entropy = torch.empty(3, len(hidden), dtype=torch.float32, device=hidden.device)
@@ -158,14 +169,19 @@ def in_chunks(
     vectors = vectors._replace(w=torch.where(ignored, 0.0, vectors.w))
     stats = [torch.zeros(len(STATS), dtype=torch.float32, device=hidden.device)]
     for rows in chunks:
-        z, scale = chunks.logits(rows), part(inv_temperature, rows)
-        chunks.forward(z, target[rows], scale, logprobs[rows], lse[rows], entropy[rows])
-        token = of_tokens(policy_loss, loss, logprobs[rows], vectors.at(rows), triton=triton)
-        stats.append(token.stats)
-        dentropy = -loss.entropy * vectors.w[rows] if loss.entropy else None
-        if not triton:  # the torch definition spends its logits
-            z = chunks.logits(rows)
-        dz = chunks.gradient(z, target[rows], scale, lse[rows], entropy[rows], token.coef, None, dentropy)
+        z, scale, given = chunks.logits(rows), part(inv_temperature, rows), vectors.at(rows)
+        if row_kernel is not None and isinstance(chunks, TritonChunks):
+            own = logprobs[rows], entropy[rows]
+            dz, sums = chunks.at_once(row_kernel, loss, z, target[rows], scale, given, *own)
+            stats.append(sums.sum(dim=0))
+        else:
+            chunks.forward(z, target[rows], scale, logprobs[rows], lse[rows], entropy[rows])
+            token = of_tokens(policy_loss, loss, logprobs[rows], given, triton=triton)
+            stats.append(token.stats)
+            dentropy = -loss.entropy * given.w if loss.entropy else None
+            if not triton:  # the torch definition spends its logits
+                z = chunks.logits(rows)
+            dz = chunks.gradient(z, target[rows], scale, lse[rows], entropy[rows], token.coef, None, dentropy)
         torch.mm(dz.to(weight.dtype), weight, out=hidden_grad[rows])
         chunks.add_weight_gradient(weight_grad, dz, hidden[rows])
     totals = torch.stack(stats).sum(dim=0)

@@ -23,6 +23,11 @@ Surrogate = Literal["clip", "cispo"]
 KlEstimator = Literal["k1", "k2", "k3", "k3+"]
 
 
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    """x within [low, high]; the gradient is 1 there, bounds included. That of torch.clamp is 0 at them since 2.15."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLoss:
     """A clipped policy gradient of single tokens, with a KL and an entropy term: GRPO's and PPO's, and relatives.
@@ -54,8 +59,8 @@ class TokenLoss:
         if self.surrogate == "cispo":
             ratio = log_ratio.detach().clamp(-cap, cap).exp()
             return -advantage * ratio.clamp(low_edge, high_edge) * logprobs, ratio < low_edge, ratio > high_edge
-        ratio = log_ratio.clamp(-cap, cap).exp()
-        clipped = ratio.clamp(low_edge, high_edge)
+        ratio = clip(log_ratio, -cap, cap).exp()
+        clipped = clip(ratio, low_edge, high_edge)
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)
         if self.dual_clip is not None:
             loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * self.dual_clip), loss)
@@ -92,7 +97,7 @@ def kl_estimate(log_ratio: Tensor, kind: KlEstimator) -> Tensor:
     KL(policy || reference). As a loss, k1 has expected gradient zero and k3 that of KL(reference || policy).
     """
     # an infinite log-probability is no number to clamp, and the guard must see it
-    x = torch.where(log_ratio.isfinite(), log_ratio.clamp(-KL_CAP, KL_CAP), torch.nan)
+    x = torch.where(log_ratio.isfinite(), clip(log_ratio, -KL_CAP, KL_CAP), torch.nan)
     if kind == "k1":
         return x
     k2 = x.square() / 2

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrl.kernels.jit import jit
 from fastrl.kernels.logit_map import PLAIN, LogitMap
+from fastrl.kernels.workspace import Workspace
 
 # compiled for sm_90, 32 to 50 registers and no spills: two programs or more per multiprocessor (tests/support/aot.py)
 BLOCK_V = 8192
@@ -156,18 +157,13 @@ def row_gradient_kernel(
         tl.store(dz_ptr + n * dz_stride_n + v, dz.to(dz_ptr.dtype.element_ty), mask=v < V)
 
 
-def make_workspace(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    """Memory of one chunk of logits, float32 [rows, V rounded up to ROW_ALIGN]."""
-    return torch.empty(min(chunk, max(1, len(hidden))), aligned(len(weight)), device=hidden.device)
-
-
 def aligned(words: int) -> int:
     return triton.cdiv(words, ROW_ALIGN) * ROW_ALIGN
 
 
-def logits_into(workspace: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+def logits_into(workspace: Workspace, hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [n, H], weight [V, H] -> logits [n, V] in the workspace; in float32, bfloat16 products are not rounded."""
-    z = workspace[: len(hidden), : len(weight)]
+    z = workspace.logits(len(hidden), aligned(len(weight)), hidden.device)[:, : len(weight)]
     if hidden.dtype == z.dtype:
         return torch.mm(hidden, weight.T, out=z)
     if hidden.device.type == "cpu":  # which has no bfloat16 product with a float32 result
@@ -236,6 +232,7 @@ def slab_forward(
     entropy: Tensor | None,
     *,
     logit_map: LogitMap = PLAIN,
+    workspace: Workspace,
 ) -> None:
     """hidden [n, H], weight [V, H] -> logprobs, lse, entropy [n] float32 in place, 64 MiB of logits alive at a time.
 
@@ -245,13 +242,12 @@ def slab_forward(
         rows = slice(start, min(start + SLAB_ROWS, len(hidden)))
         n = rows.stop - rows.start
         width = min(aligned(len(weight)), max(SLAB_WORDS, SLAB_ELEMENTS // n // SLAB_WORDS * SLAB_WORDS))
-        z = torch.empty(n, width, dtype=torch.float32, device=hidden.device)
         state = torch.empty(n, 4, dtype=torch.float32, device=hidden.device) if width < len(weight) else None
         scale = inv_temperature[rows] if isinstance(inv_temperature, Tensor) else inv_temperature
         own = None if entropy is None else entropy[rows]
         for word in range(0, len(weight), width):
             row_forward(
-                logits_into(z, hidden[rows], weight[word : word + width]),
+                logits_into(workspace, hidden[rows], weight[word : word + width]),
                 target[rows],
                 scale,
                 logprobs[rows],
@@ -262,6 +258,14 @@ def slab_forward(
                 first_word=word,
                 finish=word + width >= len(weight),
             )
+
+
+def over_logits(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of z [n, V] as [n, V] of `dtype`, which is z's or half as wide; every row begins where z's does."""
+    if dtype == z.dtype:
+        return z
+    whole = z.as_strided((len(z), z.stride(0)), (z.stride(0), 1)).view(dtype)
+    return whole[:, : z.shape[1]]
 
 
 def row_gradient(
@@ -278,10 +282,7 @@ def row_gradient(
     logit_map: LogitMap = PLAIN,
 ) -> Tensor:
     """z [n, V], vectors [n] -> dz [n, V] of `dtype`, which is z's or half as wide, over the same memory; z is gone."""
-    dz = z
-    if dtype != z.dtype:
-        whole = z.as_strided((len(z), z.stride(0)), (z.stride(0), 1)).view(dtype)
-        dz = whole[:, : z.shape[1]]
+    dz = over_logits(z, dtype)
     outer, inner = factors(inv_temperature, logit_map)
     per_token = isinstance(outer, Tensor)
     row_gradient_kernel[(len(z),)](

@@ -9,7 +9,10 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
 from fastrl.base import faults  # noqa: E402
+from support.interpreter import mend  # noqa: E402
 
+if os.environ["TRITON_INTERPRET"] == "1":
+    mend()
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ["support.promises"]
 

@@ -14,6 +14,7 @@ import torch
 
 from fastrl.data.arithmetic import Arithmetic, demonstration
 from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import Inputs
 
 ERROR_RATE, STEPS, BATCH, LR = 0.2, 1600, 256, 2e-3
 END = "<|endoftext|>"
@@ -64,7 +65,7 @@ def warm_start(model, tokenizer, *, steps: int = STEPS) -> None:
         ids = torch.tensor([[*p, *c] + [end] * (width - len(p) - len(c)) for p, c in rows])
         column = torch.arange(width)
         mask = torch.stack([(column >= len(p)) & (column < len(p) + len(c)) for p, c in rows])
-        logprobs, _ = token_logprobs(model, ids, mask, num_tokens=len(tokenizer))
+        logprobs, _ = token_logprobs(model, Inputs.of(ids, mask), num_tokens=len(tokenizer))
         loss = -logprobs.sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()

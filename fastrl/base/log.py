@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 LOGGERS = ("tensorboard", "wandb")
@@ -60,6 +61,13 @@ class RunLog:
         self.path.write_text("".join(row + "\n" for row in rows))
         rewards = [json.loads(row).get("reward") for row in rows]
         self.previous_reward = next((r for r in reversed(rewards) if r is not None), math.nan)
+
+    def last(self, name: str) -> float:
+        """The newest value of a metric that is written down; 0 without one."""
+        if self.quiet or not self.path.exists():
+            return 0.0
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return next((row[name] for row in reversed(rows) if name in row), 0.0)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one object to metrics.jsonl and hand it to the optional loggers."""
@@ -193,13 +201,21 @@ def open_logger(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on: versions and the commit of the checkout, where there is one."""
-    from importlib.metadata import version
+    """What a result depends on: versions of what is installed, and the commit of the checkout where there is one.
+
+    Raises nothing for what is missing: a result is worth more than its report.
+    """
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
-    names = ("fastrl", "torch", "transformers", "tokenizers", "safetensors", "math-verify")
-    found = {name: version(name) for name in names} | {"python": sys.version.split()[0], "torch": torch.__version__}
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)  # noqa: S603, S607
-    return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
+    found = {}
+    for name in ("fastrl", "transformers", "tokenizers", "safetensors", "math-verify"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    found |= {"python": sys.version.split()[0], "torch": torch.__version__}
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.TimeoutExpired):  # no git, or one that waits for a file system
+        git = subprocess.run(ask, capture_output=True, text=True, timeout=10)  # noqa: S603
+        found |= {"commit": git.stdout.strip()} if git.returncode == 0 else {}
+    return found

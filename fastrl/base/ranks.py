@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrl.base.exhausted import means_out_of_memory
 from fastrl.base.types import EngineError
 
 # torch 2.13 has new names for these and warns at the old ones, which torch 2.10 to 2.12 alone have
@@ -53,9 +54,9 @@ def reaching_others() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if means_out_of_memory(error):
+            raise
         said = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]  # without the line of C++ it comes from
         raise EngineError(
             f"rank {os.environ.get('RANK')} of {world_size()} cannot reach the others any more: one of them has ended, "

@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
 
 CHECKED = ("torch", "transformers", "safetensors", "tokenizers", "vllm")
-REQUIREMENT = re.compile(r"([A-Za-z0-9-]+)\s*(?:\[.*\])?([^;]*)")
+REQUIREMENT = re.compile(r"([A-Za-z0-9_-]+)\s*(?:\[.*\])?([^;]*)")
 
 
 def release(text: str) -> tuple[int, ...]:
-    """'2.13.0+cpu' -> (2, 13, 0); '5.0rc1' -> (5, 0): the numbers before anything else, zeros at the end left out."""
+    """'2.13.0+cpu' -> (2, 13); '5.0rc1' -> (5,): the numbers before anything else, zeros at the end left out.
+
+    () of a name without a number in front, as a build of one's own may have.
+    """
     found = re.match(r"\d+(?:\.\d+)*", text)
-    assert found is not None, text
-    numbers = [int(n) for n in found[0].split(".")]
+    numbers = [int(n) for n in found[0].split(".")] if found else []
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
@@ -44,10 +46,19 @@ def installed(name: str) -> str | None:
 
 
 def check_versions(version_of: Callable[[str], str | None] = installed) -> dict[str, tuple[str | None, str]]:
-    """-> {name: (installed version or None, lowest)}. Raises ValueError, with what helps, for an older one."""
-    needed = lowest(requires("fastrl") or ())
+    """-> {name: (installed version or None, lowest)}. Raises ValueError, with what helps, for an older one.
+
+    Empty in a checkout that is not installed: what it needs stands in its package's metadata.
+    """
+    try:
+        needed = lowest(requires("fastrl") or ())
+    except PackageNotFoundError:
+        return {}
     found = {name: (version_of(name), needed[name]) for name in CHECKED if name in needed}
-    old = {name: pair for name, pair in found.items() if pair[0] is not None and release(pair[0]) < release(pair[1])}
+    old = {}
+    for name, (have, least) in found.items():
+        if have is not None and release(have) and release(have) < release(least):
+            old[name] = have, least
     if old:
         said = ", ".join(f"{name} {have} is installed and {least} is the lowest" for name, (have, least) in old.items())
         wanted = " ".join(f"'{name}>={least}'" for name, (_, least) in old.items())

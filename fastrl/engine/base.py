@@ -37,7 +37,7 @@ class Engine(Protocol):
     progress: Callable[[], None]  # set from outside; called by `sample` as it gets on, so that none is taken for stuck
 
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        """For each request one completion per seed. The same seed, weights and batch give the same completion."""
+        """For each request one completion per seed. Equal weights and requests, in equal order, give equal ones."""
         ...
 
     def generate_phase(self) -> AbstractContextManager[None]:

@@ -3,8 +3,8 @@
 from itertools import chain
 
 import numpy
-import torch
 
+from fastrl.base.exhausted import means_out_of_memory
 from fastrl.base.types import Completion, EngineError
 from fastrl.engine.base import Engine, Request, Sampling
 
@@ -22,9 +22,11 @@ def sample_checked(
     name = type(engine).__name__
     try:
         sampled = engine.sample(requests, sampling)
-    except (ValueError, torch.OutOfMemoryError, EngineError):
+    except (ValueError, EngineError):
         raise  # they say what they are
     except Exception as error:
+        if means_out_of_memory(error):
+            raise
         raise EngineError(f"{name} failed while it sampled: {type(error).__name__}: {error}") from error
     wrong = fault(sampled, [len(r.seeds) for r in requests], sampling.max_new_tokens, num_tokens)
     if wrong:

@@ -100,8 +100,8 @@ class HFEngine:
             token, logprob = draw(text.logits(self.num_tokens), sampling, seeds[at], t)
             ids[at, t], logprobs[at, t] = token, logprob
             ended = torch.isin(token, self.eos_ids) & ~stopped[at]
-            lengths[at[ended]] = t + 1
-            stopped[at[ended]] = True
+            lengths[at] = torch.where(ended, t + 1, lengths[at])  # by a mask instead, the host would wait for a GPU
+            stopped[at] |= ended
             running = ~stopped[at]
             num_running = int(running.sum())
             if num_running == 0 or t + 1 == sampling.max_new_tokens:

@@ -22,15 +22,19 @@ class KvPages:
         self.mapped = True
 
     @property
+    def storages(self) -> dict[int, torch.UntypedStorage]:
+        """By address: layers may share one."""
+        return {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.tensors}
+
+    @property
     def nbytes(self) -> int:
-        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors}
-        return sum(sizes.values())
+        return sum(storage.nbytes() for storage in self.storages.values())
 
     def segments(self) -> list:
         from vllm.device_allocator.cumem import CuMemAllocator
 
         pool = CuMemAllocator.get_instance().pointer_to_data
-        starts = {t.untyped_storage().data_ptr() for t in self.tensors}
+        starts = self.storages.keys()
         if starts - pool.keys():
             raise EngineError(
                 "the KV cache of this vLLM version does not start at segments of its pool; use --vllm.kv keep"
@@ -72,8 +76,8 @@ class KvPages:
             ) from error
         for segment in done:
             mark(segment, asleep=False)
-        for tensor in self.tensors:
-            tensor.zero_()
+        for storage in self.storages.values():
+            storage.fill_(0)  # unlike a tensor's zero_ also where the tensors were made in inference mode
         self.mapped = True
 
 

@@ -6,21 +6,20 @@ phases. Log-probabilities are those of the distribution that was sampled from, a
 """
 
 import os
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy
 import torch
 
 from fastrl.base import ranks
 from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import Completion, EngineError
-from fastrl.engine.base import Request, Sampling
+from fastrl.engine.base import Request, Sampling, sampling_seed
 from fastrl.engine.kv_cache import KvPages
+from fastrl.engine.vllm_random import Seeds, ask_for_second_runner, generators_kept, seeds_for
 from fastrl.engine.vllm_weights import outside, prepare_cpu, register
 from fastrl.weights.buffer import FlatParams
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CPU_BLOCK = 32  # tokens of a cached block, the fewest there; prompts of a group share theirs
-SUPPORTED = ((0, 26), (0, 32))  # first and last minor version
+SUPPORTED = ((0, 26), (0, 33))  # first and last minor version
 UNSUPPORTED_CONFIG = {
     "quantization_config": "a quantised model has no plain weights to share",
     "num_experts": "experts are laid out anew by vLLM",
@@ -46,6 +45,9 @@ class VllmConfig:
     max_num_batched_tokens: int = setting(8192, "[1, 1e8]")  # per forward of the engine
     cuda_graphs: bool = True  # of decoding
     compile: bool = False  # torch.compile in the engine: slower to start, a little faster
+    seeds: Seeds = (
+        "auto"  # one per request, or one per step for all of its requests; auto: per request where it is free
+    )
 
     def __post_init__(self):
         check_bounds(self, "vllm.")
@@ -103,6 +105,7 @@ class VllmEngine:
                 os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
             from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue] where vllm is absent, taken for this file
 
+            ask_for_second_runner()
             with tempfile.TemporaryDirectory() as folder:
                 model.config.save_pretrained(folder)  # all that vLLM reads of a model
                 self.llm = LLM(
@@ -124,11 +127,17 @@ class VllmEngine:
                     **options,
                 )
         self.core = self.llm.llm_engine.engine_core
-        self.runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        worker = self.llm.llm_engine.model_executor.driver_worker.worker
+        self.runner, self.second_runner = worker.model_runner, bool(worker.use_v2_model_runner)
+        self.seeds = seeds_for(settings.seeds, second_runner=self.second_runner, cuda=cuda)
         self.progress: Callable[[], None] = lambda: None
         self.llm.llm_engine.step = self.observed(self.llm.llm_engine.step)
         self.pages = KvPages(self.runner.kv_caches if settings.kv == "release" else [])
         self.check_alias()
+
+    @property
+    def how(self) -> str:
+        return f"{'second' if self.second_runner else 'first'} model runner, a seed per {self.seeds}"
 
     def check_alias(self) -> None:
         """Raise EngineError if a parameter of vLLM is not where the trainer writes."""
@@ -153,6 +162,7 @@ class VllmEngine:
             self.pages.release()
 
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        """As `Engine.sample`. With a seed per step it is made of all seeds in their order."""
         from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue] as above
 
         if sampling.temperature > 2:
@@ -165,7 +175,7 @@ class VllmEngine:
         params = [
             SamplingParams(
                 n=1,
-                seed=seed,
+                seed=seed if self.seeds == "request" else None,
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -179,8 +189,10 @@ class VllmEngine:
             for r in requests
             for seed in r.seeds
         ]
+        seed = None if self.seeds == "request" else sampling_seed(*(seed for r in requests for seed in r.seeds))
         try:
-            outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
+            with generators_kept([self.flat.weights.device], seed):
+                outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
             return [[self.completion(next(outputs)) for _ in r.seeds] for r in requests]
         except EngineError:
             raise
@@ -262,19 +274,13 @@ def installed_version() -> str:
 @contextmanager
 def process_state_kept() -> Iterator[None]:
     """vLLM reseeds every generator of the process and sets its threads and matmul precision; here they stay."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    cpu, gpu = torch.random.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        yield
+        with generators_kept():
+            yield
     finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
-        torch.random.set_rng_state(cpu)
-        for device, state in enumerate(gpu):
-            torch.cuda.set_rng_state(state, device)
         torch.set_num_threads = set_threads  # on a CPU vLLM leaves a function that does nothing
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)

@@ -12,6 +12,7 @@ import torch
 
 from fastrl.kernels.linear_logprob import CHUNK_ELEMENTS, CHUNK_ROWS
 from fastrl.weights.buffer import ALIGN, PART, round_up
+from fastrl.weights.norm import AT_A_TIME, ROW
 
 MIB, GIB = 2**20, 2**30
 CONTEXT = int(1.5 * GIB)  # CUDA context, cuBLAS, NCCL, per process; estimate until measured
@@ -21,7 +22,7 @@ ENGINE_LOGITS = 16  # bytes per sequence and word: four float32 copies of a samp
 HF_LOGITS = 24  # the same of engine/hf.py's draw(): logits, logprobs and two float64 vectors
 HF_GROWTH = 1.5  # models/cache.py makes room ahead
 SLAB = 4 * CHUNK_ELEMENTS  # logits alive where only log-probabilities are asked for
-NORM = 8  # bytes per element of a chunk of the shard, in float64 for the norm
+NORM = 12 / ROW  # bytes per element of a chunk of the shard: norms of rows, in float32 and in float64
 SPLIT_STEP = 20  # the same of a split master's step: joined, moved, and the bits of both halves
 
 
@@ -222,16 +223,17 @@ def score_moments(model: ModelShape, s: MemorySettings) -> list[Moment]:
 
 
 def head_bytes(model: ModelShape, s: MemorySettings) -> dict[str, int]:
-    """Logits alive at a time; and beside gradients in bfloat16, the head's in float32 until all chunks are in."""
+    """Logits alive at a time; and beside gradients in bfloat16, the head's in float32 until all chunks are in.
+
+    On CUDA a chunk of them is the workspace that the policy keeps until it rests.
+    """
     logits = 4 * s.tokens * model.vocab
     upcast = 0 if s.cuda or s.dtype != torch.bfloat16 else 4 * model.vocab * model.hidden
-    if s.cuda:
-        backward = 4 * min(CHUNK_ROWS, s.tokens) * model.vocab
-    else:
-        backward = 3 * min(SLAB, logits) + upcast
+    kept = 4 * min(CHUNK_ROWS, s.tokens) * model.vocab if s.cuda else 0
+    backward = kept or 3 * min(SLAB, logits) + upcast
     if torch.promote_types(s.grad_dtype, s.dtype) == torch.bfloat16:
         backward += 4 * model.vocab * model.hidden
-    return {"score": min(SLAB, logits) + upcast, "backward": backward, "step": 0}
+    return {"score": min(SLAB, logits) + upcast, "backward": backward, "step": kept}
 
 
 def engine_bytes(model: ModelShape, s: MemorySettings) -> int:
@@ -253,14 +255,19 @@ def step_bytes(model: ModelShape, s: MemorySettings) -> int:
     """What an optimizer step allocates beside what is there: the largest of its moments, one after the other."""
     shard = buffer(model.elements, s.ranks) // s.ranks
     grad, several = torch.promote_types(s.grad_dtype, s.dtype).itemsize, s.ranks > 1
-    chunk = min(shard, PART)
+    chunk, summed = min(shard, PART), min(shard, AT_A_TIME)
     reduced = several * shard * grad if s.cuda else 0  # the shard of the sum
     precision = max(4, s.dtype.itemsize)
+    converted = precision if grad != precision else 0  # the gradient as the optimizer takes it
+    if s.master != "split":
+        taken = converted * shard
+    elif s.cuda and s.optimizer == "adamw":
+        taken = 0  # one pass over both halves, and the gradient as it is
+    else:
+        taken = (SPLIT_STEP + converted) * chunk
     moments = [
-        NORM * chunk if s.dtype != torch.float64 else 0,
-        # the gradient as the optimizer takes it; of a split master a chunk at a time, beside one joined and split again
-        (SPLIT_STEP if s.master == "split" else 0) * chunk
-        + (precision * (chunk if s.master == "split" else shard) if grad != precision else 0),
+        int(NORM * summed) + (4 * summed if grad == 2 and not s.cuda else 0),  # a CPU sums up a float32 copy
+        taken,
         0 if s.cuda else several * shard * s.dtype.itemsize,  # gloo gathers from a copy
     ]
     return reduced + max(moments)

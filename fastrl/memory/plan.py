@@ -31,6 +31,8 @@ from fastrl.memory.parts import (
     step_bytes,
     trained,
 )
+from fastrl.weights.buffer import round_up
+from fastrl.weights.host_slabs import SLAB
 
 PHASES = ("generate", "score", "backward", "step")
 CARDS = {"h100": 79.6, "h200": 139.8}  # GiB that NVML calls total
@@ -134,7 +136,7 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
         if "optimizer" in s.offload:
             host["critic"] = critic["master"] + critic["optimizer"]
     if "activations" in s.offload:
-        host["activations"] = checkpoints(model, s) - staying(model, s)
+        host["activations"] = round_up(checkpoints(model, s) - staying(model, s), SLAB)
     peaks = {"score": score_moments(model, s), "backward": backward_moments(model, s)}
     worst = {phase: max(moments, key=lambda moment: moment.total) for phase, moments in peaks.items()}
     table["activations"] = {phase: moment.activations for phase, moment in worst.items()}

@@ -74,9 +74,7 @@ def outcome(rows: Iterable[dict[str, float]]) -> list[str]:
             measured, planned = (row.get(f"memory/{what}_mib/{phase}") for what in ("measured", "planned"))
             if measured is not None and planned is not None:
                 most[phase] = max(most.get(phase, (0.0, 0.0)), (measured, planned))
-    parts = [
-        f"{own * MIB / GIB:.1f} of {planned * MIB / GIB:.1f} GiB planned in {p}" for p, (own, planned) in most.items()
-    ]
+    parts = [f"{mib / 1024:.1f} of {planned / 1024:.1f} GiB planned in {p}" for p, (mib, planned) in most.items()]
     return [f"memory: at most {', '.join(parts)}"] if parts else []
 
 

@@ -5,45 +5,63 @@ Imports transformers, so it is imported where sampling begins.
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 GROWTH = 1.5
 LEAST_ROOM = 32  # tokens
 
 
-class GrowingLayer(DynamicLayer):
-    """DynamicLayer whose keys and values [B, heads, T, D] are the first T tokens of larger buffers."""
+class GrowingLayer(CacheLayerMixin):
+    """Keys and values [B, heads, T, D] of a layer that attends to all tokens: the first T tokens of larger buffers.
 
-    room: tuple[Tensor, Tensor] | None = None
+    Builds on the abstract layer, whose methods every cache of transformers has, and not on one that keeps tensors.
+    """
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.room = self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
         end = past + key_states.shape[-2]
-        if self.room is None or self.room[0].shape[-2] < end:
-            held = (self.keys, self.values)
-            size = (*key_states.shape[:-2], max(LEAST_ROOM, int(end * GROWTH)), key_states.shape[-1])
-            self.room = (
-                torch.empty(size, dtype=self.dtype, device=self.device),
-                torch.empty((*size[:-1], value_states.shape[-1]), dtype=self.dtype, device=self.device),
-            )
-            for buffer, kept in zip(self.room, held, strict=True):
-                if kept is not None and past:
-                    buffer[..., :past, :] = kept
+        if self.room[0].shape[-2] < end:
+            size = max(LEAST_ROOM, int(end * GROWTH))
+            self.room = grown(self.room[0], past, size), grown(self.room[1], past, size)
         for buffer, new in zip(self.room, (key_states, value_states), strict=True):
             buffer[..., past:end, :] = new
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self.room)
-        return self.keys, self.values
+        return self.take(end)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        # with their room, or the next token would copy the selected rows a second time
-        past = self.get_seq_length()
-        if self.room is None:  # a layer that keeps nothing, such as an MLP that is counted as one
-            return
-        keys, values = self.room
-        self.room = keys.index_select(0, indices), values.index_select(0, indices)
-        self.keys, self.values = (buffer[..., :past, :] for buffer in self.room)
+    def take(self, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `length` tokens of the buffers become what the layer holds."""
+        self.keys, self.values = keys, values = self.room[0][..., :length, :], self.room[1][..., :length, :]
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[-2] if self.keys is not None else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1  # none
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:  # not so in a layer that keeps nothing, such as an MLP that is counted as one
+            # with their room, or the next token would copy the selected rows a second time
+            past = self.get_seq_length()
+            self.room = self.room[0].index_select(0, beam_idx), self.room[1].index_select(0, beam_idx)
+            self.take(past)
+
+
+def grown(held: Tensor, length: int, size: int) -> Tensor:
+    """A buffer for `size` tokens that begins with the first `length` of `held`."""
+    buffer = torch.empty((*held.shape[:-2], size, held.shape[-1]), dtype=held.dtype, device=held.device)
+    buffer[..., :length, :] = held[..., :length, :]
+    return buffer
 
 
 def growing_cache(config) -> DynamicCache:
@@ -55,10 +73,4 @@ def growing_cache(config) -> DynamicCache:
 
 def select_rows(cache: DynamicCache, rows: Tensor) -> None:
     """Make row i of the cache the former row rows[i]; a row may be left out, or taken several times."""
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            # states, and in hybrid layers keys and values with them
-            layer.reorder_cache(rows)  # pyright: ignore[reportArgumentType] its LongTensor is a tensor of int64
-        else:
-            assert isinstance(layer, DynamicLayer)  # what a DynamicCache is made of
-            layer.batch_select_indices(rows)
+    cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType] its LongTensor is a tensor of int64

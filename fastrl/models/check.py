@@ -13,7 +13,7 @@ Training and sampling share fastrl's head, so a head that is not the model's wou
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from fastrl.base.exhausted import means_out_of_memory
 from fastrl.base.types import TrainBatch
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.models.decoding import Decoding
 from fastrl.models.head import head_weight, label_hidden, logit_map
+from fastrl.models.inputs import inputs_of, upload
 from fastrl.models.loading import LoadedModel, first_line, load_model, named, pick_device
 from fastrl.models.modes import without_checkpoints
-from fastrl.models.packing import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +87,7 @@ def check_model(loaded: LoadedModel, *, sampled: bool = True) -> dict[str, float
     rows, limits = fixed_rows(loaded), LIMITS[loaded.model.dtype]
     found: dict[str, float] = {}
     with torch.no_grad():
-        own, hidden = tried(loaded, "own", partial(own_forward, loaded.model, rows, loaded.num_tokens))
+        own, hidden = tried(loaded, "own", partial(own_forward, loaded, rows))
         for path, logprobs in ways(loaded, rows, hidden, sampled):
             difference = (tried(loaded, path, logprobs).double() - own).abs()
             figures = [difference.mean().item(), difference.max().item()]
@@ -102,11 +103,11 @@ def tried(loaded: LoadedModel, path: str, function: Callable[[], T]) -> T:
     """function(), whose errors become a ValueError that names the model and the path."""
     try:
         return function()
-    except torch.OutOfMemoryError:
-        raise
     except ValueError as error:
         raise ValueError(named(loaded.path, error)) from error
     except Exception as error:  # a family that is built otherwise fails in its own way, somewhere inside transformers
+        if means_out_of_memory(error):
+            raise
         said = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
         raise refusal(loaded, f"cannot be used: {PATHS[path].partition(',')[0]} fails with {said}") from error
 
@@ -145,18 +146,18 @@ def fixed_rows(loaded: LoadedModel) -> Rows:
 
 def batch_of(prompts: list[list[int]], completions: list[list[int]], loaded: LoadedModel) -> TrainBatch:
     texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-    B, S, device = len(texts), max(map(len, texts)), loaded.model.device
-    ids = torch.tensor([text + [loaded.pad_id] * (S - len(text)) for text in texts], device=device)
-    column = torch.arange(S, device=device)
-    starts, ends = (torch.tensor([len(x) for x in some], device=device) for some in (prompts, texts))
-    rows, zeros = torch.zeros(B, device=device), torch.zeros(B, S, device=device)
+    B, S = len(texts), max(map(len, texts))
+    ids = torch.tensor([text + [loaded.pad_id] * (S - len(text)) for text in texts])
+    column = torch.arange(S)
+    starts, ends = (torch.tensor([len(x) for x in some]) for some in (prompts, texts))
+    rows, zeros = torch.zeros(B), torch.zeros(B, S)
     return TrainBatch(
         input_ids=ids,
         attention_mask=column < ends[:, None],
         response_mask=(column >= starts[:, None]) & (column < ends[:, None]),
         rollout_logprobs=zeros,
-        group=torch.tensor([0, 0, 1], device=device),
-        group_size=torch.tensor([2, 2, 1], device=device),
+        group=torch.tensor([0, 0, 1]),
+        group_size=torch.tensor([2, 2, 1]),
         reward=rows,
         credit=rows,
         truncated=rows.bool(),
@@ -165,13 +166,13 @@ def batch_of(prompts: list[list[int]], completions: list[list[int]], loaded: Loa
     )
 
 
-def own_forward(model: "PreTrainedModel", rows: Rows, num_tokens: int) -> tuple[Tensor, Tensor]:
+def own_forward(loaded: LoadedModel, rows: Rows) -> tuple[Tensor, Tensor]:
     """The model as its authors wrote it, row by row -> log-probabilities [M], and the last hidden states [M, H]."""
-    logprobs, states = [], []
-    with as_written(model):
+    model, logprobs, states = loaded.model, [], []
+    with as_written(model), loaded.liger.out() if loaded.liger else nullcontext():
         for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
             ids = torch.tensor([prompt + completion], device=model.device)
-            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1, :num_tokens].double()
+            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1, : loaded.num_tokens].double()
             logprobs.append(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0])
             states.append(model.base_model(ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1])
     return torch.cat(logprobs), torch.cat(states)
@@ -192,12 +193,14 @@ def as_written(model: "PreTrainedModel") -> Iterator[None]:
 
 def of_head(loaded: LoadedModel, hidden: Tensor, rows: Rows) -> Tensor:
     weight = head_weight(loaded.model)[: loaded.num_tokens]
-    return linear_logprob(hidden, weight, rows.targets, logit_map=logit_map(loaded.model), triton=False)[0]
+    return linear_logprob(
+        hidden, weight, rows.targets.to(hidden.device), logit_map=logit_map(loaded.model), triton=False
+    )[0]
 
 
 def of_trainer(loaded: LoadedModel, rows: Rows, *, packed: bool = False) -> Tensor:
     batch = rows.batch
-    hidden = label_hidden(loaded.model, batch.input_ids, batch.response_mask, pack(batch) if packed else None)
+    hidden = label_hidden(loaded.model, upload(inputs_of(batch, packed), loaded.model.device))
     return of_head(loaded, hidden, rows)
 
 

@@ -12,9 +12,9 @@ from torch.nn.functional import linear
 from fastrl.base import ranks
 from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import TrainBatch
-from fastrl.models.head import label_hidden, spread
+from fastrl.models.head import label_hidden
+from fastrl.models.inputs import Inputs, inputs_of, upload
 from fastrl.models.loading import LoadedModel
-from fastrl.models.packing import pack
 from fastrl.updates.base import Accumulate
 from fastrl.updates.single import Single
 from fastrl.weights.guard import Guard
@@ -85,10 +85,12 @@ class Critic(ShardedModel):
 
         Column s is the value of the text before token s, read off where that token is predicted: label-aligned.
         """
-        packed = pack(batch) if self.packs else None
+        return self.values(upload(inputs_of(batch, self.packs), self.device))
+
+    def values(self, inputs: Inputs) -> Tensor:
         with self.saving():
-            hidden = label_hidden(self.model, batch.input_ids, batch.response_mask, packed)
-        return spread(self.model(hidden), batch.response_mask)
+            hidden = label_hidden(self.model, inputs)
+        return inputs.spread(self.model(hidden))
 
     def backward(self, pieces: Iterable[TrainBatch], loss_sum: ValueLoss, tokens: float) -> dict[str, Tensor]:
         """Leave the gradient of a minibatch, cut into microbatches, in the gradient buffer -> sums of its metrics.
@@ -98,7 +100,8 @@ class Critic(ShardedModel):
         self.zero_grad()
         sums: dict[str, Tensor] = {}
         for piece in pieces:
-            loss, metrics = loss_sum(self.score(piece), piece)
+            inputs, part = upload((inputs_of(piece, self.packs), piece), self.device)
+            loss, metrics = loss_sum(self.values(inputs), part)
             (loss / tokens).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.double()

@@ -1,5 +1,6 @@
 """Text that grows token by token: the model's own weights, its cache, and the distribution of the next token."""
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,9 @@ class Decoding:
         ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         self.cache = growing_cache(model.config)
+        # since transformers 5.24 its models call it cache, and warn of the former name
+        named = inspect.signature(model.base_model.forward).parameters
+        self.cache_argument = {"cache" if "cache" in named else "past_key_values": self.cache}
         self.hidden = self.forward(ids)
 
     def select(self, rows: Tensor) -> None:
@@ -48,6 +52,6 @@ class Decoding:
         """ids [n, T], put behind what the cache holds -> hidden [n, H] of the last of them."""
         positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = self.model.base_model(
-            ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            ids, attention_mask=self.mask, position_ids=positions, use_cache=True, **self.cache_argument
         )
         return out.last_hidden_state[:, -1]

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from fastrl.checkpoint.reading import verify_model
-from fastrl.models import packing
+from fastrl.models import liger as ligers
+from fastrl.models.attention import packed_layers, register, without_cudnn
 from fastrl.models.fetching import fetched
-from fastrl.models.liger import patch
+from fastrl.models.liger import Liger, LigerKernels
 from fastrl.models.modes import make_quiet
+from fastrl.models.ragged import Ragged, choose
 from fastrl.models.refusals import refuse_auto_map, refuse_code, refuse_ends, refuse_gguf, refuse_pickles
 from fastrl.models.tokens import num_sampled
 from fastrl.weights.activations import CheckpointMode, checkpoint_layers
@@ -33,6 +35,8 @@ class LoadedModel:
     eos_ids: tuple[int, ...]  # every id that ends a completion
     path: str
     packs: bool  # whether `token_logprobs` may be given a packing
+    liger: LigerKernels | None = None  # those that are in the model
+    said: tuple[str, ...] = ()  # lines on the kernels that were chosen, and why others were not
 
     @property
     def num_tokens(self) -> int:
@@ -47,14 +51,18 @@ class LoadedModel:
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. Raises ValueError without CUDA."""
+    """`auto` decided: the rank's GPU with bfloat16 weights, or the CPU with float32. `cuda` is the rank's GPU too.
+
+    Raises ValueError for a GPU that is not there.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    on_gpu = device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device; use --device cpu")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = "cpu" if device == "auto" else device
+    on_gpu = device.startswith("cuda")
     if on_gpu and torch.device(device).index and torch.device(device).index >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
@@ -143,8 +151,9 @@ def load_model(
     dtype: torch.dtype,
     device: str,
     attention: str = "sdpa",
+    ragged: Ragged = "auto",
     checkpoint: CheckpointMode = "none",
-    liger: bool = False,
+    liger: Liger = "off",
 ) -> LoadedModel:
     """Weights of a model in `dtype` on `device`, without dropout, with its tokenizer and stop ids.
 
@@ -177,9 +186,7 @@ def load_model(
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"--model {name}: {type(model).__name__} has no plain LM head")
     if attention == "sdpa" and model._supports_attention_backend:
-        model.set_attn_implementation(packing.register())
-    if liger:
-        patch(model)
+        model.set_attn_implementation(register())
     checkpoint_layers(model, checkpoint)
     make_quiet(model)
     stop = model.generation_config.eos_token_id if isinstance(model.generation_config, GenerationConfig) else None
@@ -190,7 +197,13 @@ def load_model(
     eos_ids = tuple(sorted(eos))
     refuse_ends(name, eos_ids, num_sampled(model, tokenizer))
     model.to(device)  # pyright: ignore[reportArgumentType] transformers' wrapper hides that it is a method
-    return LoadedModel(model, tokenizer, eos_ids, path, packing.supports(model))
+    without_cudnn(device)
+    kernels, said = ligers.choose(model, liger)
+    layers = packed_layers(model)
+    kernel, more = choose(set(layers), ragged) if layers else (None, [])
+    if kernel is not None:
+        model.set_attn_implementation(register(kernel))
+    return LoadedModel(model, tokenizer, eos_ids, path, packs=bool(layers), liger=kernels, said=(*said, *more))
 
 
 def refuse_infinite(name: str, model: nn.Module) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fastrl.base.types import TrainBatch
+from fastrl.kernels.workspace import Workspace
 from fastrl.models.head import token_logprobs, token_policy_loss
+from fastrl.models.inputs import Inputs, inputs_of, upload
 from fastrl.models.loading import LoadedModel
-from fastrl.models.packing import pack
 from fastrl.models.tokens import num_sampled
 from fastrl.objectives.base import FusedLoss
 from fastrl.weights.guard import Guard
@@ -38,10 +39,15 @@ class Policy(ShardedModel):
         super().__init__(loaded.model, optim, guard, grad_dtype, master=master, offload=offload)
         self.tokenizer, self.pad_id, self.packs = loaded.tokenizer, loaded.pad_id, loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton
+        self.workspace = Workspace()  # the logits of every microbatch, until the next `rest`
+
+    def rest(self) -> None:
+        super().rest()
+        self.workspace.release()
 
     def score(self, batch: TrainBatch) -> Tensor:
         """Label-aligned log-probabilities of a microbatch, [B, S] nats, zero outside the response mask."""
-        return self.logprobs(batch)[0]
+        return self.logprobs(upload(inputs_of(batch, self.packs), self.device))[0]
 
     @cached_property
     def num_tokens(self) -> int:
@@ -54,7 +60,7 @@ class Policy(ShardedModel):
         grads = self.flat.grads
         return self.triton and grads is not None and grads.dtype == torch.float32
 
-    def fused_loss(self, batch: TrainBatch, fused: FusedLoss, count: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def fused_loss(self, inputs: Inputs, fused: FusedLoss, count: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A microbatch, what the objective says of it, its denominator -> loss, logprobs [B, S], sums for metrics.
 
         The loss is divided already: its backward() must follow, unscaled. The sums are those of `objective.loss_sum`.
@@ -62,13 +68,12 @@ class Policy(ShardedModel):
         with self.saving():
             out, logprobs = token_policy_loss(
                 self.model,
-                batch.input_ids,
-                batch.response_mask,
+                inputs,
                 fused,
                 count,
                 inv_temperature=self.inv_temperature,
                 num_tokens=self.num_tokens,
-                packed=pack(batch) if self.packs else None,
+                workspace=self.workspace,
             )
         sums = out.named()
         # a token that is not finite has no part in the fused loss; autograd would pass it on, and the guard see it
@@ -77,17 +82,16 @@ class Policy(ShardedModel):
         metrics = fused.loss.metrics(sums, has_reference=fused.ref_logprobs is not None)
         return out.loss, logprobs, {"entropy": out.entropy.sum(), **metrics}
 
-    def logprobs(self, batch: TrainBatch, need_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    def logprobs(self, inputs: Inputs, need_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Label-aligned log-probabilities and entropy of a microbatch, [B, S] nats, differentiable."""
         with self.saving():
             return token_logprobs(
                 self.model,
-                batch.input_ids,
-                batch.response_mask,
+                inputs,
                 inv_temperature=self.inv_temperature,
                 num_tokens=self.num_tokens,
                 need_entropy=need_entropy,
                 head_grad_in_place=True,
-                packed=pack(batch) if self.packs else None,
                 triton=self.triton,
+                workspace=self.workspace,
             )

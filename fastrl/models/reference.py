@@ -7,15 +7,19 @@ from torch import Tensor
 
 from fastrl.base.types import TrainBatch
 from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import inputs_of, upload
+from fastrl.models.liger import Liger
 from fastrl.models.loading import load_model
-from fastrl.models.packing import pack
+from fastrl.models.ragged import Ragged
 from fastrl.weights.buffer import FlatParams
+from fastrl.weights.host_memory import host_memory
+from fastrl.weights.offload import as_bytes
 
 
 class Reference:
     """Log-probabilities of the model the run started from, at the policy's temperature.
 
-    on_host: its weights are on the host, pinned on CUDA, and on the device only from `score` to `rest`.
+    on_host: its weights are on the host, in locked pages for CUDA, and on the device only from `score` to `rest`.
     """
 
     def __init__(
@@ -25,19 +29,21 @@ class Reference:
         dtype: torch.dtype,
         device: str,
         attention: str,
+        ragged: Ragged = "auto",
         temperature: float,
         triton: bool = False,
         on_host: bool = False,
-        liger: bool = False,
+        liger: Liger = "off",
     ):
-        loaded = load_model(name, dtype=dtype, device=device, attention=attention, liger=liger)
+        loaded = load_model(name, dtype=dtype, device=device, attention=attention, ragged=ragged, liger=liger)
         self.model, self.num_tokens = loaded.model.requires_grad_(False), loaded.num_tokens
         self.packs = loaded.packs
         self.inv_temperature, self.triton = 1.0 / temperature, triton
         self.weights = self.kept = None
         if on_host:
             self.weights = FlatParams(self.model, grad_dtype=None).weights  # one transfer instead of one per tensor
-            self.kept = self.weights.cpu().pin_memory() if self.weights.is_cuda else self.weights.clone()
+            size = self.weights.untyped_storage().nbytes()
+            self.kept = host_memory(size, locked=self.weights.is_cuda).copy_(as_bytes(self.weights))
             self.rest()
 
     def rest(self) -> None:
@@ -47,8 +53,8 @@ class Reference:
 
     def wake(self) -> None:
         if self.weights is not None and self.kept is not None and not self.weights.untyped_storage().nbytes():
-            self.weights.untyped_storage().resize_(self.kept.untyped_storage().nbytes())
-            self.weights.copy_(self.kept)
+            self.weights.untyped_storage().resize_(len(self.kept))
+            as_bytes(self.weights).copy_(self.kept)
 
     def sha256(self) -> str:
         """Of the weights, in the order of their names, at 0.7 GB/s."""
@@ -66,11 +72,9 @@ class Reference:
         self.wake()
         values, _ = token_logprobs(
             self.model,
-            batch.input_ids,
-            batch.response_mask,
+            upload(inputs_of(batch, self.packs), self.model.device),
             inv_temperature=self.inv_temperature,
             num_tokens=self.num_tokens,
-            packed=pack(batch) if self.packs else None,
             triton=self.triton,
         )
         return values

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl.base.types import Problem, TrainBatch
-from fastrl.kernels.policy_loss import TokenLoss, kl_estimate
+from fastrl.kernels.policy_loss import TokenLoss, clip, kl_estimate
 
 LARGEST_CAP = 80.0  # nats; exp(88) is the last that float32 holds
 
@@ -138,7 +138,7 @@ def sequence_mean(log_ratio: Tensor, mask: Tensor, cap: float) -> Tensor:
 
     One infinite token would cancel another to NaN.
     """
-    capped = log_ratio.clamp(-cap, cap)
+    capped = clip(log_ratio, -cap, cap)
     mean = capped.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return masked(mean.expand_as(log_ratio), mask)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastrl.base import ranks
 from fastrl.base.setting import check_bounds, setting
 from fastrl.base.types import TrainBatch
-from fastrl.kernels.policy_loss import TokenLoss, kl_estimate
+from fastrl.kernels.policy_loss import TokenLoss, clip, kl_estimate
 from fastrl.objectives.base import LARGEST_CAP, TokenObjective, TokenWeights, masked
 
 
@@ -86,7 +86,7 @@ class PPO(TokenObjective):
         loss = (values - returns).square() / 2
         metrics = {}
         if self.value_clip is not None:
-            near = old + (values - old).clamp(-self.value_clip, self.value_clip)
+            near = old + clip(values - old, -self.value_clip, self.value_clip)
             clipped = (near - returns).square() / 2
             metrics["clip_ratio"] = (clipped > loss).sum()
             loss = torch.maximum(loss, clipped)

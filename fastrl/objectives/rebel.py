@@ -77,10 +77,9 @@ class REBEL(Objective):
 
 def centered(values: Tensor, batch: TrainBatch) -> Tensor:
     """values [B] minus the mean over the group's rows, all of which are in the batch; exactly 0 where all are equal."""
-    _, index = batch.group.unique(return_inverse=True)
-    groups = int(index.max()) + 1 if len(index) else 0
-    empty = values.new_zeros(groups)
-    mean = empty.index_add(0, index, values) / torch.bincount(index, minlength=groups)
-    low = empty.scatter_reduce(0, index, values, "amin", include_self=False)
-    high = empty.scatter_reduce(0, index, values, "amax", include_self=False)
-    return torch.where((low == high)[index], torch.zeros_like(values), values - mean[index])
+    if not len(values):
+        return values
+    mates = batch.group[:, None] == batch.group  # [B, B]; to count groups instead, the host would wait for a GPU
+    low, high = torch.where(mates, values, torch.inf).amin(1), torch.where(mates, values, -torch.inf).amax(1)
+    mean = torch.where(mates, values, 0.0).sum(1) / mates.sum(1)
+    return torch.where(low == high, torch.zeros_like(values), values - mean)

@@ -18,6 +18,7 @@ from fastrl.step.learner import Learner
 from fastrl.step.microbatches import Fitting
 from fastrl.step.rollout import EvalSet
 from fastrl.step.trainer import Trainer
+from fastrl.watch.card_watch import CardWatch
 from fastrl.watch.signal import Signal
 from fastrl.weights.guard import MismatchWatch
 
@@ -28,9 +29,10 @@ def build(
     rewards: RewardSet,
     stop_requested: Callable[[], bool] = lambda: False,
     spans: Spans | None = None,
+    card: CardWatch | None = None,
 ) -> Trainer:
     """Load the data, then the models, and put the parts together."""
-    config, spans = resolved.config, spans or Spans()
+    config, spans, card = resolved.config, spans or Spans(), card or CardWatch()
     work = load_work(config, load_tokenizer(config.model), rewards)
     weights = ", ".join(f"{n} x {w:g}" for n, w in rewards.weights.items())
     for line in [*work.report, *memory_lines(resolved), f"rewards: {weights}"]:
@@ -60,7 +62,7 @@ def build(
 
         rollout.make_room = make_room
     return Trainer(
-        learner=make_learner(resolved, models, spans, log),
+        learner=make_learner(resolved, models, spans, log, card),
         rollout=rollout,
         allocator=allocation,
         completions_per_step=allocation.budget(config.problems_per_step),
@@ -79,12 +81,13 @@ def build(
         mismatch_watch=MismatchWatch(dtype=resolved.dtype),
         signal=Signal(limit=config.sampling.max_new_tokens, compares=config.objective.min_group_size > 1),
         memory=memory,
+        card=card,
         profiler=profiler,
         stop_requested=stop_requested,
     )
 
 
-def make_learner(resolved: Resolved, models: Models, spans: Spans, log: RunLog) -> Learner:
+def make_learner(resolved: Resolved, models: Models, spans: Spans, log: RunLog, card: CardWatch) -> Learner:
     config = resolved.config
     return Learner(
         policy=models.policy,
@@ -94,6 +97,7 @@ def make_learner(resolved: Resolved, models: Models, spans: Spans, log: RunLog) 
         update=config.update,
         num_minibatches=config.minibatches,
         fitting=Fitting(tokens=resolved.tokens, say=log.say, beat=spans.beat),
+        after_backward=card.backward,
         old_from_engine=config.sampling.old_logprobs == "engine",
     )
 

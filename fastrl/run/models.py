@@ -49,10 +49,13 @@ def load_models(resolved: Resolved, log: RunLog) -> Models:
             device=resolved.device,
             attention=config.attention,
             checkpoint=memory.checkpoint_activations,
+            ragged=memory.ragged,
             liger=memory.liger,
         )
 
     loaded = load()
+    for line in loaded.said:
+        log.say(line)
     check_model(loaded, sampled=resolved.engine == "hf")
     triton = head_kernels(loaded, resolved.device, log)
     kept = dict(grad_dtype=getattr(torch, memory.grad_dtype), master=memory.master, offload=memory.offload)
@@ -69,10 +72,12 @@ def load_models(resolved: Resolved, log: RunLog) -> Models:
             temperature=temperature,
             triton=triton,
             on_host=memory.reference_on_host,
+            ragged=memory.ragged,
             liger=memory.liger,
         )
     if "values" in resolved.needs:
         critic = Critic(load(), config.critic, spike_sigma=sigma, **kept)
+        critic.slabs = policy.slabs  # one learns at a time
     return Models(loaded=loaded, policy=policy, reference=reference, critic=critic)
 
 

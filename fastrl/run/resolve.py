@@ -17,6 +17,7 @@ from fastrl.settings.flags import all_flags
 from fastrl.settings.memory import plan_of
 from fastrl.settings.parse import as_dict
 from fastrl.settings.run import AXES, TrainConfig, needs_of
+from fastrl.watch.card import Card, Held, NoCard, open_card
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,6 +35,8 @@ class Resolved:
     tokens: int  # per microbatch
     needs: frozenset[str]  # what the objective compares with: old_logprobs, ref_logprobs, values
     engine: Literal["hf", "vllm"]
+    card: Card | NoCard | None = None  # None on a CPU
+    held: Held | None = None  # by other processes on the card, before this one used it
 
     @property
     def cuda(self) -> bool:
@@ -41,7 +44,11 @@ class Resolved:
 
     @cached_property
     def plan(self) -> MemoryPlan | NoPlan:
-        """Of the memory, or why this model has none: it may be trained all the same. Reads the model's config.json."""
+        """Of the memory that others leave, or why this model has none: it may be trained all the same.
+
+        Reads the model's config.json.
+        """
+        held = self.held.size if self.held else 0
         try:
             return plan_of(
                 self.config,
@@ -50,7 +57,7 @@ class Resolved:
                 tokens_per_microbatch=self.tokens,
                 engine=self.engine,
                 ranks=ranks.world_size(),
-                capacity=torch.cuda.mem_get_info(self.device)[1] if self.cuda else 0,
+                capacity=max(1, torch.cuda.mem_get_info(self.device)[1] - held) if self.cuda else 0,
             )
         except NoPlan as error:
             return error
@@ -59,6 +66,7 @@ class Resolved:
 def resolve(config: TrainConfig) -> Resolved:
     """Raises ValueError for a device or an engine that is not there."""
     device, dtype = pick_device(config.device, config.dtype)
+    card = open_card(device) if device.startswith("cuda") else None
     return Resolved(
         config=config,
         device=device,
@@ -66,7 +74,17 @@ def resolve(config: TrainConfig) -> Resolved:
         needs=needs_of(config),
         tokens=config.memory.tokens_per_microbatch or TOKENS[device.partition(":")[0]],
         engine=pick_engine(config.engine.engine, device),
+        card=card,
+        held=held_by_others(card),
     )
+
+
+def held_by_others(card: Card | NoCard | None) -> Held | None:
+    """None also without readings: a run needs none."""
+    try:
+        return card.held() if isinstance(card, Card) else None
+    except NoCard:
+        return None
 
 
 def describe(resolved: Resolved) -> list[str]:
@@ -98,9 +116,20 @@ def describe(resolved: Resolved) -> list[str]:
     ]
 
 
+def card_lines(resolved: Resolved) -> list[str]:
+    """Of every rank's GPU: whether it can be read, and who else holds memory on it. To be called on all ranks."""
+    if not resolved.cuda:
+        return []
+    lines = [f"gpu: no readings beyond those of torch: {resolved.card}"] if isinstance(resolved.card, NoCard) else []
+    lines += [f"gpu: {resolved.held}; the plan leaves them that"] if resolved.held else []
+    if ranks.size() == 1:
+        return lines
+    return [f"rank {rank}, {line}" for rank, own in enumerate(ranks.gather(lines)) for line in own]
+
+
 def memory_lines(resolved: Resolved) -> list[str]:
-    """The plan in one line and as a table, and what to change where it does not fit."""
-    plan = resolved.plan
+    """What others hold, the plan in one line and as a table, and what to change where it does not fit."""
+    plan, lines = resolved.plan, card_lines(resolved)
     if isinstance(plan, NoPlan):
-        return [f"memory: {plan}"]
-    return [f"memory: {plan}", *table(plan), *advice(plan, set(all_flags(resolved.config)))]
+        return [*lines, f"memory: {plan}"]
+    return [*lines, f"memory: {plan}", *table(plan), *advice(plan, set(all_flags(resolved.config)))]

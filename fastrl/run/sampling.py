@@ -42,8 +42,10 @@ def make_engine(resolved: Resolved, models: Models, max_model_len: int, log: Run
     sized = EngineSize(max_model_len=max_model_len, kv_bytes=kv_bytes, seed=config.seed + ranks.rank())
     engine = open_engine(resolved.engine, models.loaded, models.policy.flat, config.engine, sized)
     size = f" with {kv_bytes / 2**30:.1f} GiB of KV cache" if kv_bytes else ""
-    version = f" {engine.version}, over the trainer's weights{size}" if isinstance(engine, VllmEngine) else ""
-    log.say(f"engine: {resolved.engine}{version}")
+    if isinstance(engine, VllmEngine):
+        log.say(f"engine: vLLM {engine.version}, {engine.how}, over the trainer's weights{size}")
+    else:
+        log.say(f"engine: {resolved.engine}")
     return engine
 
 

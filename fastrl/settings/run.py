@@ -154,7 +154,7 @@ def check_combination(config: TrainConfig) -> None:
             "--checkpoint-activations selective keeps what attention kernels give, and --attention eager has none; use "
             "--attention sdpa, or --checkpoint-activations full"
         )
-    if config.memory.liger:
+    if config.memory.liger == "on":
         liger.check(model_config(config.model).model_type, device)
     if config.memory.master == "split" and dtype != torch.bfloat16:
         raise ValueError(

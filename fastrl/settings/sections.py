@@ -9,6 +9,8 @@ from fastrl.base.log import LOGGERS
 from fastrl.base.setting import Section, setting
 from fastrl.engine.base import Sampling
 from fastrl.engine.opening import EngineSection
+from fastrl.models.liger import Liger
+from fastrl.models.ragged import Ragged
 from fastrl.weights.activations import CheckpointMode
 from fastrl.weights.shard import MasterKind, Offload
 
@@ -98,7 +100,9 @@ class MemorySection(Section):
     offload: Offload = setting("none", free=True)
     # its weights are on the device while they score, and on the host otherwise
     reference_on_host: bool = setting(False, free=True)
-    liger: bool = False  # Liger's kernels for norms, rotary positions and gated MLPs, on a GPU
+    # what attends packed rows on a GPU: flash-attn, PyTorch's varlen_attn, or padded rows; auto: the first that works
+    ragged: Ragged = "auto"
+    liger: Liger = "auto"  # Liger's kernels for norms, rotary positions and gated MLPs; auto: on a GPU, where installed
 
 
 @dataclass(kw_only=True)
@@ -115,8 +119,9 @@ class RunSection(Section):
 
     steps: int = setting(200, "[1, 1e9]", free=True, known_as="max_steps")  # of training
     max_minutes: float = setting(0.0, "[0, 1e7]", free=True)  # stop, save and evaluate after this long; 0 = no limit
-    # steps between checkpoints; one is always written at the end
+    # steps between checkpoints
     save_every: int = setting(0, "[0, 1e9]", free=True, known_as="save_steps")
+    save_at_end: bool = setting(True, free=True)  # write one after the last step too; a signal always gets one
     keep: int = setting(2, "[1, 1e6]", free=True, known_as="save_total_limit")  # newest checkpoints to keep, at least 2
     sample_every: int = setting(25, "[0, 1e9]", free=True)  # steps between sample completions on the console; 0 = never
     rollouts_every: int = setting(25, "[0, 1e9]", free=True)  # steps between rollouts/step_N.jsonl files; 0 = never

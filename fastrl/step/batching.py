@@ -14,14 +14,11 @@ ATTENTION_SLACK = 4  # padded tokens of attention, which are cheap, for each tok
 
 
 def make_batch(
-    groups: list[RolloutGroup],
-    credit: Callable[[Tensor, Problem], Tensor],
-    *,
-    pad_id: int,
-    max_new_tokens: int,
-    device: torch.device | str = "cpu",
+    groups: list[RolloutGroup], credit: Callable[[Tensor, Problem], Tensor], *, pad_id: int, max_new_tokens: int
 ) -> TrainBatch:
-    """Groups -> one batch of their completions, right-padded; credit(rewards [G], problem) -> [G] runs per group.
+    """Groups -> one batch of their completions, right-padded, on the CPU; credit(rewards [G], problem) -> [G].
+
+    Only microbatches go to the device: what the host decides, it decides without waiting for one.
 
     Where the engine's log-probabilities are not finite, or None, its tokens are no sample of the policy: such a row's
     credit is NaN, whatever reads them, so that no step is taken on it.
@@ -44,7 +41,7 @@ def make_batch(
     sizes = torch.tensor([len(g.completions) for g in groups], dtype=torch.int64)
     empty = torch.zeros(0)
     credits = faults.through("credit", torch.cat([credit(g.rewards, g.problem) for g in groups] or [empty]))
-    batch = TrainBatch(
+    return TrainBatch(
         input_ids=ids.view(len(rows), S),
         attention_mask=column < end,
         response_mask=(column >= start) & (column < end),
@@ -57,8 +54,6 @@ def make_batch(
         prompt_lengths=start[:, 0],
         max_new_tokens=max_new_tokens,
     )
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
 
 
 def numbers(logprobs: list[float | None]) -> list[float]:
@@ -132,7 +127,7 @@ class Part:
 
 
 def piece(batch: TrainBatch, rows: list[int]) -> tuple[Tensor, TrainBatch]:
-    index = torch.tensor(rows, device=batch.input_ids.device)
+    index = torch.tensor(rows)
     return index, select(batch, index)
 
 
@@ -161,5 +156,5 @@ def denominator(batch: TrainBatch, normalizer: str) -> float:
         count = torch.tensor(len(batch.group[alive].unique()))
     else:
         raise ValueError(f"normalizer must be token, completion or group, got {normalizer!r}")
-    total = ranks.all_sum_(count.to(batch.input_ids.device, torch.float64)).item()
+    total = ranks.all_sum_(count.double()).item()
     return max(total, 1.0)

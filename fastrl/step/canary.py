@@ -48,15 +48,11 @@ class Canary:
         problem = Problem(id="canary", prompt="", answer="", prompt_ids=self.prompt_ids)
         group = RolloutGroup(problem=problem, completions=completions, policy_version=self.engine.policy_version)
         batch = make_batch(
-            [group],
-            lambda rewards, _: torch.zeros_like(rewards),
-            pad_id=self.policy.pad_id,
-            max_new_tokens=TOKENS,
-            device=self.policy.device,
+            [group], lambda rewards, _: torch.zeros_like(rewards), pad_id=self.policy.pad_id, max_new_tokens=TOKENS
         )
         with torch.no_grad():
             logprobs = self.policy.score(batch)
-        difference = (logprobs - batch.rollout_logprobs)[batch.response_mask]
+        difference = (logprobs.cpu() - batch.rollout_logprobs)[batch.response_mask]
         found = sampling_mismatch(difference)
         mean, most = (found[f"sampling/sampling_logp_difference/{name}"] for name in ("mean", "max"))
         limit = LIMIT[self.policy.flat.weights.dtype]

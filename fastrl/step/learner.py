@@ -1,7 +1,7 @@
 """From a batch to its gradient: what the objective compares with, and the loss, microbatch by microbatch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -10,6 +10,7 @@ import torch
 from fastrl.base import faults
 from fastrl.base.types import TrainBatch
 from fastrl.models.critic import Critic, explained_variance
+from fastrl.models.inputs import inputs_of, upload
 from fastrl.models.policy import Policy
 from fastrl.models.reference import Reference
 from fastrl.objectives.base import Objective
@@ -43,6 +44,7 @@ class Learner:
     update: UpdateRule
     num_minibatches: int
     fitting: Fitting  # cuts microbatches
+    after_backward: Callable[[], None] = lambda: None  # called with every backward pass of the policy
     old_from_engine: bool = False  # the engine's log-probabilities are the old ones, where an objective has old ones
 
     mismatch: dict[str, float] = field(default_factory=dict, init=False)  # engine against trainer, this step and rank
@@ -77,12 +79,9 @@ class Learner:
         return faults.through(name, self.fitting.run(partial(self.scores, model, batch)))
 
     def scores(self, model: Policy | Reference | Critic, batch: TrainBatch) -> torch.Tensor:
-        values = torch.zeros_like(batch.rollout_logprobs)
         with torch.no_grad():
-            for rows, part in self.fitting.cut(batch, packed=model.packs):
-                scores = model.score(part)
-                values[rows, : scores.shape[1]] = scores.to(values.dtype)
-        return values
+            pieces = self.fitting.cut(batch, packed=model.packs)
+            return gathered(((rows, model.score(part)) for rows, part in pieces), like=batch.rollout_logprobs)
 
     def learn(self, batch: TrainBatch) -> tuple[dict[str, float], TrainBatch]:
         """One step of the update rule, minibatch by minibatch -> metrics, and the batch as its first pass left it."""
@@ -108,8 +107,9 @@ class Learner:
             self.mismatch, self.mismatch_tokens = sampling_mismatch(difference), len(difference)
         minibatch.visited(seen)
         if sums:
-            # whatever the loss reads of a marked row, and if it reads nothing
-            sums["loss"] = torch.where(batch.credit.isfinite().all(), sums["loss"], torch.nan)
+            if not batch.credit.isfinite().all():
+                # whatever the loss reads of a marked row, and if it reads nothing
+                sums["loss"] = torch.full_like(sums["loss"], torch.nan)
             faults.through("loss", sums["loss"])
         metrics = averages(sums, tokens)
         if not math.isfinite(metrics["loss"]):
@@ -120,25 +120,31 @@ class Learner:
         """Add up the gradient, microbatch by microbatch -> sums of the metrics, logprobs [B, S]. No collectives."""
         self.policy.zero_grad()
         sums: dict[str, torch.Tensor] = {}
-        seen = torch.zeros_like(minibatch.rollout_logprobs)
+        seen = []
         for learns, rows, part in self.microbatches(minibatch):
             faults.at("forward")
             loss, logprobs, metrics = self.forward(part, count, learns)
             if learns:
                 loss.backward()
-            seen[rows, : logprobs.shape[1]] = logprobs.detach().to(seen.dtype)
+                self.after_backward()
+            seen.append((rows, logprobs.detach()))
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
-        return sums, seen
+        return sums, gathered(seen, like=minibatch.rollout_logprobs)
 
     def forward(self, part: TrainBatch, count: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """A microbatch -> its share of the loss, logprobs [B, S], and metrics summed over response tokens."""
-        fused = self.objective.fused(part) if learns and self.policy.fuses else None
+        """A microbatch -> its share of the loss, logprobs [B, S], and metrics summed over response tokens.
+
+        The microbatch is on the CPU, what is returned on the model's device. Nothing here waits for it.
+        """
+        policy = self.policy
+        inputs, part = upload((inputs_of(part, policy.packs), part), policy.device)
+        fused = self.objective.fused(part) if learns and policy.fuses else None
         if fused is not None:
-            loss, logprobs, metrics = self.policy.fused_loss(part, fused, count)
+            loss, logprobs, metrics = policy.fused_loss(inputs, fused, count)
             return loss, logprobs, {"loss": loss.detach() * part.counts["token"], **metrics}
         with torch.set_grad_enabled(learns):
-            logprobs, entropy = self.policy.logprobs(part, need_entropy=True)
+            logprobs, entropy = policy.logprobs(inputs, need_entropy=True)
             assert entropy is not None  # need_entropy
             loss, metrics = self.objective.loss_sum(logprobs, entropy, part)
         return loss / count, logprobs, {"loss": loss.detach() * (part.counts["token"] / count), **metrics}
@@ -233,6 +239,16 @@ class Learner:
             self.critic.load_state_tensors(under("critic.", tensors))
             self.critic.guard.load_state_dict(state["critic_guard"])
         self.policy.policy_version = state["policy_version"]
+
+
+def gathered(scores: Iterable[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
+    """Row indices and [rows, columns] of microbatches -> [B, S] on the CPU, zero elsewhere. Waits once for a device."""
+    whole, parts = torch.zeros_like(like), list(scores)
+    values = torch.cat([own.flatten() for _, own in parts] or [like.new_zeros(0)]).to("cpu", like.dtype)
+    sizes = [own.numel() for _, own in parts]
+    for (rows, own), part in zip(parts, values.split(sizes), strict=True):
+        whole[rows, : own.shape[1]] = part.view(own.shape)
+    return whole
 
 
 def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

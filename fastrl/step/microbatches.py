@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrl.base import ranks
+from fastrl.base.exhausted import means_out_of_memory
 from fastrl.base.types import TrainBatch
 from fastrl.step.batching import cut
 
@@ -40,14 +41,14 @@ class Fitting:
     def run(self, work: Callable[[], T]) -> T:
         """work(), which takes its microbatches from `cut` and starts from nothing each time.
 
-        Raises torch.OutOfMemoryError when a single sequence (or a group that must stay together) does not fit.
+        Raises what `means_out_of_memory` when a single sequence (or a group that must stay together) does not fit.
         """
         while True:
             self.whole = True  # before the first microbatch there is nothing to cut
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                if self.whole:
+            except (RuntimeError, MemoryError) as error:
+                if self.whole or not means_out_of_memory(error):
                     raise
             self.halve()  # out here the failed work's tensors have no frame left that holds them
 

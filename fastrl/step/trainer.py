@@ -32,6 +32,7 @@ from fastrl.step.metrics import (
 )
 from fastrl.step.rollout import EvalSet, Rollout
 from fastrl.watch import bad_step
+from fastrl.watch.card_watch import CardWatch
 from fastrl.watch.health import Health
 from fastrl.watch.signal import Signal
 from fastrl.weights.guard import MismatchWatch
@@ -78,6 +79,7 @@ class Trainer:
     health: Health = field(default_factory=Health)
     signal: Signal = field(default_factory=Signal)
     memory: Callable[[str], dict[str, float]] = lambda phase: {}  # called when a phase has ended: generate, train
+    card: CardWatch = field(default_factory=CardWatch)
     profiler: Profiler | None = None  # where the objective or the allocation reads a profile
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -101,7 +103,6 @@ class Trainer:
             groups,
             learner.objective.credit,
             pad_id=learner.policy.pad_id,
-            device=learner.policy.device,
             max_new_tokens=self.rollout.sampling.max_new_tokens,
         )
         with spans("logprobs"):
@@ -187,6 +188,7 @@ class Trainer:
                 self.leave_if_stopped()
                 renewed = self.profiler.renew(self.completed, self.leave_if_stopped) if self.profiler else {}
                 begin = time.perf_counter()
+                self.card.begin_step()
                 metrics = self.step() | renewed
             except Stopped:
                 checkpoint.restore_generators(*generators)  # as if the step had not begun
@@ -195,7 +197,7 @@ class Trainer:
                 return "stopped"
             elapsed = time.perf_counter() - begin
             taken, stepping_s = taken + 1, stepping_s + elapsed
-            metrics = memory_metrics() | metrics | self.rollout.spans.take()
+            metrics = memory_metrics() | metrics | self.rollout.spans.take() | self.card.end_step()
             metrics |= {"step_time": elapsed, "perf/tokens_per_s": metrics.pop("perf/tokens") / elapsed}
             left = self.schedule.steps - self.completed
             self.log.step(self.completed, metrics, left * stepping_s / taken)
@@ -207,7 +209,7 @@ class Trainer:
                 break
             self.every(self.evaluation.eval_every, self.evaluate)
             self.every(self.schedule.save_every, self.save_or_warn)
-        if self.completed != self.saved_step:
+        if self.schedule.save_at_end and self.completed != self.saved_step:
             self.save()
         if not self.verdict:
             self.evaluate()
@@ -321,3 +323,4 @@ class Trainer:
         self.learner.load_state_dict(state, tensors)
         self.rollout.engine.policy_version = state["engine_policy_version"]
         self.log.rewind(self.completed or -1)  # a run that has not begun evaluates first, once
+        self.card.before_kwh = self.log.last("energy/run_kwh")

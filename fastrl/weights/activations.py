@@ -13,8 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from fastrl.weights.host_slabs import Forward, HostSlabs, Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,25 +38,26 @@ def checkpoint_layers(model: "PreTrainedModel", mode: CheckpointMode) -> None:
     how: dict = {"use_reentrant": False}
     if mode == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, attention_kept)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    # the first name is that of transformers since 5.23, the second is on its way out
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(how)
 
 
-def saved_on_host(weights: Tensor | None) -> AbstractContextManager:
-    """Inside, what autograd saves goes to the host, pinned on CUDA, until the backward asks for it; None: it stays.
+def saved_on_host(weights: Tensor, slabs: HostSlabs | None) -> AbstractContextManager:
+    """Around one forward: what autograd saves goes to slabs on the host until the backward asks for it; None: it stays.
 
     weights: a buffer whose views stay, for they are there anyway. What `selective` keeps beside the layers' inputs is
     not saved by autograd, and stays too.
     """
-    if weights is None:
+    if slabs is None:
         return nullcontext()
-    host = save_on_cpu(pin_memory=weights.is_cuda)
-    place = weights.untyped_storage().data_ptr()
+    forward, place = Forward(slabs), weights.untyped_storage().data_ptr()
 
-    def pack(x: Tensor):
+    def pack(x: Tensor) -> Tensor | Kept:
         stays = x.numel() < LEAST or x.untyped_storage().data_ptr() == place
-        return x if stays else host.pack_hook(x)
+        return x if stays else forward.put(x)
 
-    def unpack(kept):
-        return kept if isinstance(kept, Tensor) else host.unpack_hook(kept)
+    def unpack(kept: Tensor | Kept) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept.back()
 
     return saved_tensors_hooks(pack, unpack)

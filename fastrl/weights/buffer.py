@@ -119,14 +119,22 @@ class FlatParams:
         start = self.weights.data_ptr()
         return start <= tensor.data_ptr() < start + self.weights.numel() * self.weights.element_size()
 
-    def zero_grads(self) -> None:
-        """Gradients of zero, in memory that is taken anew after `drop_grads`; views of them hold."""
+    def take_grads(self) -> None:
+        """Memory for the gradients, with whatever is in it, where `drop_grads` has given it back; views of them hold.
+
+        Who accumulates zeroes them first: zeroes here would be written twice.
+        """
         assert self.grads is not None
         if not self.grads.untyped_storage().nbytes():
             self.grads.untyped_storage().resize_(self.grads.numel() * self.grads.element_size())
+
+    def zero_grads(self) -> None:
+        """Gradients of zero, once for each that is accumulated."""
+        self.take_grads()
+        assert self.grads is not None
         self.grads.zero_()
 
     def drop_grads(self) -> None:
-        """Give the memory of the gradients back; until `zero_grads` they must not be touched."""
+        """Give the memory of the gradients back; until `take_grads` they must not be touched."""
         assert self.grads is not None
         self.grads.untyped_storage().resize_(0)

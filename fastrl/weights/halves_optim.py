@@ -1,4 +1,4 @@
-"""AdamW over a shard that is kept as bfloat16 weights and the 16 bits that they lack, a chunk at a time.
+"""8-bit AdamW over a shard that is kept as bfloat16 weights and the 16 bits that they lack, a chunk at a time.
 
 One float32 buffer is enough for all chunks: a chunk is joined in it, moved by an optimizer of its own and split again.
 The states are those of one optimizer over the whole shard, cut where the chunks are.
@@ -29,12 +29,12 @@ class SplitOptimizer:
         return [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, gradient: Tensor) -> None:
-        """Move both halves by a gradient [n]."""
+    def step(self, gradient: Tensor, divisor: float = 1.0) -> None:
+        """Divide a gradient [n] by `divisor`, in place, and move both halves by it."""
         chunks = zip(self.parts, *(x.split(self.sizes) for x in (self.high, self.low, gradient)), strict=True)
         for part, high, low, own in chunks:
             part.shard.copy_(join(high, low))
-            part.step(own)
+            part.step(own, divisor)
             moved, rest = split(part.shard)
             high.copy_(moved)
             low.copy_(rest)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrl.weights.buffer import BLOCK, PART
+from fastrl.weights.buffer import BLOCK
 from fastrl.weights.halves import join, split
 
 CHUNK = 1 << 20  # elements worked on at a time, so temporaries do not grow with the model
@@ -137,12 +137,6 @@ def spread(threshold: Tensor, segment: Tensor, part: slice) -> Tensor:
     """The threshold of each element of a chunk, up to the end of its last block."""
     blocks = segment[part.start // BLOCK : part.stop // BLOCK]
     return threshold[blocks.long()].repeat_interleave(BLOCK)
-
-
-def squared_norm(shard: Tensor) -> Tensor:
-    """[n] -> [] float64; only a chunk of the shard is copied to float64."""
-    sums = [square_sum(shard[part]) for part in chunks(shard, PART)]
-    return torch.stack(sums).sum() if sums else shard.new_zeros((), dtype=torch.float64)
 
 
 def square_sum(x: Tensor) -> Tensor:

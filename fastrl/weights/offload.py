@@ -7,13 +7,15 @@ the objects that they are, but must not be read in between.
 import torch
 from torch import Tensor
 
+from fastrl.weights.host_memory import host_memory
+
 LEAST = 1024  # elements; what is smaller stays where it is
 
 
 class HostCopies:
     def __init__(self):
         self.away: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> a tensor over it, its bytes
-        self.free: dict[int, list[Tensor]] = {}  # number of bytes -> host buffers of earlier copies, pinned on CUDA
+        self.free: dict[int, list[Tensor]] = {}  # number of bytes -> host buffers of earlier copies, locked for CUDA
 
     def put(self, tensor: Tensor) -> None:
         """Move the whole storage of a tensor to the host; small ones, and memory that is not torch's own, stay.
@@ -25,7 +27,7 @@ class HostCopies:
             return
         size = storage.nbytes()
         unused = self.free.get(size)
-        host = unused.pop() if unused else torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        host = unused.pop() if unused else host_memory(size, locked=tensor.is_cuda)
         host.copy_(as_bytes(tensor))
         storage.resize_(0)
         self.away[storage._cdata] = tensor, host

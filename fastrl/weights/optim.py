@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrl.base.setting import check_bounds, setting
 
 EIGHT_BIT_LEAST = 4096  # elements
+GRAD_SCALE = "grad_scale"  # attribute of a fused optimizer: what it divides by, as torch.amp.GradScaler sets it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,17 @@ class ShardOptimizer:
     def state(self) -> dict:
         return self.optimizer.state
 
-    def step(self, gradient: Tensor) -> None:
-        """Move the shard by a gradient of its length."""
+    def step(self, gradient: Tensor, divisor: float = 1.0) -> None:
+        """Divide a gradient of the shard's length by `divisor`, in place, and move the shard by it.
+
+        Fused AdamW does both in one pass: it writes the gradient that it has divided back. Of another dtype than the
+        shard's, or with another optimizer, the division is a pass of its own.
+        """
+        fused = isinstance(self.optimizer, torch.optim.AdamW) and gradient.dtype == self.shard.dtype == torch.float32
+        if divisor != 1 and not fused:
+            gradient.mul_(1 / divisor)
+        scale = torch.full((), divisor, device=gradient.device) if divisor != 1 and fused else None
+        setattr(self.optimizer, GRAD_SCALE, scale)
         self.shard.grad = gradient.to(self.shard.dtype)
         self.optimizer.step()
         self.shard.grad = None

@@ -14,9 +14,12 @@ from fastrl.weights.activations import saved_on_host
 from fastrl.weights.buffer import BLOCK, PART, FlatParams
 from fastrl.weights.guard import Guard
 from fastrl.weights.halves import join, split
+from fastrl.weights.halves_adamw import HalvesAdamW
 from fastrl.weights.halves_optim import SplitOptimizer
+from fastrl.weights.host_slabs import HostSlabs
 from fastrl.weights.moves import Extrapolation, extrapolate_, interpolate_
-from fastrl.weights.moves_ref import FlatStats, direction, squared_norm
+from fastrl.weights.moves_ref import FlatStats, direction
+from fastrl.weights.norm import norm_over_ranks, squared_norm, squared_norm_in_float64
 from fastrl.weights.offload import HostCopies
 from fastrl.weights.optim import OptimConfig, ShardOptimizer
 
@@ -65,12 +68,13 @@ class ShardedModel:
         self.own_weights, self.low = own, None
         if master == "split":
             self.master, self.low = own, torch.zeros_like(own, dtype=torch.int16)
-            self.optimizer = SplitOptimizer(optim, own, self.low)
+            self.optimizer = (HalvesAdamW if optim.name == "adamw" else SplitOptimizer)(optim, own, self.low)
         else:
             self.master = own if own.dtype in (torch.float32, torch.float64) else own.float()
             self.optimizer = ShardOptimizer(optim, self.master)
         self.device = self.master.device
         self.optim, self.guard, self.host = optim, guard, HostCopies()
+        self.slabs = HostSlabs(locked=own.is_cuda) if "activations" in offload else None
         self.policy_version = 0  # weight updates published so far
         self.own_broken = 0  # gradients of this rank that were not finite, before they were reduced
 
@@ -88,13 +92,13 @@ class ShardedModel:
                 self.host.put(tensor)
 
     def wake(self) -> None:
-        """Master and optimizer state are back, bit for bit, and gradients are zero."""
+        """Master and optimizer state are back, bit for bit, and gradients have memory again, not yet zero."""
         self.host.back()
-        self.flat.zero_grads()
+        self.flat.take_grads()
 
     def saving(self) -> AbstractContextManager:
         """Around a forward: where its activations go."""
-        return saved_on_host(self.flat.weights if "activations" in self.offload else None)
+        return saved_on_host(self.flat.weights, self.slabs)
 
     @property
     def like(self) -> Tensor:
@@ -204,12 +208,13 @@ class ShardedModel:
         grads = self.flat.grads
         assert grads is not None
         faults.through("grad", grads)
-        own = squared_norm(grads) if ranks.size() > 1 else None  # afterwards no one knows whose it was
+        # gloo sums in place, and then no one knows whose it was; NCCL leaves the buffer as it is
+        own = squared_norm(grads) if ranks.size() > 1 and not grads.is_cuda else None
         shard = ranks.reduce_shard(grads)
-        square = ranks.all_sum_(squared_norm(shard))
-        norm = square.sqrt().item()
+        norm = norm_over_ranks(shard)
         if not math.isfinite(norm):
-            self.own_broken += own is None or not math.isfinite(own.item())
+            own = squared_norm_in_float64(grads) if own is None else own
+            self.own_broken += not math.isfinite(own.item())
         return Gradient(shard, norm, loss)
 
     @torch.no_grad()
@@ -222,10 +227,8 @@ class ShardedModel:
         if not self.guard.admit(norm, gradient.loss):
             return {"grad_norm": norm, "skipped": float(self.guard.skipped - refused)}
         limit = self.optim.max_grad_norm
-        if limit and norm > limit:
-            gradient.shard.mul_(limit / norm)
         faults.at("optimizer")
-        self.optimizer.step(gradient.shard)
+        self.optimizer.step(gradient.shard, divisor=norm / limit if limit and norm > limit else 1.0)
         self.publish()
         return {"grad_norm": norm, "skipped": 0.0}
 

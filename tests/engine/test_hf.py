@@ -9,6 +9,7 @@ from fastrl.engine.base import Request, Sampling, sampling_seed
 from fastrl.engine.hf import HFEngine, draw, nucleus, uniform
 from fastrl.engine.vllm_weights import attach
 from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import Inputs
 from fastrl.models.loading import load_model
 from fastrl.weights.buffer import FlatParams
 
@@ -46,8 +47,9 @@ def test_reported_logprobs_are_those_of_the_trainer_at_the_sampling_temperature(
                 row = torch.tensor([[*prompt, *c.token_ids]])
                 mask = torch.arange(row.shape[1])[None] >= len(prompt)
                 with torch.no_grad():
+                    inputs = Inputs.of(row, mask)
                     expected, _ = token_logprobs(
-                        loaded.model, row, mask, inv_temperature=1 / temperature, num_tokens=len(loaded.tokenizer)
+                        loaded.model, inputs, inv_temperature=1 / temperature, num_tokens=len(loaded.tokenizer)
                     )
                 assert torch.allclose(
                     expected[mask], torch.tensor(c.rollout_logprobs, dtype=torch.float64), atol=2e-6, rtol=0

@@ -41,9 +41,10 @@ class Device:
 
 @pytest.fixture
 def cache(monkeypatch):
-    """Three layers, one of them as a pair of tensors; -> their pages and the device."""
-    tensors = [torch.full((4, 8), float("nan")) for _ in range(4)]
-    pages = KvPages([tensors[0], tensors[1], [tensors[2], tensors[3]]])
+    """Four layers, one of them as a pair of tensors, two of them views of one; -> their pages and the device."""
+    with torch.inference_mode():
+        tensors = [torch.full((4, 8), float("nan")) for _ in range(4)]
+    pages = KvPages([tensors[0][:, :5], tensors[0][:, 3:], tensors[1], [tensors[2], tensors[3]]])
     pages.on_device = True
     return pages, Device(tensors, monkeypatch)
 

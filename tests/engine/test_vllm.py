@@ -1,6 +1,7 @@
 """The real vLLM over the trainer's weights, on a CPU: the same tokens, no copies, and no answer from older weights."""
 
 import random
+import sys
 
 import numpy
 import pytest
@@ -168,8 +169,16 @@ def test_a_parameter_that_was_put_elsewhere_is_found(pair):
     pair.vllm.check_alias()
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-def test_log_probabilities_are_those_of_the_distribution_that_was_sampled(pair, temperature):
+def test_the_runner_and_its_seeds_are_named(pair):
+    bases = {cls.__module__ for cls in type(pair.vllm.runner).__mro__}
+    name = "second" if "vllm.v1.worker.gpu.model_runner" in bases else "first"
+    assert pair.vllm.how == f"{name} model runner, a seed per request"
+    assert name == ("second" if "support.second_runner" in sys.modules else "first")
+
+
+@pytest.mark.parametrize("seeds, temperature", [("request", 0.7), ("request", 1.0), ("request", 1.5), ("step", 0.7)])
+def test_log_probabilities_are_those_of_the_distribution_that_was_sampled(pair, monkeypatch, seeds, temperature):
+    monkeypatch.setattr(pair.vllm, "seeds", seeds)
     requests = [Request(prompt_ids=p, seeds=[1, 2, 3]) for p in PROMPTS[:3]]
     with pair.vllm.generate_phase():
         groups = pair.vllm.sample(requests, Sampling(temperature=temperature, max_new_tokens=12))
@@ -193,6 +202,24 @@ def test_a_seed_is_a_completion(pair):
         again = pair.vllm.sample([Request(prompt_ids=PROMPTS[1], seeds=[2])], sampling)
     assert [len(g) for g in groups] == [1, 4, 2]
     assert again[0][0].token_ids == groups[1][2].token_ids
+
+
+@pytest.mark.parametrize("seeds", ["request", "step"])
+def test_equal_seeds_in_equal_order_repeat_and_leave_no_trace(pair, monkeypatch, seeds):
+    monkeypatch.setattr(pair.vllm, "seeds", seeds)
+
+    def sampled(first_seed: int, order: int = 1) -> list[list[list[int]]]:
+        requests = [Request(prompt_ids=p, seeds=[first_seed + i for i in range(3)]) for p in PROMPTS[:3]]
+        with pair.vllm.generate_phase():
+            groups = pair.vllm.sample(requests[::order], Sampling(temperature=1.0, max_new_tokens=12))
+        return [[c.token_ids for c in group] for group in groups][::order]
+
+    before = process_state()
+    found = sampled(2**62)
+    assert process_state() == before
+    assert sampled(2**62) == found and sampled(2**62 + 9) != found
+    assert all(len({tuple(ids) for ids in group}) > 1 for group in found)
+    assert (sampled(2**62, order=-1) == found) == (seeds == "request")
 
 
 def test_a_completion_ends_with_a_stop_id_and_never_holds_a_word_the_tokenizer_has_not(pair):

@@ -131,15 +131,18 @@ def test_two_hundred_clean_steps_give_no_alarm_and_learn(make):
     assert max(means) > means[0] + 0.2
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(make, tmp_path):
-    whole = make("--steps", 4, name="whole")
+@pytest.mark.parametrize("seeds", ["request", "step"])
+def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(make, capsys, seeds):
+    args = ("--steps", 4, "--vllm.seeds", seeds)
+    whole = make(*args, name="whole")
+    assert f"model runner, a seed per {seeds}, over the trainer's weights" in capsys.readouterr().out
     for _ in range(4):
         whole.step()
-    first = make("--steps", 4, name="first")
+    first = make(*args, name="first")
     for _ in range(2):
         first.step()
     first.save()
-    second = make("--steps", 4, name="second")
+    second = make(*args, name="second")
     state, tensors = checkpoint.load(first.last_checkpoint)
     second.load_state_dict(state, tensors)
     for _ in range(2):

@@ -2,9 +2,6 @@
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,46 +11,21 @@ from fastrl.weights.backends import NUM_STATS, kernel_arguments
 from fastrl.weights.halves import join, split
 from fastrl.weights.library import Arguments
 from fastrl.weights.moves_ref import extrapolate_ref_, interpolate_ref_
+from support.host_kernels import compiled_by_gcc
 
 pytestmark = pytest.mark.slow
-SUPPORT = Path(__file__).parents[1] / "support"  # where host_cuda.h lies
 GRID = 2
 SIZES = [1, 7, 8, 2051, 8 * 512 * GRID + 1029]  # the last takes a second round of the grid, and has a tail
 INF, NAN = math.inf, math.nan
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the kernels for the CPU with")
-    path = tmp_path_factory.mktemp("host") / "kernels.so"
-    program = """
+def kernels():
+    return compiled_by_gcc("""
 #include "host_cuda.h"
 #include "flat_update.cu"
 extern "C" void run(void (*kernel)(Arguments), const Arguments* a, int grid) { run_blocks(kernel, *a, grid, kThreads); }
-"""
-    subprocess.run(
-        [
-            compiler,
-            "-O1",
-            "-std=c++20",
-            "-ffp-contract=off",
-            "-shared",
-            "-fPIC",
-            "-pthread",
-            f"-I{SUPPORT}",
-            f"-I{nvrtc.source().parent}",
-            "-xc++",
-            "-",
-            "-o",
-            path,
-        ],
-        input=program,
-        text=True,
-        check=True,
-    )
-    return ctypes.CDLL(str(path))
+""")
 
 
 def run(kernels, theta, anchor, alpha, **given):

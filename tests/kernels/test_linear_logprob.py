@@ -326,7 +326,7 @@ def test_target_outside_the_vocabulary_is_never_a_number(bad):
         (lambda: {"hidden": torch.ones(4, 4)[::2]}, r"hidden must be contiguous, got strides \(8, 1\) of \(2, 4\)"),
         (lambda: {"weight": torch.ones(4, 7).T}, r"weight must be contiguous, got strides \(1, 7\) of \(7, 4\)"),
         (lambda: {"weight_grad": torch.ones(4, 7).T}, r"weight_grad must be contiguous, got strides \(1, 7\)"),
-        (lambda: {"inv_temperature": torch.ones(3)}, r"inv_temperature must be a number or \[2\] on [\w:]+, got \(3,\)"),
+        (lambda: {"inv_temperature": torch.ones(3)}, r"inv_temperature must be a number or \[2\] on .*, got \(3,\)"),
         (
             lambda: {"weight": torch.ones(29)[1:].view(7, 4), "triton": True},
             "weight must start at a multiple of 16 bytes, got 4",

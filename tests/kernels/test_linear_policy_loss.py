@@ -10,15 +10,17 @@ from fastrl.kernels import linear_logprob as chunks
 from fastrl.kernels import rows
 from fastrl.kernels.linear_logprob import linear_logprob
 from fastrl.kernels.linear_policy_loss import TokenVectors, linear_policy_loss, linear_policy_loss_ref
+from fastrl.kernels.logit_map import LogitMap
 from fastrl.kernels.policy_loss import STATS, TokenLoss
 from support.device import COMPILED, DEVICE
+from support.host_kernels import row_kernel
 
 H = 16
-PATHS = pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
 REF = dict(ref_logprobs=True, kl=0.1)
 SETTINGS = {
     "clip": {}, "dual clip off": dict(dual_clip=None), "cispo": dict(surrogate="cispo"),
-    "k3": REF, "k1": REF | dict(kl_type="k1"), "entropy": dict(entropy=0.05),
+    "k3": REF, "k1": REF | dict(kl_type="k1"), "k2": REF | dict(kl_type="k2"), "k3+": REF | dict(kl_type="k3+"),
+    "entropy": dict(entropy=0.05), "softcap": dict(logit_map=LogitMap(0.5, 3.0), entropy=0.05, per_token=True),
     "temperature": dict(inv_temperature=1.6, entropy=0.05), "per token": dict(per_token=True, entropy=0.05),
     "on-policy": dict(on_policy=True),
 }  # fmt: skip
@@ -29,6 +31,15 @@ def small_blocks(monkeypatch):
     """Blocks that a small vocabulary fills, more than once."""
     if not COMPILED:
         monkeypatch.setattr(rows, "BLOCK_V", 256)
+
+
+KERNELS = pytest.mark.parametrize("path", ["triton", "once"], indirect=True)
+
+
+@pytest.fixture(params=["torch", "triton", "once"])
+def path(request):
+    """The arguments that choose one."""
+    return dict(triton=request.param != "torch") | (dict(row_kernel=row_kernel()) if request.param == "once" else {})
 
 
 def problem(N, V, dtype, seed=0, shift=0.0):
@@ -56,7 +67,8 @@ def settled(vectors, settings, dtype=torch.float32):
     old = None if settings.pop("on_policy", False) else v["old_logprobs"]
     ref = v["ref_logprobs"] if settings.pop("ref_logprobs", False) else None
     scale = v["per_token"] if settings.pop("per_token", False) else settings.pop("inv_temperature", 1.0)
-    return {
+    more = {"logit_map": settings.pop("logit_map")} if "logit_map" in settings else {}
+    return more | {
         "loss": TokenLoss(**settings),
         "vectors": TokenVectors(v["advantage"], v["w"], old, ref),
         "inv_temperature": scale,
@@ -79,10 +91,9 @@ def distance(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
-@PATHS
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_paths_are_the_definition(triton, settings, dtype, monkeypatch):
+def test_both_paths_are_the_definition(path, settings, dtype, monkeypatch):
     inputs, vectors = problem(7, 1003, dtype)
     truth = run(
         linear_policy_loss_ref,
@@ -90,7 +101,7 @@ def test_both_paths_are_the_definition(triton, settings, dtype, monkeypatch):
         settled(vectors, settings, torch.float64),
     )
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 3)  # three chunks, the last of one row
-    ours = run(linear_policy_loss, inputs, settled(vectors, settings), triton=triton)
+    ours = run(linear_policy_loss, inputs, settled(vectors, settings), **path)
     alive = vectors["w"] != 0
     torch.testing.assert_close(ours.logprobs.double(), truth.logprobs, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours.entropy.double(), truth.entropy, rtol=0, atol=2e-5)
@@ -106,10 +117,9 @@ def test_both_paths_are_the_definition(triton, settings, dtype, monkeypatch):
         assert named[name][0] == pytest.approx(named[name][1], rel=1e-4, abs=1e-5), name
 
 
-@PATHS
 @pytest.mark.parametrize("V", [1, 2, 127, 255, 256, 257, 1025])
 @pytest.mark.parametrize("N", [0, 1, 5])
-def test_sizes_around_a_block(triton, N, V):
+def test_sizes_around_a_block(path, N, V):
     inputs, vectors = problem(N, V, torch.float32, seed=V)
     vectors["w"] = torch.ones_like(vectors["w"])
     options = settled(vectors, SETTINGS["entropy"])
@@ -118,20 +128,19 @@ def test_sizes_around_a_block(triton, N, V):
         [x.double() if x.is_floating_point() else x for x in inputs],
         settled(vectors, SETTINGS["entropy"], torch.float64),
     )
-    ours = run(linear_policy_loss, inputs, options, triton=triton)
+    ours = run(linear_policy_loss, inputs, options, **path)
     torch.testing.assert_close(ours.logprobs.double(), truth.logprobs, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours.entropy.double(), truth.entropy, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours.hidden_grad.double(), truth.hidden_grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.weight_grad.double(), truth.weight_grad, rtol=1e-4, atol=1e-5)
 
 
-@PATHS
-def test_weight_gradients_add_up_in_place_in_float32(triton):
+def test_weight_gradients_add_up_in_place_in_float32(path):
     inputs, vectors = problem(8, 300, torch.bfloat16)
     buffer = torch.zeros(320, H, device=DEVICE)  # padded rows beyond the vocabulary
     buffer[300:] = 0.25
     for _ in range(64):
-        run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton, weight_grad=buffer[:300])
+        run(linear_policy_loss, inputs, settled(vectors, {}), **path, weight_grad=buffer[:300])
     truth = run(
         linear_policy_loss_ref,
         [x.double() if x.is_floating_point() else x for x in inputs],
@@ -141,23 +150,19 @@ def test_weight_gradients_add_up_in_place_in_float32(triton):
     assert (buffer[300:] == 0.25).all()
 
 
-@PATHS
-def test_chunks_and_order_change_nothing(triton, monkeypatch):
+def test_chunks_and_order_change_nothing(path, monkeypatch):
     inputs, vectors = problem(9, 300, torch.float32)
-    whole = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton)
-    again = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton)
+    whole = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), **path)
+    again = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), **path)
     for name in ("loss", "logprobs", "entropy", "hidden_grad", "weight_grad", "stats"):
         assert torch.equal(getattr(whole, name), getattr(again, name)), name
     with monkeypatch.context() as small:
         small.setattr(chunks, "CHUNK_ROWS", 2)
-        cut = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton)
+        cut = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), **path)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     moved = {k: v[order] for k, v in vectors.items()}
     other = run(
-        linear_policy_loss,
-        [inputs[0][order], inputs[1], inputs[2][order]],
-        settled(moved, SETTINGS["entropy"]),
-        triton=triton,
+        linear_policy_loss, [inputs[0][order], inputs[1], inputs[2][order]], settled(moved, SETTINGS["entropy"]), **path
     )
     for variant, take in ((cut, slice(None)), (other, order)):
         torch.testing.assert_close(variant.logprobs, whole.logprobs[take], rtol=0, atol=1e-6)
@@ -165,11 +170,10 @@ def test_chunks_and_order_change_nothing(triton, monkeypatch):
         torch.testing.assert_close(variant.weight_grad, whole.weight_grad, rtol=1e-5, atol=1e-6)
 
 
-@PATHS
-def test_one_denominator_makes_accumulation_exact(triton):
+def test_one_denominator_makes_accumulation_exact(path):
     """One pass over 8 tokens is four passes over 2, with the same w: the gradient does not depend on the cut."""
     inputs, vectors = problem(8, 300, torch.float32)
-    whole = run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton)
+    whole = run(linear_policy_loss, inputs, settled(vectors, {}), **path)
     buffer, losses, hidden = torch.zeros(300, H, device=DEVICE), 0.0, []
     for first in range(0, 8, 2):
         part = slice(first, first + 2)
@@ -177,7 +181,7 @@ def test_one_denominator_makes_accumulation_exact(triton):
             linear_policy_loss,
             [inputs[0][part], inputs[1], inputs[2][part]],
             settled({k: v[part] for k, v in vectors.items()}, {}),
-            triton=triton,
+            **path,
             weight_grad=buffer,
         )
         losses, hidden = losses + out.loss.item(), [*hidden, out.hidden_grad]
@@ -186,17 +190,16 @@ def test_one_denominator_makes_accumulation_exact(triton):
     torch.testing.assert_close(buffer, whole.weight_grad, rtol=1e-5, atol=1e-6)
 
 
-@PATHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [-20.0, -120.0, 300.0])
-def test_shifted_logits(triton, dtype, shift):
+def test_shifted_logits(path, dtype, shift):
     inputs, vectors = problem(5, 1003, dtype, shift=shift)
     truth = run(
         linear_policy_loss_ref,
         [x.double() if x.is_floating_point() else x for x in inputs],
         settled(vectors, SETTINGS["entropy"], torch.float64),
     )
-    ours = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton)
+    ours = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), **path)
     allowed = 2e-5 + 1e-6 * abs(shift)
     assert (ours.logprobs.double() - truth.logprobs).abs().max() < allowed
     assert (ours.entropy.double() - truth.entropy).abs().max() < allowed
@@ -206,75 +209,70 @@ def test_shifted_logits(triton, dtype, shift):
     assert distance(ours.weight_grad, truth.weight_grad) < bound
 
 
-@PATHS
-def test_on_policy_the_ratio_is_one(triton):
+def test_on_policy_the_ratio_is_one(path):
     inputs, vectors = problem(6, 1003, torch.bfloat16)
-    old = linear_logprob(*inputs, triton=triton)[0].detach()
-    out = run(linear_policy_loss, inputs, settled(vectors | {"old_logprobs": old}, {}), triton=triton)
+    old = linear_logprob(*inputs, triton=path["triton"])[0].detach()
+    out = run(linear_policy_loss, inputs, settled(vectors | {"old_logprobs": old}, {}), **path)
     named = dict(zip(STATS, out.stats.tolist(), strict=True))
     assert abs(named["policy_kl"]) < 1e-5 and named["clip_low"] == named["clip_high"] == 0
-    on_policy = run(linear_policy_loss, inputs, settled(vectors, dict(on_policy=True)), triton=triton)
+    on_policy = run(linear_policy_loss, inputs, settled(vectors, dict(on_policy=True)), **path)
     assert distance(out.hidden_grad, on_policy.hidden_grad) < 1e-3
 
 
-@PATHS
-def test_equal_rewards_give_exactly_nothing(triton):
+def test_equal_rewards_give_exactly_nothing(path):
     inputs, vectors = problem(5, 300, torch.bfloat16)
     vectors["advantage"] = torch.zeros_like(vectors["advantage"])
-    out = run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton)
+    out = run(linear_policy_loss, inputs, settled(vectors, {}), **path)
     assert out.loss == 0 and not out.hidden_grad.any() and not out.weight_grad.any()
     # the entropy has a gradient where the advantage has none, and two runs agree to the bit
-    first, again = (
-        run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton) for _ in range(2)
-    )
+    first, again = (run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), **path) for _ in range(2))
     assert first.hidden_grad.any() and torch.equal(first.weight_grad, again.weight_grad)
 
 
-@PATHS
 @pytest.mark.parametrize("log_ratio", [200.0, -200.0])
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
-def test_a_ratio_that_overflows(triton, log_ratio, advantage):
+def test_a_ratio_that_overflows(path, log_ratio, advantage):
     inputs, vectors = problem(4, 300, torch.float32)
-    logp = linear_logprob(*inputs, triton=triton)[0].detach()
+    logp = linear_logprob(*inputs, triton=path["triton"])[0].detach()
     vectors |= dict(w=torch.ones(4, device=DEVICE), advantage=torch.full((4,), advantage, device=DEVICE))
     vectors["old_logprobs"] = logp - torch.tensor([log_ratio, 0.0, 0.0, 0.0], device=DEVICE)
-    out = run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton)
+    out = run(linear_policy_loss, inputs, settled(vectors, {}), **path)
     assert out.hidden_grad.isfinite().all() and out.weight_grad.isfinite().all() and out.loss.isfinite()
     assert not out.hidden_grad[0].any() and (out.hidden_grad[1].any() or advantage == 0)
 
 
-@PATHS
-def test_ignored_tokens_and_an_empty_mask(triton):
+def test_ignored_tokens_and_an_empty_mask(path):
     inputs, vectors = problem(6, 300, torch.float32)
     hidden, weight, target = inputs
     target = target.clone()
     target[[1, 4]] = torch.tensor([-100, -1], device=DEVICE)
     kept = torch.tensor([0, 2, 3, 5], device=DEVICE)
     vectors["w"] = torch.full((6,), 0.25, device=DEVICE)
-    out = run(linear_policy_loss, [hidden, weight, target], settled(vectors, SETTINGS["entropy"]), triton=triton)
+    out = run(linear_policy_loss, [hidden, weight, target], settled(vectors, SETTINGS["entropy"]), **path)
     alone = run(
         linear_policy_loss,
         [hidden[kept], weight, target[kept]],
         settled({k: v[kept] for k, v in vectors.items()}, SETTINGS["entropy"]),
-        triton=triton,
+        **path,
     )
     assert out.loss.item() == pytest.approx(alone.loss.item(), rel=1e-6)
     torch.testing.assert_close(out.hidden_grad[kept], alone.hidden_grad, rtol=1e-6, atol=1e-7)
     assert not out.hidden_grad[[1, 4]].any() and not out.logprobs[[1, 4]].any() and not out.entropy[[1, 4]].any()
     torch.testing.assert_close(out.weight_grad, alone.weight_grad, rtol=1e-5, atol=1e-6)
     vectors["w"] = torch.zeros(6, device=DEVICE)
-    empty = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=triton)
+    empty = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), **path)
     assert empty.loss == 0 and not empty.hidden_grad.any() and not empty.weight_grad.any()
 
 
+@KERNELS
 @pytest.mark.parametrize("bad", [300, 305])
-def test_a_token_beyond_the_vocabulary_is_flagged_and_gives_nothing(bad):
+def test_a_token_beyond_the_vocabulary_is_flagged_and_gives_nothing(path, bad):
     # rows 300 to 319 exist in memory: a kernel that reads them gives a finite, wrong number
     inputs, vectors = problem(4, 320, torch.float32)
     hidden, weight, target = inputs[0], inputs[1][:300], inputs[2].clamp(max=299)
     vectors["w"] = torch.ones(4, device=DEVICE)
     target[2] = bad
-    out = run(linear_policy_loss, [hidden, weight, target], settled(vectors, dict(on_policy=True)), triton=True)
+    out = run(linear_policy_loss, [hidden, weight, target], settled(vectors, dict(on_policy=True)), **path)
     assert out.stats[STATS.index("nonfinite")] == 1 and out.logprobs[2].isnan()
     assert not out.hidden_grad[2].any() and out.hidden_grad[0].any() and out.loss.isfinite()
 
@@ -295,13 +293,14 @@ class Work(TorchDispatchMode):
         return out
 
 
-def test_three_products_a_chunk_and_nothing_of_tokens_times_vocabulary(monkeypatch):
+@KERNELS
+def test_three_products_a_chunk_and_nothing_of_tokens_times_vocabulary(path, monkeypatch):
     N, V, chunk = 12, 300, 4
     monkeypatch.setattr(chunks, "CHUNK_ROWS", chunk)
     inputs, vectors = problem(N, V, torch.float32)
     buffer = torch.zeros(V, H, device=DEVICE)
     with Work() as work:
-        run(linear_policy_loss, inputs, settled(vectors, {}), triton=True, weight_grad=buffer)
+        run(linear_policy_loss, inputs, settled(vectors, {}), **path, weight_grad=buffer)
     assert len(work.products) == 3 * N // chunk
     # views of one chunk of logits and of the weight, and no second [V, H]
     assert work.largest <= max(chunk * 304, V * H)
@@ -336,41 +335,41 @@ def test_what_does_not_fit_is_refused(change, message):
         linear_policy_loss(**{"loss": TokenLoss(), **head, "vectors": ONES} | change)
 
 
-def test_entropy_is_of_the_scaled_logits():
+def test_entropy_is_of_the_scaled_logits(path):
     # two words, logits 0 and ln 4 / 2: at inv_temperature 2 p = 1/5, 4/5
     hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [math.log(4) / 2]])
-    for triton in (False, True):
-        out = linear_policy_loss(
-            TokenLoss(),
-            hidden.to(DEVICE),
-            weight.to(DEVICE),
-            torch.tensor([1], device=DEVICE),
-            TokenVectors(*torch.ones(2, 1, device=DEVICE)),
-            inv_temperature=2.0,
-            triton=triton,
-        )
-        assert out.entropy.item() == pytest.approx(-(0.2 * math.log(0.2) + 0.8 * math.log(0.8)), abs=1e-6)
-        # d(-logp)/dz = p - onehot, times the inverse temperature: 2 (0.2, -0.2)
-        assert out.weight_grad[:, 0].tolist() == pytest.approx([0.4, -0.4], abs=1e-6)
+    out = linear_policy_loss(
+        TokenLoss(),
+        hidden.to(DEVICE),
+        weight.to(DEVICE),
+        torch.tensor([1], device=DEVICE),
+        TokenVectors(*torch.ones(2, 1, device=DEVICE)),
+        inv_temperature=2.0,
+        **path,
+    )
+    assert out.entropy.item() == pytest.approx(-(0.2 * math.log(0.2) + 0.8 * math.log(0.8)), abs=1e-6)
+    # d(-logp)/dz = p - onehot, times the inverse temperature: 2 (0.2, -0.2)
+    assert out.weight_grad[:, 0].tolist() == pytest.approx([0.4, -0.4], abs=1e-6)
 
 
-@PATHS
-def test_a_chunk_has_as_many_rows_as_it_says(triton, monkeypatch):
+def test_a_chunk_has_as_many_rows_as_it_says(path, monkeypatch):
     inputs, vectors = problem(9, 300, torch.float32)
-    whole = run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton)
+    whole = run(linear_policy_loss, inputs, settled(vectors, {}), **path)
     for chunk, products in ((1, 27), (4, 9), (100, 3)):
         monkeypatch.setattr(chunks, "CHUNK_ROWS", chunk)
         with Work() as work:
-            cut = run(linear_policy_loss, inputs, settled(vectors, {}), triton=triton)
+            cut = run(linear_policy_loss, inputs, settled(vectors, {}), **path)
         # torch spends its logits and makes them twice
-        assert len(work.products) == products * (3 if triton else 4) // 3
+        assert len(work.products) == products * (3 if path["triton"] else 4) // 3
         torch.testing.assert_close(cut.logprobs, whole.logprobs, rtol=0, atol=1e-6)
         torch.testing.assert_close(cut.hidden_grad, whole.hidden_grad, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(cut.weight_grad, whole.weight_grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("V", [1000, 151_936, 152_064, 262_144])
-def test_vocabularies_of_real_models(monkeypatch, V):
+@pytest.mark.parametrize(
+    "V, path", [*((V, "triton") for V in (1000, 151_936, 152_064, 262_144)), (151_936, "once")], indirect=["path"]
+)
+def test_vocabularies_of_real_models(monkeypatch, V, path):
     """With the block of a GPU: 151936 is no multiple of 8192, and 262144 is one."""
     monkeypatch.setattr(rows, "BLOCK_V", 8192)
     inputs, vectors = problem(2, V, torch.float32, seed=1)
@@ -380,30 +379,28 @@ def test_vocabularies_of_real_models(monkeypatch, V):
         [x.double() if x.is_floating_point() else x for x in inputs],
         settled(vectors, SETTINGS["entropy"], torch.float64),
     )
-    ours = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), triton=True)
+    ours = run(linear_policy_loss, inputs, settled(vectors, SETTINGS["entropy"]), **path)
     torch.testing.assert_close(ours.logprobs.double(), truth.logprobs, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours.entropy.double(), truth.entropy, rtol=0, atol=2e-5)
     assert distance(ours.hidden_grad, truth.hidden_grad) < 6e-5  # a float32 sum of up to 262144 products that cancel
     assert distance(ours.weight_grad, truth.weight_grad) < 1e-5
 
 
-@PATHS
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
-def test_a_row_that_is_not_a_number_stays_alone_and_is_counted(triton, entropy_coef):
+def test_a_row_that_is_not_a_number_stays_alone_and_is_counted(path, entropy_coef):
     inputs, vectors = problem(5, 300, torch.float32)
     vectors["w"] = torch.ones(5, device=DEVICE)
     settings = settled(vectors, dict(entropy=entropy_coef))
-    good = run(linear_policy_loss, inputs, settings, triton=triton)
+    good = run(linear_policy_loss, inputs, settings, **path)
     inputs[0][2, 3] = math.nan
-    bad = run(linear_policy_loss, inputs, settings, triton=triton)
+    bad = run(linear_policy_loss, inputs, settings, **path)
     others = torch.tensor([0, 1, 3, 4], device=DEVICE)
     for name in ("logprobs", "entropy", "hidden_grad"):
         assert torch.equal(getattr(bad, name)[others], getattr(good, name)[others])
     assert bad.logprobs[2].isnan() and bad.loss.isfinite() and bad.stats[STATS.index("nonfinite")] == 1
 
 
-@PATHS
-def test_tied_embeddings_get_the_gradients_of_both_ends(triton):
+def test_tied_embeddings_get_the_gradients_of_both_ends(path):
     """The head adds to the buffer in the forward, the embedding in the backward: one buffer, one sum."""
     (_, weight, target), vectors = problem(6, 300, torch.float32)
     words = torch.arange(6, device=DEVICE) * 7
@@ -417,7 +414,7 @@ def test_tied_embeddings_get_the_gradients_of_both_ends(triton):
         target,
         settled(vectors, dict(on_policy=True))["vectors"],
         weight_grad=embedding.grad,
-        triton=triton,
+        **path,
     ).loss.backward()
     truth = weight.double().requires_grad_()
     logp = (truth[words].tanh() @ truth.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]

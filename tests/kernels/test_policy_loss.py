@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastrl.kernels.policy_loss import STATS, TokenLoss, policy_loss, policy_loss_ref
+from fastrl.kernels.policy_loss import STATS, TokenLoss, clip, policy_loss, policy_loss_ref
 from fastrl.kernels.vectors import BLOCK_N
 from support.device import DEVICE
 
@@ -91,6 +91,14 @@ def test_at_the_edge_of_the_clip_the_gradient_is_whole(function):
             TokenLoss(clip_low=0.0, clip_high=0.0), zero, zero, torch.full((1,), advantage, device=DEVICE), w
         )
         assert out.coef.item() == -advantage
+
+
+def test_what_is_clipped_by_hand():
+    x = torch.tensor([-3.0, -1.0, 0.5, 2.0, 5.0, math.inf, math.nan], dtype=torch.float64, requires_grad=True)
+    clipped = clip(x, -1.0, 2.0)
+    assert clipped.dtype == torch.float64 and clipped[:-1].tolist() == [-1, -1, 0.5, 2, 2, 2] and clipped[-1].isnan()
+    (slope,) = torch.autograd.grad(clipped.sum(), x)
+    assert slope.tolist() == [0, 1, 1, 1, 0, 0, 1]
 
 
 @PATHS

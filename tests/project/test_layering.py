@@ -148,7 +148,7 @@ def test_a_planted_import_of_a_test_file_is_found(tmp_path):
 def test_folders_of_tests_are_those_of_the_packages():
     """Names of test files differ, since pytest imports them by their name alone; so no folder has an __init__.py."""
     packages = {path.parent.name for path in (ROOT / "fastrl").glob("*/__init__.py")} - {"assets"}
-    others = {"kernels", "programs", "project", "support", "golden"}
+    others = {"kernels", "pretend", "programs", "project", "support", "golden"}
     inside = [path.relative_to(ROOT / "tests") for path in TESTS if path.name != "conftest.py"]
     assert {path.parts[0] for path in inside} == packages | others
     names = [path.name for path in inside]

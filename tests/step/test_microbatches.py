@@ -61,6 +61,25 @@ def test_a_sequence_that_does_not_fit_alone_ends_the_run(tmp_path):
         limited_steps(tmp_path, "--tokens-per-microbatch", 64, limits=[("policy", 3, "forward")])
 
 
+def test_memory_that_a_library_ran_out_of_is_memory_too():
+    """Errors of cuBLAS and of CUDA's runtime are plain RuntimeErrors."""
+    said: list[str] = []
+    fitting = Fitting(tokens=64, say=said.append)
+
+    def work(error):
+        fitting.whole = False
+        if fitting.tokens > 16:
+            raise error
+        return fitting.tokens
+
+    assert fitting.run(lambda: work(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"))) == 16
+    assert ["--tokens-per-microbatch 32" in said[0], "--tokens-per-microbatch 16" in said[1]] == [True, True]
+    fitting.tokens = 64
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fitting.run(lambda: work(RuntimeError("CUDA error: an illegal memory access was encountered")))
+    assert fitting.tokens == 64
+
+
 def test_without_a_microbatch_there_is_nothing_to_cut():
     fitting = Fitting(tokens=64, say=print)
 

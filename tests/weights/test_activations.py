@@ -8,12 +8,13 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import inputs_of
 from fastrl.models.loading import load_model
-from fastrl.models.packing import pack
 from fastrl.settings.run import configure
 from fastrl.step.batching import make_batch
 from fastrl.weights.activations import saved_on_host
 from fastrl.weights.buffer import FlatParams
+from fastrl.weights.host_slabs import SLAB, Forward, HostSlabs
 from support.batches import completion, group
 
 MODES = ["none", "selective", "full"]
@@ -38,11 +39,10 @@ def trained_once(batch, mode: str, packed: bool, hooks=nullcontext):
     """-> all gradients, and the bytes that the forward leaves for the backward beside weights and inputs."""
     model = load_model("embedded", dtype=torch.float64, device="cpu", checkpoint=mode).model
     flat = FlatParams(model, grad_dtype=torch.float64)
-    packing = pack(batch) if packed else None
     gc.collect()
     before, saved = live_storages(), []  # autograd's own tensors are no objects of Python unless hooks make them so
     with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x), hooks(flat.weights):
-        values, _ = token_logprobs(model, batch.input_ids, batch.response_mask, num_tokens=15, packed=packing)
+        values, _ = token_logprobs(model, inputs_of(batch, packed), num_tokens=15)
     gc.collect()
     kept = live_storages() | {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
     saved.clear()
@@ -67,23 +67,20 @@ def test_the_same_gradient_from_fewer_bytes(packed, batch, float64_norms):
 @pytest.mark.parametrize("mode", MODES)
 def test_saved_activations_go_to_the_host_and_weights_stay(mode, batch, float64_norms, monkeypatch):
     expected, _ = trained_once(batch, mode, packed=True)
-    moved, weights = [], []
-    pack_on_host = torch.autograd.graph.save_on_cpu.__init__
-
-    def watched(self, *args, **kwargs):
-        pack_on_host(self, *args, **kwargs)
-        once = self.pack_hook
-        self.pack_hook = lambda x: moved.append(x) or once(x)
+    moved, weights, slabs = [], [], HostSlabs(locked=False)
+    put = Forward.put
 
     def hooks(flat_weights):
         weights.append(flat_weights.untyped_storage().data_ptr())
-        return saved_on_host(flat_weights)
+        return saved_on_host(flat_weights, slabs)
 
-    monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", watched)
+    monkeypatch.setattr(Forward, "put", lambda self, x: moved.append(x) or put(self, x))
     actual, _ = trained_once(batch, mode, packed=True, hooks=hooks)
     assert torch.equal(actual, expected)
     assert len(moved) >= 4  # the layers' inputs at least
     assert all(x.untyped_storage().data_ptr() not in weights and x.numel() >= 1024 for x in moved)
+    size = sum(x.numel() * x.element_size() for x in moved)
+    assert len(slabs.unused) == -(-size // SLAB)  # all are back, and no more than it takes
 
 
 def test_selective_needs_an_attention_kernel():

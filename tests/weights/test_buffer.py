@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fastrl.models.head import token_logprobs
+from fastrl.models.inputs import Inputs
 from fastrl.weights.buffer import FlatParams, layout, slot_name
 from fastrl.weights.optim import OptimConfig, make_optimizer
 
@@ -181,7 +182,7 @@ def test_the_heads_gradient_in_place_is_autograds(family, grad_dtype):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     for m, in_place in ((alone, False), (model, True)):
         ids = IDS.clamp(max=67)
-        values, _ = token_logprobs(m, ids, mask, num_tokens=68, head_grad_in_place=in_place)
+        values, _ = token_logprobs(m, Inputs.of(ids, mask), num_tokens=68, head_grad_in_place=in_place)
         values.sum().backward()
     name = "lm_head.weight" if family == "llama" else "model.embed_tokens.weight"
     got, wanted = flat.view(flat.grads, flat.slots[name]).float(), alone.get_parameter(name).grad

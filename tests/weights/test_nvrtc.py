@@ -1,13 +1,16 @@
 """The CUDA source as NVRTC compiles it, and what a launch hands to the driver, as far as there is no GPU to do it."""
 
 import ctypes
+import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastrl.weights import library, nvrtc
 
@@ -15,14 +18,18 @@ SOURCE = nvrtc.source()
 KERNELS = [
     f"fastrl_{mode}{split}_kernel" for mode in ("interpolate", "gradients", "displacements") for split in ("", "_split")
 ]
+needs_bindings = pytest.mark.skipif(
+    importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None,
+    reason="needs cuda-bindings (pip install cuda-bindings)",
+)
 
 
 @pytest.fixture(scope="module")
 def compiler():
     try:
-        return nvrtc.compiler()
-    except OSError as error:
-        pytest.skip(f"{error} (pip install nvidia-cuda-nvrtc)")
+        nvrtc.ask(nvrtc.bindings("nvrtc").nvrtcVersion)
+    except RuntimeError as error:
+        pytest.skip(f"{error} (pip install cuda-bindings nvidia-cuda-nvrtc)")
 
 
 @pytest.fixture(scope="module")
@@ -56,51 +63,35 @@ def test_what_nvrtc_cannot_compile_is_said(compiler):
 
 @pytest.mark.slow
 def test_arguments_lie_where_the_kernel_reads_them(compiler):
-    """Every field of the Python structure, where the C++ one has it: the compiler says if it has not."""
-    fields = library.Arguments
-    places = {f"__builtin_offsetof(Arguments, {name})": getattr(fields, name).offset for name, _ in fields._fields_}
-    places |= {f"sizeof(Arguments::{name})": getattr(fields, name).size for name, _ in fields._fields_}
-    places |= {"sizeof(Arguments)": ctypes.sizeof(fields), "kThreads": nvrtc.THREADS}
-    asserts = "".join(f"static_assert({x} == {value});\n" for x, value in places.items())
-    nvrtc.compiled(SOURCE.read_text() + asserts, "sm_90", folder=SOURCE.parent)
+    """Fields of one order and one size each lie alike: the compiler says if not. NVRTC 13.0 has no offsetof."""
+    names = [name for name, *_ in library.Arguments._fields_]
+    sizes = {f"sizeof(Arguments::{name})": getattr(library.Arguments, name).size for name in names}
+    sizes |= {"sizeof(Arguments)": ctypes.sizeof(library.Arguments), "kThreads": nvrtc.THREADS}
+    asserts = ["constexpr Arguments laid_out{};", *(f"static_assert({x} == {value});" for x, value in sizes.items())]
+    for before, after in zip(names, names[1:], strict=False):
+        asserts.append(f"static_assert((const void*)&laid_out.{before} < (const void*)&laid_out.{after});")
+    nvrtc.compiled("\n".join([SOURCE.read_text(), *asserts]), "sm_90", folder=SOURCE.parent)
+    with pytest.raises(RuntimeError, match="static assertion failed"):
+        wrong = asserts[-1].replace("<", ">")
+        nvrtc.compiled("\n".join([SOURCE.read_text(), asserts[0], wrong]), "sm_90", folder=SOURCE.parent)
 
 
-def test_a_broken_nvrtc_is_a_reason_and_no_crash(tmp_path, monkeypatch):
-    broken = tmp_path / "libnvrtc.so.13"
-    broken.write_text("not a library")
-    for found in ([broken], []):
-        monkeypatch.setattr(nvrtc, "candidates", lambda found=found: found)
-        with pytest.raises(OSError, match="no libnvrtc among site-packages" + (".*libnvrtc.so.13" if found else "")):
-            nvrtc.compiler.__wrapped__()
-
-
-def test_the_wheel_of_pytorchs_own_version_is_tried_first(tmp_path, monkeypatch):
-    for folder, version in (("cuda_nvrtc", 12), ("cu13", 13)):
-        lib = tmp_path / "nvidia" / folder / "lib"
-        lib.mkdir(parents=True)
-        (lib / f"libnvrtc.so.{version}").touch(), (lib / f"libnvrtc-builtins.so.{version}.5").touch()
-    home = tmp_path / "cuda" / "lib64"
-    home.mkdir(parents=True)
-    (home / "libnvrtc.so").touch()
-    monkeypatch.setenv("CUDA_HOME", str(home.parent))
-    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
-    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: spec)
-    for cuda, first in (("12.8", "libnvrtc.so.12"), ("13.0", "libnvrtc.so.13"), (None, "libnvrtc.so.13")):
-        monkeypatch.setattr(torch.version, "cuda", cuda)
-        names = [path.name for path in nvrtc.candidates() if path.is_relative_to(tmp_path)]
-        assert names[0] == first and sorted(names) == ["libnvrtc.so", "libnvrtc.so.12", "libnvrtc.so.13"]
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.delitem(sys.modules, "cuda.bindings.nvrtc", raising=False)
+    with pytest.raises(RuntimeError, match="cuda.*: run `pip install cuda-bindings`"):
+        nvrtc.compiled("", "sm_90", folder=SOURCE.parent)
 
 
 # a driver that notes down its last launch; cuda.h checks that it has the real one's signatures
 DRIVER = """
 #include <cuda.h>
+#include <stdio.h>
 #include <string.h>
-static struct { unsigned int grid[3], block[3], shared; void *function, *stream, *extra; char parameter[256]; } last;
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   *module = (CUmodule)7;
   return memcmp(image, "cubin", 5) ? CUDA_ERROR_INVALID_IMAGE : CUDA_SUCCESS;
 }
-CUresult cuGetErrorString(CUresult error, const char **text) { *text = "not an image"; return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   *function = (CUfunction)(size_t)(strcmp(name, "the_kernel") ? 0 : 0x1234567890 + (size_t)module);
   return CUDA_SUCCESS;
@@ -108,71 +99,60 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
 CUresult cuLaunchKernel(CUfunction function, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx,
                         unsigned int by, unsigned int bz, unsigned int shared, CUstream stream, void **parameters,
                         void **extra) {
-  unsigned int grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
-  memcpy(last.grid, grid, 12), memcpy(last.block, block, 12), last.shared = shared;
-  last.function = function, last.stream = stream, last.extra = extra;
-  memcpy(last.parameter, parameters[0], SIZE);
+  printf("{\\"grid\\": [%u, %u, %u], \\"block\\": [%u, %u, %u], \\"shared\\": %u, \\"function\\": %zu, "
+         "\\"stream\\": %zu, \\"extra\\": %zu, \\"parameter\\": \\"", gx, gy, gz, bx, by, bz, shared, (size_t)function,
+         (size_t)stream, (size_t)extra);
+  for (int i = 0; i < SIZE; i++) printf("%02x", ((unsigned char *)parameters[0])[i]);
+  printf("\\"}\\n");
+  fflush(stdout);
   return CUDA_SUCCESS;
 }
-void *last_launch(void) { return &last; }
+CUresult cuGetProcAddress(const char *name, void **found, int version, cuuint64_t flags,
+                          CUdriverProcAddressQueryResult *status) {
+  *found = !strcmp(name, "cuModuleLoadData") ? (void *)cuModuleLoadData
+         : !strcmp(name, "cuModuleGetFunction") ? (void *)cuModuleGetFunction
+         : !strcmp(name, "cuLaunchKernel") ? (void *)cuLaunchKernel : 0;
+  return CUDA_SUCCESS;
+}
+"""
+FAR = 0x7F0123456780  # pointers of a GPU need more than 32 bits
+SENT = dict(theta=FAR, low=FAR + 16, n=1 << 40, alpha=0.25, scale_max=3.5, partials=FAR + 32)
+CALLS = f"""
+from fastrl.weights import library, nvrtc
+try:
+    nvrtc.loaded(b"a text")
+except RuntimeError as error:
+    print(error, flush=True)
+nvrtc.module = lambda device: nvrtc.loaded(b"cubin")
+nvrtc.start(nvrtc.kernel(0, "the_kernel"), library.Arguments(**{SENT}), 264, {FAR + 64})
 """
 
 
-class Launch(ctypes.Structure):
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("function", ctypes.c_void_p),
-        ("stream", ctypes.c_void_p),
-        ("extra", ctypes.c_void_p),
-        ("parameter", library.Arguments),
-    ]
-
-
 @pytest.mark.slow
-def test_a_launch_hands_the_driver_what_the_kernel_expects(nvidia, tmp_path, monkeypatch):
+@needs_bindings
+def test_a_launch_hands_the_driver_what_the_kernel_expects(nvidia, tmp_path):
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler to make a stand-in for libcuda with")
-    path = tmp_path / "libcuda.so.1"
-    subprocess.run(
-        [
-            compiler,
-            "-shared",
-            "-fPIC",
-            "-Werror",
-            f"-I{nvidia / 'include'}",
-            "-xc",
-            "-",
-            "-o",
-            path,
-            f"-DSIZE={ctypes.sizeof(library.Arguments)}",
-        ],
-        input=DRIVER,
-        text=True,
-        check=True,
-    )
-    loader = ctypes.CDLL
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: loader(str(path)) if name == "libcuda.so.1" else loader(name))
-    driver = nvrtc.driver.__wrapped__()
-    monkeypatch.setattr(nvrtc, "driver", lambda: driver)
+    size = ctypes.sizeof(library.Arguments)
+    command = [compiler, "-shared", "-fPIC", "-Werror", f"-I{nvidia / 'include'}", f"-DSIZE={size}"]
+    subprocess.run([*command, "-xc", "-", "-o", tmp_path / "libcuda.so.1"], input=DRIVER, text=True, check=True)
+    # a process of its own: in this one the driver may be there already
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    refused, launched = ran.stdout.splitlines()
+    assert refused == "cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE"
+    last = json.loads(launched)
+    assert (last["grid"], last["block"], last["shared"]) == ([264, 1, 1], [512, 1, 1], 0)
+    assert (last["function"], last["stream"], last["extra"]) == (0x1234567890 + 7, FAR + 64, 0)
+    parameter = bytes.fromhex(last["parameter"])
+    assert parameter == bytes(library.Arguments(**SENT)) and len(parameter) == size
 
-    with pytest.raises(RuntimeError, match="cuModuleLoadData failed with CUDA error 200: not an image"):
-        nvrtc.ask_driver("cuModuleLoadData", ctypes.byref(ctypes.c_void_p()), b"a text")
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    nvrtc.ask_driver("cuModuleLoadData", ctypes.byref(module), b"cubin")
-    nvrtc.ask_driver("cuModuleGetFunction", ctypes.byref(function), module, b"the_kernel")
-    far = 0x7F0123456780  # pointers of a GPU need more than 32 bits
-    sent = library.Arguments(theta=far, low=far + 16, n=1 << 40, alpha=0.25, scale_max=3.5, partials=far + 32)
-    nvrtc.start(function, sent, 264, far + 64)
-    driver.last_launch.restype = ctypes.c_void_p
-    last = Launch.from_address(driver.last_launch())
-    assert (list(last.grid), list(last.block), last.shared) == ([264, 1, 1], [512, 1, 1], 0)
-    assert (last.function, last.stream, last.extra) == (0x1234567890 + 7, far + 64, None)
-    assert bytes(last.parameter) == bytes(sent) and last.parameter.anchor is None and last.parameter.n == 1 << 40
+
+def test_nothing_is_launched_for_no_elements():
     with pytest.raises(AssertionError):
-        nvrtc.start(function, library.Arguments(n=0), 264, None)
+        nvrtc.start(None, library.Arguments(n=0), 264, 0)
 
 
 def test_each_update_has_its_kernel():

@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl import checkpoint
+from fastrl.kernels import rows
+from fastrl.kernels.workspace import Workspace
+from fastrl.step.learner import Minibatch
 from fastrl.weights.offload import HostCopies
+from support.batches import prepared_batch
 from support.cases import mostly_later
 from support.run_folders import without_times
 from support.trainers import make_trainer
@@ -69,16 +73,44 @@ def test_what_is_offloaded_changes_no_bit(rule, tmp_path):
         )
 
 
-def test_gradients_come_back_zero_at_the_same_views(tmp_path):
+def test_gradients_come_back_at_the_same_views(tmp_path):
     policy = make_trainer(tmp_path, *SMALL).learner.policy
     parameter = policy.model.base_model.norm.weight
     policy.flat.grads.fill_(3.0)
     policy.rest()
     assert parameter.grad.untyped_storage().nbytes() == 0
     policy.wake()
+    policy.zero_grad()
     assert not policy.flat.grads.any() and policy.flat.grads.numel() == policy.flat.weights.numel()
     parameter.sum().backward()
     assert policy.flat.grads.sum() == parameter.numel() == parameter.grad.sum()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_logits_of_all_microbatches_have_one_memory_until_the_policy_rests(fused, tmp_path, monkeypatch):
+    """Through the kernels of the head, fused with the loss or before it."""
+    monkeypatch.setattr(rows, "BLOCK_V", 64)
+    learner = (trainer := make_trainer(tmp_path, *SMALL, "--entropy", 0.01)).learner
+    policy, batch = learner.policy, prepared_batch(trainer)
+    learner.fitting.tokens = 60
+    expected = learner.accumulate(Minibatch(batch)), policy.flat.grads.clone()
+    policy.triton = True
+    monkeypatch.setattr(type(learner.objective), "fuses", fused)
+    made, asked = [], policy.workspace.logits
+
+    def logits(rows, words, device):
+        z = asked(rows, words, device)
+        made.append((rows * words, policy.workspace.memory.numel()))
+        return z
+
+    monkeypatch.setattr(Workspace, "logits", lambda self, *given: logits(*given))
+    metrics = learner.accumulate(Minibatch(batch))
+    assert metrics == pytest.approx(expected[0], rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(policy.flat.grads, expected[1], rtol=1e-3, atol=1e-6)
+    largest = [max(needed for needed, _ in made[: at + 1]) for at in range(len(made))]
+    assert [held for _, held in made] == largest and len(made) >= 3
+    policy.rest()
+    assert policy.workspace.memory is None
 
 
 @pytest.mark.parametrize("rule", mostly_later(["single", "8 bit", "split"], "split"))

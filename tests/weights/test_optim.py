@@ -87,6 +87,51 @@ def test_clipping_by_hand(embedded):
         assert first.count_nonzero() == 2
 
 
+CLIPPED = {"adamw": torch.float32, "adamw, float64": torch.float64, "adamw, bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("form", [*CLIPPED, *EIGHT_BIT])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_gradient_is_left_as_it_was_applied(form):
+    """Divided in place, whether the optimizer does it or not, and the step is that of the quotient."""
+    name, dtype = form.partition(",")[0], CLIPPED.get(form, torch.float32)
+    g = torch.Generator().manual_seed(0)
+    start, original = torch.randn(8192, generator=g), torch.randn(8192, generator=g).to(dtype)
+    if dtype == torch.float64:
+        start = start.double()
+    moved = []
+    for divisor in (1.0, 5.0):
+        shard, gradient = start.clone(), original.clone() if divisor > 1 else (original / 5)
+        optimizer = ShardOptimizer(OptimConfig(name=name, lr=1e-2), shard)
+        for _ in range(2):  # what is set for one step is not there in the next
+            optimizer.step(gradient, divisor)
+            torch.testing.assert_close(gradient, original / 5, rtol=1e-15 if dtype == torch.float64 else 1e-6, atol=0)
+            divisor = 1.0
+        moved.append(shard)
+    assert (moved[0] - start).abs().min() > 0
+    torch.testing.assert_close(*moved, rtol=1e-6, atol=1e-7)
+
+
+def test_fused_clipping_is_no_pass_of_its_own(embedded):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    policy, passes = make_policy(embedded, max_grad_norm=1e-4), []
+    place, length = policy.flat.grads.data_ptr(), policy.flat.grads.numel()
+
+    class Writes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            on_all = [a for a in args if isinstance(a, torch.Tensor) and a.data_ptr() == place and a.numel() == length]
+            passes.extend(function for _ in on_all if function._schema.is_mutable)
+            return function(*args, **kwargs or {})
+
+    gradient(policy)
+    before = policy.flat.grads.clone()
+    with Writes():
+        norm = policy.optimizer_step(0.0)["grad_norm"]
+    assert norm > 1e-4 and passes == []
+    torch.testing.assert_close(policy.flat.grads, before * (1e-4 / norm), rtol=1e-6, atol=0)
+
+
 def test_schedules_by_hand():
     lr = 8.0e-3
     constant = OptimConfig(lr=lr, warmup=3)

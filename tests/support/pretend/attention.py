@@ -32,16 +32,17 @@ def gradients(
     return dscores @ key.float(), dscores.transpose(-1, -2) @ query.float(), probs.transpose(-1, -2) @ dout
 
 
-def unseen(queries: int, keys: int, causal: bool, left: int | None = None) -> Tensor | None:
+def unseen(queries: int, keys: int, causal: bool, left: int | None = None, right: int | None = None) -> Tensor | None:
     """[queries, keys]: -inf where a query, counted from the end, must not look; None where it may look everywhere.
 
-    left: how many tokens back it looks at most; negative or None: all.
+    left, right: how many tokens back and ahead it looks at most; negative or None: all. causal: right is 0.
     """
     own = torch.arange(queries)[:, None] + keys - queries
     other = torch.arange(keys)
     hidden = torch.zeros(queries, keys, dtype=torch.bool)
-    if causal:
-        hidden |= other > own
+    right = 0 if causal else right
+    if right is not None and right >= 0:
+        hidden |= other > own + right
     if left is not None and left >= 0:
         hidden |= other < own - left
     return torch.zeros(queries, keys).masked_fill(hidden, -math.inf) if hidden.any() else None
@@ -101,6 +102,7 @@ def ragged(
     *,
     scale=None,
     window_size_left=None,
+    window_size_right=None,
     **rest,
 ):
     """aten::_flash_attention_forward over rows of their own lengths, [M, heads, d]; fewer heads of keys are shared."""
@@ -108,7 +110,7 @@ def ragged(
     lse = query.new_empty(query.shape[1], len(query), dtype=torch.float32)
     for rows in row_slices(host(starts)):
         q, k, v = (host(x)[rows].transpose(0, 1) for x in (query, key, value))
-        mask = unseen(q.shape[1], k.shape[1], causal, window_size_left)
+        mask = unseen(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
         made, _, sums = attended(q, shared(k, q), shared(v, q), mask, scale or q.shape[-1] ** -0.5)
         host(out)[rows] = made.transpose(0, 1).to(out.dtype)
         host(lse)[:, rows] = sums
@@ -135,13 +137,14 @@ def ragged_backward(
     *,
     scale=None,
     window_size_left=None,
+    window_size_right=None,
     **rest,
 ):
     """aten::_flash_attention_backward of the same rows."""
     made = [torch.empty_like(x) for x in (query, key, value)]
     for rows in row_slices(host(starts)):
         dout, q, k, v = (host(x)[rows].transpose(0, 1) for x in (upstream, query, key, value))
-        mask = unseen(q.shape[1], k.shape[1], causal, window_size_left)
+        mask = unseen(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
         dq, dk, dv = gradients(dout, q, shared(k, q), shared(v, q), mask, scale or q.shape[-1] ** -0.5)
         for into, gradient in zip(made, (dq, summed(dk, k), summed(dv, v)), strict=True):
             host(into)[rows] = gradient.transpose(0, 1).to(into.dtype)

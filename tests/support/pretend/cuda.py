@@ -36,7 +36,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(library.parent))
 import pretended  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from support.pretend import attention  # noqa: E402
+from support.pretend import attention, collectives  # noqa: E402
 
 
 class Properties(NamedTuple):
@@ -68,6 +68,25 @@ class on_device:
         return False
 
 
+class Runtime:
+    """Of torch.cuda.cudart(): host memory that is locked, address -> bytes."""
+
+    def __init__(self):
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        overlaps = any(address < other + n and other < address + size for other, n in self.locked.items())
+        if not overlaps:
+            self.locked[address] = size
+        return 712 if overlaps else 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0 if self.locked.pop(address, None) else 713
+
+
+runtime = Runtime()
+
+
 def index(device: object, needed: bool = False) -> int:
     """As torch has it: some functions take a bare `cuda`, others ask for an index."""
     from torch.cuda._utils import _get_device_index
@@ -78,9 +97,12 @@ def index(device: object, needed: bool = False) -> int:
 # ---------------------------------------------------------------------------------------------- waits
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
-    """Events in order: (wait | upload | synchronize, operator, bytes, where in our code)."""
+    """Events in order: (wait | upload | synchronize, operator, bytes, where in our code).
+
+    A transfer to the device waits too, unless it is asked not to.
+    """
 
     events: list[tuple[str, str, int, str]] = field(default_factory=list)
     launches: Counter = field(default_factory=Counter)  # operators
@@ -89,9 +111,9 @@ class Watch:
     def waits(self) -> list[str]:
         return [f"{op} at {where}" for what, op, _, where in self.events if what != "upload"]
 
-    def at(self, place: str) -> list[str]:
-        """Waits whose innermost line of ours is in a file or function of that name."""
-        return [wait for wait in self.waits if place in wait]
+    def from_files(self, *folders: str) -> list[str]:
+        """Waits that a line in one of these folders asked for itself."""
+        return [wait for wait in self.waits if wait.partition(" at ")[2].startswith(folders)]
 
 
 watches: list[Watch] = []
@@ -113,6 +135,8 @@ def where() -> str:
     frame, found = sys._getframe(1), []
     while frame is not None and len(found) < 4:
         file = frame.f_code.co_filename
+        if "triton/runtime/interpreter" in file:
+            return ""  # the interpreter's own, which no GPU sees
         own = file.startswith((str(ROOT / "fastrl"), str(ROOT / "kernels")))
         if own or "/transformers/" in file or "/torch/optim/" in file:
             name = file.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
@@ -122,10 +146,9 @@ def where() -> str:
 
 
 def listen(what: str, op: str, size: int) -> None:
-    if watches:
-        event = (what, op, size, where())
+    if watches and (place := where()):
         for watch in watches:
-            watch.events.append(event)
+            watch.events.append((what, op, size, place))
 
 
 pretended.listen(listen)
@@ -155,6 +178,7 @@ cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # its generato
 cuda.get_rng_state_all = lambda: []
 cuda.set_rng_state = lambda state, device="cuda": None
 cuda.manual_seed = cuda.manual_seed_all = lambda seed: None
+cuda.cudart = lambda: runtime
 torch.Tensor.pin_memory = lambda self, device=None: self.clone()
 
 resize_on_host = torch.UntypedStorage.resize_
@@ -223,3 +247,5 @@ ON_CUDA = {
 }
 for name, function in ON_CUDA.items():
     operators.impl(name, function, "CUDA")
+
+collectives.install(pretended.host_view)

@@ -223,9 +223,9 @@ static void move(const Tensor& to, const Tensor& from) {
   host_view(to).copy_(host_view(from));
 }
 
-static Tensor& copy_tensor(Tensor& self, const Tensor& source, bool) {
+static Tensor& copy_tensor(Tensor& self, const Tensor& source, bool non_blocking) {
   if (source.is_cuda() && !self.is_cuda()) tell("wait", "copy to the host", source.nbytes());
-  if (!source.is_cuda() && self.is_cuda() && source.dim() > 0) tell("upload", "copy to the device", source.nbytes());
+  if (!source.is_cuda() && self.is_cuda()) tell(non_blocking ? "upload" : "wait", "copy to the device", source.nbytes());
   move(self, source);
   return self;
 }
@@ -258,7 +258,7 @@ static const std::unordered_set<std::string> waits = {
     "aten::nonzero", "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::equal",
     "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::bincount", "aten::is_nonzero", "aten::histc",
     "aten::repeat_interleave"};
-// indices may lie on the host: they are uploaded, which is a wait where they are masks
+// indices may lie on the host, which uploads them; of a mask it must know how many it holds
 static const std::unordered_set<std::string> by_index = {"aten::index", "aten::index_put_", "aten::_index_put_impl_",
                                                          "aten::index_put", "aten::_unsafe_index"};
 // the CPU multiplies integers, CUDA does not
@@ -268,6 +268,7 @@ static const std::unordered_set<std::string> products = {"aten::mm", "aten::addm
 struct Given {
   std::vector<Tensor> tensors;
   bool has_mask = false;  // among indices
+  bool from_host = false;  // an index
 };
 
 static Given tensors_of(const torch::jit::Stack& stack, size_t count) {
@@ -282,6 +283,7 @@ static Given tensors_of(const torch::jit::Stack& stack, size_t count) {
         if (!t || !t->defined()) continue;
         given.tensors.push_back(*t);
         given.has_mask |= t->scalar_type() == kBool || t->scalar_type() == kByte;
+        given.from_host |= t->is_cpu();
       }
     }
   }
@@ -305,7 +307,9 @@ static void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   const Given given = tensors_of(*stack, op.schema().arguments().size());
   refuse_two_devices(name, given.tensors);
   const bool by_mask = given.has_mask && by_index.count(name);
-  if (waits.count(name) || by_mask) tell("wait", name.substr(6) + (by_mask ? " by a mask" : ""));
+  const bool from_host = given.from_host && by_index.count(name);
+  const char* how = by_mask ? " by a mask" : from_host ? " by an index of the host" : "";
+  if (waits.count(name) || by_mask || from_host) tell("wait", name.substr(6) + how);
   if (products.count(name)) {
     for (const Tensor& t : given.tensors) {
       TORCH_CHECK(at::isFloatingType(t.scalar_type()), "\"", name, "_cuda\" not implemented for ", t.scalar_type());

@@ -1,0 +1,70 @@
+"""Two ranks on the pretended device, which both take for theirs: gradients, moves and weights are those of one rank."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.pretend.needed import cuda
+from support.programs import free_port
+
+SCRIPT = """
+import sys
+import support.pretend.cuda
+import torch
+from pathlib import Path
+from fastrl.base import ranks
+from support.trainers import make_trainer
+
+folder, flags = Path(sys.argv[1]), sys.argv[2:]
+ranks.start("cuda:0")
+trainer = make_trainer(folder / str(ranks.rank()), "--device", "cuda:0", *flags)
+metrics = [trainer.step() for _ in range(2)]
+torch.save((metrics, trainer.learner.policy.flat.weights.cpu()), folder / f"rank-{ranks.rank()}.pt")
+ranks.barrier()
+ranks.stop()
+ranks.leave(0)
+"""
+FLAGS = "--problems-per-step 4 --group-size 4 --eval-limit 2 --threads 1 --seed 3 --dtype float32 --rollouts-every 0"
+RULES = {
+    "sfpo": "--update sfpo",
+    "gxpo, optimizer on the host": "--update gxpo --offload optimizer",
+    "split master": "--dtype bfloat16 --master split",
+}
+
+
+def ran(folder: Path, count: int, flags: list[str]) -> list[tuple[list[dict], torch.Tensor]]:
+    folder.mkdir()
+    port = str(free_port())
+    environment = os.environ | {
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
+    command = [sys.executable, "-c", SCRIPT, str(folder), *flags]
+    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(count)]
+    try:
+        assert [process.wait(250) for process in processes] == [0] * count
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_two_ranks_are_one(name, tmp_path):
+    assert cuda.torch is torch
+    flags = [*FLAGS.split(), *RULES[name].split()]
+    [(alone, weights)] = ran(tmp_path / "one", 1, flags)
+    (first, own), (_, others) = ran(tmp_path / "two", 2, flags)
+    assert torch.equal(own, others)
+    tight = "split" not in name
+    assert first[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-4 if tight else 0.05)
+    assert first[0]["reward"] == alone[0]["reward"]
+    if tight:
+        assert (own - weights).abs().max() < 1e-3 * weights.abs().max()
