@@ -118,7 +118,7 @@ def packed_calls(model: "PreTrainedModel") -> list[Layer]:
 
     calls: list[Layer] = []
 
-    def counted(module, query, key, value, mask, packing=None, sliding_window=None, **kwargs):
+    def counted(module, query, key, value, attention_mask, packing=None, sliding_window=None, **kwargs):
         if packing is not None:
             calls.append(
                 Layer(
@@ -132,7 +132,8 @@ def packed_calls(model: "PreTrainedModel") -> list[Layer]:
                     device=query.device,
                 )
             )
-        return attention(module, query, key, value, mask, packing=packing, sliding_window=sliding_window, **kwargs)
+        given = dict(packing=packing, sliding_window=sliding_window, **kwargs)
+        return attention(module, query, key, value, attention_mask, **given)
 
     row = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     flat = Packing(
