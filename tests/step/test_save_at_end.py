@@ -32,6 +32,7 @@ def test_a_signal_always_gets_its_checkpoint(tmp_path):
     assert (tmp_path / "checkpoints" / f"step-{trainer.completed}" / "MANIFEST.json").exists()
 
 
+@pytest.mark.slow
 def test_the_status_of_a_run_without_a_checkpoint_names_none(run_fastrl, tmp_path):
     ran = run_fastrl("train", *SHORT, "--no-save-at-end", "--out", tmp_path / "run")
     assert ran.returncode == 0, ran.stderr
