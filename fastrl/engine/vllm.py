@@ -45,9 +45,7 @@ class VllmConfig:
     max_num_batched_tokens: int = setting(8192, "[1, 1e8]")  # per forward of the engine
     cuda_graphs: bool = True  # of decoding
     compile: bool = False  # torch.compile in the engine: slower to start, a little faster
-    seeds: Seeds = (
-        "auto"  # one per request, or one per step for all of its requests; auto: per request where it is free
-    )
+    seeds: Seeds = "auto"  # one per request, or one per step for all of them; auto: per request where that is free
 
     def __post_init__(self):
         check_bounds(self, "vllm.")
