@@ -6,6 +6,7 @@ partition (MIG) does not give is None.
 """
 
 import ctypes
+import importlib
 import os
 from dataclasses import dataclass, fields
 from types import ModuleType
@@ -170,16 +171,16 @@ class Card:
 def open_card(device: str) -> Card | NoCard:
     """The card that CUDA calls `device`, such as cuda:1; or why there are no readings of it. Makes no CUDA context."""
     try:
-        import pynvml
+        nvml = importlib.import_module("pynvml")
     except ImportError:
         return NoCard("nvidia-ml-py is not installed; `pip install nvidia-ml-py`")
     try:
-        pynvml.nvmlInit()
-        return Card(pynvml, handle_of(pynvml, uuid_of(device)))
+        nvml.nvmlInit()
+        return Card(nvml, handle_of(nvml, uuid_of(device)))
     except NoCard as error:
         return error
-    except pynvml.NVMLError as error:
-        if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+    except nvml.NVMLError as error:
+        if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
             return NoCard("libnvidia-ml.so.1 is not there: no NVIDIA driver, or a container without its libraries")
         return NoCard(f"NVML: {error}")
 
