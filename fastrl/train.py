@@ -28,6 +28,7 @@ from fastrl.base.spans import Progress, Spans, collector_paused
 from fastrl.base.types import EngineError, NumericsError
 from fastrl.base.versions import check_versions
 from fastrl.engine.segments import set_segments
+from fastrl.memory.watch import outcome
 from fastrl.models.loading import load_tokenizer, model_path
 from fastrl.rewards import RewardSet
 from fastrl.run.build import build
@@ -117,15 +118,16 @@ def fresh_folder(folder: Path) -> None:
 
 
 def summary(log: RunLog) -> list[str]:
-    """First against last evaluation, as a table; of rank 0, which alone knows when the file is whole."""
+    """Memory, and the first against the last evaluation; of rank 0, which alone knows when the file is whole."""
     if log.quiet:
         return []
     rows = [json.loads(line) for line in log.path.read_text().splitlines()]
+    lines = outcome(rows)
     evals = [row for row in rows if any(key.startswith("eval/") for key in row)]
     if len(evals) < 2:
-        return []
+        return lines
     first, last = evals[0], evals[-1]
-    lines = [f"{'':32} {'before':>8} {'after':>8}"]
+    lines.append(f"{'':32} {'before':>8} {'after':>8}")
     for key in first:
         if key.startswith("eval/") and "ci95" not in key and not key.endswith("num_problems") and key in last:
             lines.append(f"{key.removeprefix('eval/'):32} {first[key]:8.3f} {last[key]:8.3f}")

@@ -77,7 +77,8 @@ class KvPages:
         for segment in done:
             mark(segment, asleep=False)
         for storage in self.storages.values():
-            storage.fill_(0)  # unlike a tensor's zero_ also where the tensors were made in inference mode
+            # a tensor of its own over it, for those that were made in inference mode cannot be written outside of it
+            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
         self.mapped = True
 
 

@@ -60,6 +60,8 @@ class MemorySettings:
 
     context: int  # longest prompt and completion together
     tokens_per_microbatch: int
+    prompt: int = 0  # longest prompt; 0: as long as the context
+    group_size: int = 1  # completions that share a prompt, at least
     least_rows: int = 1  # sequences that a microbatch cannot be cut below
     sequences: int = 1
     ranks: int = 1
@@ -130,17 +132,28 @@ def snapshot_bytes(shard: int, s: MemorySettings) -> int:
 def saved_per_layer(model: ModelShape, s: MemorySettings) -> int:
     """Bytes per token that a layer keeps for its backward, as transformers' Llama, Qwen2 and Qwen3 do.
 
-    Of each norm the float32 input, the normalised and the scaled one; query, key, value and output of attention; gate,
-    up, activated gate and product of the MLP.
+    Of each norm the float32 input, the normalised and the scaled one; query, key, value and output of attention, and
+    where it attends packed rows the output in the order of the other layers as well; gate, up, activated gate and
+    product of the MLP.
     """
     size = s.dtype.itemsize
     norms = 2 * ((4 + 2 * size) * model.hidden + 4)
     if model.qk_norm:
         norms += (model.heads + model.kv_heads) * ((4 + size) * model.head_dim + 4)
     attention = size * model.attention_width + 4 * model.heads
+    if s.cuda and s.attention == "sdpa":
+        attention += size * model.heads * model.head_dim
     if s.attention == "eager":
         attention += model.heads * s.context * (4 + size)
     return norms + attention + 4 * size * model.inner
+
+
+def staying(model: ModelShape, s: MemorySettings) -> int:
+    """What `checkpoints` leaves on the device: all, or with offloading what is not autograd's, attention's output."""
+    if "activations" not in s.offload:
+        return checkpoints(model, s)
+    kept = model.heads * (s.dtype.itemsize * model.head_dim + 4)
+    return s.tokens * model.layers * kept * (s.checkpoint == "selective")
 
 
 def checkpoints(model: ModelShape, s: MemorySettings) -> int:
@@ -157,28 +170,56 @@ def checkpoints(model: ModelShape, s: MemorySettings) -> int:
     return s.tokens * model.layers * kept
 
 
-def working_set(model: ModelShape, s: MemorySettings) -> int:
-    """Bytes beside `checkpoints` at the worst moment of a backward.
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes of a microbatch that are there at one time."""
 
-    Gradients within a layer, the layer computed again where it was not kept, the hidden states of the head with their
-    gradient, and the gradient of the largest matrix before it is added to the buffer.
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits
+
+
+def backward_moments(model: ModelShape, s: MemorySettings) -> list[Moment]:
+    """Of the head, the last norm, the last layer and the embedding one is the peak.
+
+    head         the last norm, the hidden states and their gradient, beside the logits
+    norm         its gradients in float32
+    layer        computed again where it was not kept; the gradients of gate, up and product, of which the last takes
+                 the place of what it is of, or the first weight gradient; and the gradient of the layer's output
+    embedding    its gradient, before it is added to the buffer
     """
-    size = s.dtype.itemsize
-    within = size * (2 * model.inner + 4 * model.hidden)
-    if s.checkpoint == "none":
-        per_token = max(within, 13 * size * model.hidden)  # the last norm
-    else:
+    size, head, tokens, kept = s.dtype.itemsize, head_bytes(model, s), s.tokens, staying(model, s)
+    grad = torch.promote_types(s.grad_dtype, s.dtype).itemsize
+    added = size + (grad if grad != size else 0)  # bytes of a weight gradient's element on its way
+    again = 0
+    if s.checkpoint != "none":
         again = saved_per_layer(model, s)
         if s.checkpoint == "selective":
             again -= model.heads * (size * model.head_dim + 4)
-        per_token = again + within
-    matrix = model.inner * model.hidden * (size + s.grad_dtype.itemsize)
-    return s.tokens * (per_token + 2 * size * model.hidden) + matrix
+    elif "activations" in s.offload:
+        again = 3 * size * model.inner  # what the product is of comes back, and nothing else is there yet
+    positions = 2 * size * model.head_dim
+    product = tokens * size * model.inner
+    layer = max(2 * product, product + added * model.inner * model.hidden)
+    stays = head["step"]
+    return [
+        Moment(kept + tokens * ((4 + 3 * size) * model.hidden + positions), head["backward"]),
+        Moment(kept + tokens * (13 * size * model.hidden + positions), stays),
+        Moment(kept + tokens * (again + size * model.hidden + positions) + layer, stays),
+        Moment(added * model.vocab * model.hidden + tokens * size * model.hidden, stays),
+    ]
 
 
-def forward_bytes(model: ModelShape, s: MemorySettings) -> int:
-    """Bytes of a microbatch without gradients."""
-    return s.tokens * s.dtype.itemsize * (3 * model.inner + 4 * model.hidden)
+def score_moments(model: ModelShape, s: MemorySettings) -> list[Moment]:
+    """Without gradients: a layer's MLP, and the hidden states with the head."""
+    per_token = s.tokens * s.dtype.itemsize
+    return [
+        Moment(per_token * (3 * model.inner + 4 * model.hidden), 0),
+        Moment(per_token * 2 * model.hidden, head_bytes(model, s)["score"]),
+    ]
 
 
 def head_bytes(model: ModelShape, s: MemorySettings) -> dict[str, int]:
@@ -196,8 +237,16 @@ def head_bytes(model: ModelShape, s: MemorySettings) -> dict[str, int]:
 
 
 def engine_bytes(model: ModelShape, s: MemorySettings) -> int:
+    """Beside the KV cache. hf: the largest of a batch's prompts, a layer's attention and the sampler's logits."""
     if s.engine == "hf":
-        return HF_LOGITS * s.running * model.vocab
+        size = s.dtype.itemsize
+        prefill = math.ceil(s.running / s.group_size) * (s.prompt or s.context)  # tokens
+        repeated = 2 * s.running * s.context * model.heads * model.head_dim * size  # keys and values, for each head
+        return max(
+            prefill * size * (3 * model.inner + 4 * model.hidden),
+            repeated if model.heads != model.kv_heads else 0,
+            HF_LOGITS * s.running * model.vocab,
+        )
     batch = s.max_num_batched_tokens * s.dtype.itemsize * (2 * model.inner + 4 * model.hidden)
     return (ENGINE if s.cuda else 0) + batch + ENGINE_LOGITS * s.max_num_seqs * model.vocab
 

@@ -18,17 +18,18 @@ from fastrl.memory.parts import (
     MIB,
     MemorySettings,
     ModelShape,
+    backward_moments,
     buffer,
     checkpoints,
     engine_bytes,
-    forward_bytes,
     head_bytes,
     kv_per_sequence,
     optimizer_bytes,
+    score_moments,
     snapshot_bytes,
+    staying,
     step_bytes,
     trained,
-    working_set,
 )
 from fastrl.weights.buffer import round_up
 from fastrl.weights.host_slabs import SLAB
@@ -134,12 +135,12 @@ def plan_memory(model: ModelShape, settings: MemorySettings) -> MemoryPlan:
         table["critic"] = {phase: sum(critic[name] for name in held if phase in held[name]) for phase in PHASES}
         if "optimizer" in s.offload:
             host["critic"] = critic["master"] + critic["optimizer"]
-    kept = checkpoints(model, s)
     if "activations" in s.offload:
-        host["activations"] = round_up(kept, SLAB)
-        kept = min(kept, 2 * kept // model.layers)  # one on its way, one in use
-    table["activations"] = {"score": forward_bytes(model, s), "backward": kept + working_set(model, s)}
-    table["logits"] = head_bytes(model, s)
+        host["activations"] = round_up(checkpoints(model, s) - staying(model, s), SLAB)
+    peaks = {"score": score_moments(model, s), "backward": backward_moments(model, s)}
+    worst = {phase: max(moments, key=lambda moment: moment.total) for phase, moments in peaks.items()}
+    table["activations"] = {phase: moment.activations for phase, moment in worst.items()}
+    table["logits"] = {phase: moment.logits for phase, moment in worst.items()} | {"step": head_bytes(model, s)["step"]}
     table["workspace"] = {"generate": engine_bytes(model, s), "step": step_bytes(model, s)}
     if s.cuda:
         graphs = GRAPHS if s.engine == "vllm" else 0

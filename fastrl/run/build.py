@@ -53,6 +53,14 @@ def build(
     if allocation.needs_profile:
         log.say(f"allocation: {allocation.outlook()}")
     models.wake()
+    memory = memory_watch(resolved, log)
+    if isinstance(memory, MemoryWatch):
+
+        def make_room() -> None:
+            models.rest()
+            memory.begin()
+
+        rollout.make_room = make_room
     return Trainer(
         learner=make_learner(resolved, models, spans, log, card),
         rollout=rollout,
@@ -72,7 +80,7 @@ def build(
         identity=identity_of(models.policy, models.reference, work.task.problems),
         mismatch_watch=MismatchWatch(dtype=resolved.dtype),
         signal=Signal(limit=config.sampling.max_new_tokens, compares=config.objective.min_group_size > 1),
-        memory=memory_watch(resolved, log),
+        memory=memory,
         card=card,
         profiler=profiler,
         stop_requested=stop_requested,

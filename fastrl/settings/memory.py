@@ -28,8 +28,11 @@ def memory_settings(
     objective, update, needs = config.objective, config.update, needs_of(config)
     critic, reference = "values" in needs, "ref_logprobs" in needs
     cuda, memory, vllm = device.startswith("cuda"), config.memory, config.engine.vllm
+    context = context or config.task.max_prompt_tokens + config.sampling.max_new_tokens
     return MemorySettings(
-        context=context or config.task.max_prompt_tokens + config.sampling.max_new_tokens,
+        context=context,
+        prompt=min(context, config.task.max_prompt_tokens),
+        group_size=config.allocation.min_group_size,
         tokens_per_microbatch=tokens_per_microbatch,
         least_rows=1 if objective.splits_groups else config.allocation.max_group_size,
         sequences=-(-config.allocation.budget(config.problems_per_step) // ranks),

@@ -144,8 +144,11 @@ class Card:
 
     def process_name(self, pid: int) -> str:
         """The program, without its folder and its arguments, which may hold what is nobody's business."""
-        command = self.ask("nvmlSystemGetProcessName", pid) or "unknown"
-        return command.split()[0].rpartition("/")[2]
+        try:
+            words = (self.ask("nvmlSystemGetProcessName", pid) or "").split()
+        except UnicodeDecodeError:  # of the bindings; a program may have any bytes in its name
+            words = []
+        return words[0].rpartition("/")[2] if words else "unknown"
 
     def read(self) -> Reading:
         used, own = self.memory()

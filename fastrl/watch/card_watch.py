@@ -162,7 +162,7 @@ class CardWatch:
             if reason not in (name, USUAL, *self.warned) and fraction >= WORTH_A_WARNING:
                 self.warned.add(reason)
                 self.say(
-                    f"warning: {reason} held the GPU's clocks down in {fraction:.0%} of this step; "
+                    f"warning: {reason} held the GPU's clocks down in {fraction:.0%} of the samples; "
                     "look at its cooling and its power supply"
                 )
 

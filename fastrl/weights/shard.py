@@ -171,7 +171,7 @@ class ShardedModel:
     def extrapolate_by_tensor(self, anchor: Tensor, law: Extrapolation, grads: Pair) -> dict[str, float]:
         """As `extrapolate`, with one ratio for each tensor of the model: <g0, g1> / <g0, g0>."""
         (g0, g1), slices = grads, self.tensor_slices()
-        products = [torch.stack([(g0[s] * g1[s]).sum(), g0[s].square().sum()]).double() for s in slices]
+        products = [torch.stack([inner_product(g0[s], g1[s]), inner_product(g0[s], g0[s])]) for s in slices]
         ratio, scale = law.by_tensor(*ranks.all_sum_(torch.stack(products)).unbind(dim=1))
         total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=self.device)
         for part, own, r in zip(slices, scale.tolist(), ratio.tolist(), strict=True):
@@ -273,11 +273,12 @@ class ShardedModel:
 
     def inner_products(self, pairs: Sequence[Pair]) -> list[float]:
         """Pairs of vectors like the shard -> their inner products over all ranks."""
-        return ranks.all_sum_(torch.stack([(a * b).sum() for a, b in pairs]).double()).tolist()
+        return ranks.all_sum_(torch.stack([inner_product(a, b) for a, b in pairs])).tolist()
 
     def tensor_rms(self, values: Callable[[slice], Tensor]) -> Tensor:
         """values(part of this rank's shard) -> root mean square within each tensor of the model, [tensors]."""
-        squares = ranks.all_sum_(torch.stack([squared_norm(values(part)) for part in self.tensor_slices()]))
+        own = [sum(squared_norm(values(piece)) for piece in pieces(part)) for part in self.tensor_slices()]
+        squares = ranks.all_sum_(torch.stack(own))
         sizes = squares.new_tensor([slot.numel for slot in self.flat.slots.values()])
         return (squares / sizes).sqrt().to(torch.promote_types(self.master.dtype, torch.float32))
 
@@ -316,6 +317,17 @@ class ShardedModel:
         version = self.policy_version
         self.publish()
         self.policy_version = version
+
+
+def pieces(part: slice) -> list[slice]:
+    """A part of a shard in chunks of PART elements, so that what is calculated of one is small; one if it is empty."""
+    return [slice(a, min(a + PART, part.stop)) for a in range(part.start, part.stop, PART)] or [part]
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """[n], [n] -> [] float64; the products of a chunk are alive at a time."""
+    chunks = zip(a.split(PART), b.split(PART), strict=True)
+    return torch.stack([(x * y).sum() for x, y in chunks]).double().sum()
 
 
 def segments(slices: list[slice], shard: Tensor) -> Tensor:

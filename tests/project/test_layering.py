@@ -20,7 +20,7 @@ LAYERS = [
         "updates": "how a batch becomes a parameter change",
         "checkpoint": "writing, reading, cutting among ranks",
         "data": "problems, prompts, tasks",
-        "watch": "collapse, hangs, refused steps",
+        "watch": "collapse, hangs, refused steps, what the driver says of a card",
         "memory": "bytes: parts, plan, advice, measurement; knows no run",
     },
     {"models": "loading and refusing, the check at load, head, packing, policy, reference, critic"},

@@ -67,5 +67,5 @@ class Readings:
         for number, own in enumerate(self.cards):
             lines += [f"{number} {key} {value}" for key, value in own.items() if value is not None]
         new = self.path.with_suffix(".new")
-        new.write_text("".join(line + "\n" for line in lines))
+        new.write_text("".join(line + "\n" for line in lines), "utf-8", "surrogateescape")
         os.replace(new, self.path)

@@ -68,6 +68,10 @@ assert held.processes == (Process(99, "unknown", 300 * 2**20), Process(4711, "py
 assert str(held) == ("2348 MiB are held by other processes: unknown (pid 99) 300 MiB, python3 (pid 4711) 1024 MiB, "
                      "not seen from here 1024 MiB"), held
 
+# names that are none
+readings(f"0 process 4711 {2**30}", f"0 process 4712 {2**30}", "name 4711 \\udcff", "name 4712  ", used=2**31)
+assert [process.name for process in card.held().processes] == ["unknown", "unknown"]
+
 # the driver lists the host's numbers: before this process has a context none of them is its own
 host = [f"0 process {10**7} {2**30}"]
 readings(*host, used=2**30)

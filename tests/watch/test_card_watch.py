@@ -1,6 +1,7 @@
 """A run's card from step to step: memory by phase, energy, what slows it, a driver that fails, several ranks."""
 
 import json
+import re
 
 import pytest
 
@@ -55,7 +56,7 @@ wanted = {
 }
 assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
 assert {name: round(value, 9) for name, value in found.items()} == {n: round(v, 9) for n, v in wanted.items()}, found
-assert lines == ["warning: hw_thermal held the GPU's clocks down in 50% of this step; "
+assert lines == ["warning: hw_thermal held the GPU's clocks down in 50% of the samples; "
                  "look at its cooling and its power supply"]
 
 # the next step: nothing is left of the last one but what the run has used, and a reason is said once
@@ -271,6 +272,26 @@ def test_a_run_writes_it_down_and_goes_on_counting_after_a_resume(tmp_path, driv
     assert lines[-1] == "['gpu: no readings beyond those of torch: NVML: Driver Not Loaded']"
 
 
+PROGRAM = """
+from dataclasses import replace
+from fastrl import train
+from fastrl.watch.card import open_card
+readings("0 process 0 1073741824")
+resolved = train.resolve
+train.resolve = lambda config: replace(resolved(config), card=open_card("cuda:0"))  # as if this torch used it
+assert train.main(["--out", "run", "--steps", "1", "--problems-per-step", "4", "--eval-limit", "4",
+                   "--reward-workers", "1", "--device", "cpu"]) == 0
+"""
+
+
+def test_the_program_ends_with_its_energy(tmp_path, driver, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = nvml.run_script(tmp_path, driver, PROGRAM).splitlines()
+    assert re.match(r"done at step 1 after \d+ s and 0 kWh of the GPUs; run ", lines[-1])
+    first, step, *_, last = rows(tmp_path / "run")
+    assert step["memory/process_mib/rollout"] == 1024 and last == {"step": 1, "energy/run_kwh": 0.0}
+
+
 BENCHMARK = """
 import json
 import peak_memory, timing
@@ -292,7 +313,8 @@ print(json.dumps(timing.card_state()))
 
 
 def test_a_benchmark_says_that_it_was_slowed_down(tmp_path, driver):
-    throttled, document, state, lost = nvml.run_script(tmp_path, driver, BENCHMARK).splitlines()
+    warning, throttled, document, state, lost = nvml.run_script(tmp_path, driver, BENCHMARK).splitlines()
+    assert warning.startswith("warning: hw_thermal held the GPU's clocks down in 100% of the samples")
     assert throttled == (
         "THROTTLED: the GPU's clocks were held down, in samples of one case each: hw_thermal 100%, power_cap 100%"
     )
@@ -301,7 +323,7 @@ def test_a_benchmark_says_that_it_was_slowed_down(tmp_path, driver):
         "driver": "580.95.05",
         "sm_mhz": 1410,
         "top_sm_mhz": 1980,
-        "power_w": 300,
+        "power_w": 500,
         "slowed_by": ["power_cap"],
         "others": "1024 MiB are held by other processes: python3 (pid 4711) 1024 MiB",
     }

@@ -227,7 +227,16 @@ def addmm_out(bias, a, b, out_dtype, *, beta=1, alpha=1, out):
     return out
 
 
+def elementwise(operator, *given):
+    """An operator that CUDA has a kernel for and a CPU build would put together from others, temporaries and all."""
+    out = torch.empty_like(given[0])
+    pretended.host_view(out).copy_(operator(*map(pretended.host_view, given)))
+    return out
+
+
 ON_CUDA = {
+    "silu_backward": partial(elementwise, torch.ops.aten.silu_backward),
+    "mish_backward": partial(elementwise, torch.ops.aten.mish_backward),
     "mm.dtype": mm,
     "mm.dtype_out": mm_out,
     "addmm.dtype_out": addmm_out,

@@ -30,22 +30,37 @@ namespace py = pybind11;
 // ------------------------------------------------------------------------------------------------ memory
 
 // In blocks of 512 bytes, as CUDA's caching allocator counts. Pages come from the kernel, zero and not yet there, so that
-// tensors of real widths cost nothing until they are written; `poison` fills them with NaN instead.
+// tensors of real widths cost nothing until they are written; `poison` fills them with NaN instead. Every block has the
+// label that was set when it was allocated, and the bytes of each label at the peak are kept.
+struct Block {
+  size_t size;
+  int label;
+};
+
 struct Memory {
   std::mutex lock;
-  std::unordered_map<void*, size_t> sizes;
+  std::unordered_map<void*, Block> blocks;
   int64_t now = 0, peak = 0, limit = 0;
+  int label = 0;
+  std::vector<int64_t> labelled = std::vector<int64_t>(32), at_peak = labelled;
   bool poison = true;
+
+  void mark_peak() {
+    peak = now;
+    at_peak = labelled;
+  }
 };
 static Memory memory;
 
 static void release(void* start) {
   if (!start) return;
   std::lock_guard<std::mutex> held(memory.lock);
-  const auto found = memory.sizes.find(start);
-  memory.now -= found->second;
-  munmap(start, found->second);
-  memory.sizes.erase(found);
+  const auto found = memory.blocks.find(start);
+  const Block block = found->second;
+  memory.now -= block.size;
+  memory.labelled[block.label] -= block.size;
+  munmap(start, block.size);
+  memory.blocks.erase(found);
 }
 
 struct Blocks final : c10::Allocator {
@@ -59,9 +74,10 @@ struct Blocks final : c10::Allocator {
     void* start = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     TORCH_CHECK(start != MAP_FAILED, "the host has no ", size, " bytes for the pretended device");
     if (memory.poison) memset(start, 0xff, bytes);
-    memory.sizes[start] = size;
+    memory.blocks[start] = {size, memory.label};
     memory.now += size;
-    memory.peak = std::max(memory.peak, memory.now);
+    memory.labelled[memory.label] += size;
+    if (memory.now > memory.peak) memory.mark_peak();
     return {start, start, &release, device};
   }
   DeleterFnPtr raw_deleter() const override { return &release; }
@@ -343,7 +359,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("listen", [](py::object f) { listener = f.is_none() ? nullptr : new py::object(f); });
   m.def("allocated", [] { return memory.now; });
   m.def("peak", [] { return memory.peak; });
-  m.def("reset_peak", [] { memory.peak = memory.now; });
+  m.def("reset_peak", [] { memory.mark_peak(); });
+  m.def("label", [](int label) { return std::exchange(memory.label, label); }, "0 to 31, of what is allocated from now on");
+  m.def("relabel", [](const Tensor& t, int label) {
+    const auto found = memory.blocks.find(t.storage().mutable_data());
+    if (found == memory.blocks.end()) return;  // a storage without bytes
+    memory.labelled[found->second.label] -= found->second.size;
+    found->second.label = label;
+    memory.labelled[label] += found->second.size;
+  });
+  m.def("blocks", [] {
+    std::map<int64_t, int64_t> found;
+    for (const auto& [start, block] : memory.blocks) found[reinterpret_cast<int64_t>(start)] = block.size;
+    return found;
+  }, "address -> bytes of what is allocated");
+  m.def("at_peak", [] { return memory.at_peak; }, "bytes by label");
   m.def("limit", [](int64_t bytes) { memory.limit = bytes; }, "0: none");
   m.def("poison", [](bool on) { memory.poison = on; });
   m.def("launches", [] { return launches; });
