@@ -19,6 +19,7 @@ def host_memory(size: int, locked: bool) -> Tensor:
     if not locked or not size:
         return torch.empty(size, dtype=torch.uint8)
     cudart = torch.cuda.cudart()
+    assert cudart is not None  # of a torch without CUDA
     memory, error = page_locked(size, lambda *args: int(cudart.cudaHostRegister(*args)), cudart.cudaHostUnregister)
     if error:
         with suppress(RuntimeError):  # the next launch would be blamed for what CUDA remembers as its last error
