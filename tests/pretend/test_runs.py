@@ -33,6 +33,7 @@ SMALL = [
 SMALL += ["--steps", 4, "--lr", 1e-6, "--rollouts-every", 0, "--sample-every", 0, "--num-profile-completions", 2]
 KL = ["--kl", 0.01]
 GXPO = ["--update", "gxpo", "--ratio"]
+EXACT = ["--dtype", "float32"]
 CASES = {
     "grpo": [],
     "grpo in several microbatches": ["--tokens-per-microbatch", 64],
@@ -41,10 +42,11 @@ CASES = {
     "grpo with sequence ratios": ["--preset", "gspo"],
     "dapo": ["--preset", "dapo"],
     "importance correction": ["--is-correction", "tis"],
-    "sfpo": ["--update", "sfpo"],
-    "gxpo by coordinate": [*GXPO, "coord_adamw"],
-    "gxpo by gradient": [*GXPO, "coord_grad"],
-    "gxpo by tensor": [*GXPO, "tensor"],
+    # in float32: Triton's interpreter cuts off what becomes bfloat16, where a GPU rounds
+    "sfpo": ["--update", "sfpo", *EXACT],
+    "gxpo by coordinate": [*GXPO, "coord_adamw", *EXACT],
+    "gxpo by gradient": [*GXPO, "coord_grad", *EXACT],
+    "gxpo by tensor": [*GXPO, "tensor", *EXACT],
     "ppo": ["--objective", "ppo", "--group-size", 1, "--problems-per-step", 8],
     "rebel": ["--objective", "rebel", "--group-size", 2],
     "rebel in pairs": ["--objective", "rebel", "--group-size", 2, "--paired"],
@@ -56,9 +58,11 @@ CASES = {
     "activations on the host": ["--offload", "optimizer,activations"],
     "bfloat16 gradients": ["--grad-dtype", "bfloat16"],
     "selective checkpoints": ["--checkpoint-activations", "selective"],
+    "float64": ["--dtype", "float64"],
     "full checkpoints": ["--checkpoint-activations", "full"],
     "padded rows": ["--attention", "eager"],
 }
+PER_MICROBATCH = {"padded rows": 1}  # transformers makes a mask, of a number of the host
 PER_MINIBATCH = 3  # log-probabilities, sums of metrics, norm of the gradient
 # what an update rule asks for once per move: its statistics
 MOVES = {"SFPO": 1, "GXPO": 2}
@@ -70,8 +74,9 @@ def fewer_rows_in_the_parity_check(monkeypatch):
     monkeypatch.setattr(parity, "NUM_ROWS", 32)
 
 
-def trainer_on(device: str, folder, flags, dtype="bfloat16"):
-    return make_trainer(folder, *SMALL, "--device", device, "--dtype", dtype, *flags)
+def trainer_on(device: str, folder, flags):
+    dtype = [] if "--dtype" in flags else ["--dtype", "bfloat16"]
+    return make_trainer(folder, *SMALL, "--device", device, *dtype, *flags)
 
 
 class Counted:
@@ -99,9 +104,7 @@ def test_a_run_has_the_numbers_of_the_cpu_and_hardly_waits(name, tmp_path, monke
     trainer = trainer_on("cuda:0", tmp_path / "cuda", CASES[name])
     assert trainer.learner.policy.flat.weights.is_cuda
     on_device = trainer.step()
-    # a move's bfloat16 weights are cut off by Triton's interpreter, where a GPU rounds, and the last pass sees them
-    cut_off = type(trainer.learner.update).__name__ in MOVES and trainer.learner.policy.low is None
-    assert on_device["loss"] == pytest.approx(on_cpu["loss"], rel=0.05, abs=0.05 if cut_off else 5e-3)
+    assert on_device["loss"] == pytest.approx(on_cpu["loss"], rel=0.05, abs=5e-3)
     assert on_device["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=0.1)
     assert on_device["reward"] == on_cpu["reward"]
     counted = Counted(monkeypatch)
@@ -109,7 +112,7 @@ def test_a_run_has_the_numbers_of_the_cpu_and_hardly_waits(name, tmp_path, monke
         trainer.step()
     assert all(tensor.isfinite().all() for _, tensor in trainer.learner.state_tensors())
     for watch in counted.microbatches:
-        assert watch.waits == []
+        assert len(watch.waits) <= PER_MICROBATCH.get(name, 0), watch.waits
         assert [event[0] for event in watch.events if "models/inputs.py" in event[3]] == ["upload"]
     scores = 1 if trainer.learner.objective.needs_current else 0  # the present log-probabilities of the whole minibatch
     for watch in counted.minibatches:
