@@ -27,6 +27,7 @@ from fastrl.models.loading import load_model
 from fastrl.run.resolve import resolve
 from fastrl.settings.run import configure
 from fastrl.step.batching import make_batch
+from fastrl.step.learner import Minibatch
 from fastrl.step.trainer import Trainer
 from support.trainers import make_trainer
 
@@ -84,7 +85,7 @@ def gate(trainer: Trainer) -> float:
     batch = make_batch(
         groups, trainer.learner.objective.credit, pad_id=trainer.learner.policy.pad_id, max_new_tokens=10
     )
-    trainer.learner.accumulate(batch)
+    trainer.learner.accumulate(Minibatch(batch))
     ours = trainer.learner.policy.flat.grads.clone()
     trainer.learner.policy.zero_grad()
     logits = trainer.learner.policy.model(batch.input_ids[:, :-1]).logits
