@@ -7,18 +7,19 @@ that it holds when a phase begins.
 
 import json
 import sys
-import unittest.mock
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pretended  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
 from fastrl.base.types import Completion
+from fastrl.models import ragged
 from fastrl.models.loading import parameter_shapes
 from fastrl.models.shapes import KNOWN
 from fastrl.run import models
@@ -207,6 +208,15 @@ def watch(trainer: Trainer, probe: Probe) -> None:
 
 
 @contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the checks at the start of a run that compare numbers, for here there are none."""
+    with ExitStack() as stack:
+        for module, name, passed in ((models, "check_model", {}), (models, "head_fault", ""), (ragged, "fault", "")):
+            stack.enter_context(mock.patch.object(module, name, lambda *given, passed=passed, **how: passed))
+        yield
+
+
+@contextmanager
 def real_widths(
     folder: Path, model: Path, *flags: object, sizes: Sizes, samples: bool = False
 ) -> Iterator[tuple[Trainer, Probe]]:
@@ -215,7 +225,6 @@ def real_widths(
     samples: by its own engine, where completions else are ready.
     """
     probe: list[Probe] = []
-    unchecked = unittest.mock.patch.multiple(models, check_model=lambda *a, **k: {}, head_fault=lambda *a: "")
     data = folder / "data.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     prompt = sizes.prompt
@@ -228,7 +237,7 @@ def real_widths(
             "--reward", f"{model / 'reward.py'}:alternating", "--max-prompt-tokens", prompt,
             "--max-new-tokens", CONTEXT - prompt, "--tokens-per-microbatch", sizes.tokens,
             "--problems-per-step", sizes.per_step, "--group-size", 4, "--sample-every", 0, *flags]  # fmt: skip
-    with unchecked, hollow(lambda: probe[0].label() if probe else 0):  # what compares numbers, and here there are none
+    with unchecked(), hollow(lambda: probe[0].label() if probe else 0):
         trainer = make_trainer(folder, *args)
         if not samples:
             trainer.rollout.engine = Ready()
