@@ -330,7 +330,8 @@ def test_what_lies_on_the_host():
     assert less == 16384 * 28 * 2 * 1536
     assert moved.host["activations"] == round_up(less, SLAB)
     kept = replace(s, offload=("activations",), checkpoint="selective")
-    outputs = 16384 * 28 * (2 * 1536 + 4 * 12)  # of attention, which autograd does not save and nothing moves
+    # of attention, which autograd does not save and nothing moves; the layer at work does not make its own again
+    outputs = 16384 * 27 * (2 * 1536 + 4 * 12)
     more = plan_memory(shape, kept).parts["activations"]["backward"] - moved.parts["activations"]["backward"]
     assert more == outputs and plan_memory(shape, kept).host["activations"] == moved.host["activations"]
     paged = plan_memory(shape, replace(s, optimizer="paged_adamw8bit"))

@@ -49,6 +49,8 @@ def is_large(function, tensors: list[Tensor], args: tuple) -> bool:
     name = function._schema.name.partition("::")[2]
     if not tensors:
         return name in MADE and math.prod(args[0]) >= LARGE
+    if any("Tensor" not in str(returned.type) for returned in function._schema.returns):  # a choice, such as a kernel's
+        return False
     return function.is_view is False and name not in OF_STORAGE and any(x.numel() >= LARGE for x in tensors)
 
 
