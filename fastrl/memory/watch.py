@@ -21,6 +21,7 @@ class MemoryWatch:
     """Call it at the end of each phase: "generate" after sampling, "train" after the update; `begin` when one begins.
 
     held: for the CPU, tensors that the garbage collector does not show because they were frozen with the modules.
+    others: bytes that other processes held of the card when the run began, which are none of its own.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class MemoryWatch:
         device: str,
         say: Callable[[str], None],
         held: Callable[[], Iterable[Tensor]] = lambda: (),
+        others: int = 0,
     ):
-        self.plan, self.device, self.say, self.held = plan, device, say, held
+        self.plan, self.device, self.say, self.held, self.others = plan, device, say, held, others
         self.warned: set[str] = set()
         self.peak = 0  # of torch in this step, bytes
 
@@ -44,7 +46,7 @@ class MemoryWatch:
         if cuda:
             own = torch.cuda.max_memory_allocated(self.device)
             self.peak = own if phase == "generate" else max(self.peak, own)
-        planned, measured = self.planned(phase), measure(self.device, self.held())
+        planned, measured = self.planned(phase), measure(self.device, self.held()) - self.others
         if cuda and phase not in self.warned and measured > (1 + TOLERANCE) * planned:
             self.warned.add(phase)
             self.say(

@@ -50,4 +50,4 @@ def kernel(device: int, configuration: Configuration) -> Any:
 
 def cubin(configuration: Configuration, arch: str) -> bytes:
     path = nvrtc.source().with_name("row_once.cu")
-    return nvrtc.compiled(path.read_text() + configuration.instance, arch, folder=path.parent)
+    return nvrtc.compiled(path.read_text() + configuration.instance, arch, folder=path.parent, name=path.name)

@@ -96,7 +96,7 @@ def make_learner(resolved: Resolved, models: Models, spans: Spans, log: RunLog, 
         objective=config.objective,
         update=config.update,
         num_minibatches=config.minibatches,
-        fitting=Fitting(tokens=resolved.tokens, say=log.say, beat=spans.beat),
+        fitting=Fitting(tokens=resolved.tokens, say=log.say, beat=spans.beat, release=models.policy.workspace.release),
         after_backward=card.backward,
         old_from_engine=config.sampling.old_logprobs == "engine",
     )
@@ -106,4 +106,4 @@ def memory_watch(resolved: Resolved, log: RunLog) -> Callable[[str], dict[str, f
     """What a GPU run has allocated against its plan, for `Trainer.memory`."""
     if not resolved.cuda or isinstance(resolved.plan, NoPlan):
         return lambda phase: {}
-    return MemoryWatch(resolved.plan, resolved.device, log.say)
+    return MemoryWatch(resolved.plan, resolved.device, log.say, others=resolved.held.size if resolved.held else 0)

@@ -26,6 +26,7 @@ class Fitting:
     tokens: int  # of a microbatch, at most
     say: Callable[[str], None]
     beat: Callable[[], None] = lambda: None  # called with every microbatch
+    release: Callable[[], None] = lambda: None  # gives back what was kept for microbatches of the size so far
 
     whole: bool = field(default=False, init=False)  # whether the microbatch at work cannot be cut further
 
@@ -54,6 +55,7 @@ class Fitting:
 
     def halve(self) -> None:
         self.tokens = max(1, self.tokens // 2)
+        self.release()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

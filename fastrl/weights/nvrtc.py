@@ -44,13 +44,13 @@ def ask(call: Callable, *arguments: object) -> Any:
     return values[0] if values else None
 
 
-def compiled(text: str, arch: str, *, folder: Path) -> bytes:
-    """A CUDA source, which may include files of `folder` -> a cubin for `arch`, such as sm_90.
+def compiled(text: str, arch: str, *, folder: Path, name: str = SOURCE) -> bytes:
+    """A CUDA source, which may include files of `folder` -> a cubin for `arch`, such as sm_90. name: for messages.
 
     Raises RuntimeError with what NVRTC says: of the source, or of an architecture that it does not know.
     """
     nvrtc = bindings("nvrtc")
-    program = ask(nvrtc.nvrtcCreateProgram, text.encode(), SOURCE.encode(), 0, [], [])
+    program = ask(nvrtc.nvrtcCreateProgram, text.encode(), name.encode(), 0, [], [])
     try:
         options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", f"--include-path={folder}".encode()]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -58,7 +58,7 @@ def compiled(text: str, arch: str, *, folder: Path) -> bytes:
             said = bytes(ask(nvrtc.nvrtcGetProgramLogSize, program))
             ask(nvrtc.nvrtcGetProgramLog, program, said)
             log = said.rstrip(b"\0").decode(errors="replace").strip()
-            raise RuntimeError(f"NVRTC does not compile {SOURCE} for {arch}: {error.name}; {log}")
+            raise RuntimeError(f"NVRTC does not compile {name} for {arch}: {error.name}; {log}")
         cubin = bytes(ask(nvrtc.nvrtcGetCUBINSize, program))
         ask(nvrtc.nvrtcGetCUBIN, program, cubin)  # writes into it
         return cubin

@@ -369,9 +369,13 @@ def test_the_watch_reports_plan_and_measurement(monkeypatch):
     assert first["memory/peak_mib"] == 3
     on_gpu("generate")
     assert len(said) == 1 and "memory in generate" in said[0] and "+6%" in said[0]
-    other, shares = MemoryWatch(plan, "cuda:0", said.append), iter([1.04, 0.5])  # less than the plan is no fault
+    shares = iter([1.04, 0.5, 1.06])  # less than the plan is no fault
+    other = MemoryWatch(plan, "cuda:0", said.append)
     monkeypatch.setattr("fastrl.memory.watch.measure", lambda device, held: int(next(shares) * plan.total("generate")))
     assert other("generate")["memory/peak_mib"] == other("train")["memory/peak_mib"] == 9
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    beside = MemoryWatch(plan, "cuda:0", said.append, others=int(0.02 * plan.total("generate")))
+    assert beside("generate")["memory/measured_mib/generate"] == pytest.approx(1.04 * plan.total("generate") / 2**20)
     assert len(said) == 1
 
 

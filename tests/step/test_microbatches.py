@@ -64,7 +64,8 @@ def test_a_sequence_that_does_not_fit_alone_ends_the_run(tmp_path):
 def test_memory_that_a_library_ran_out_of_is_memory_too():
     """Errors of cuBLAS and of CUDA's runtime are plain RuntimeErrors."""
     said: list[str] = []
-    fitting = Fitting(tokens=64, say=said.append)
+    released: list[int] = []
+    fitting = Fitting(tokens=64, say=said.append, release=lambda: released.append(fitting.tokens))
 
     def work(error):
         fitting.whole = False
@@ -74,6 +75,7 @@ def test_memory_that_a_library_ran_out_of_is_memory_too():
 
     assert fitting.run(lambda: work(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"))) == 16
     assert ["--tokens-per-microbatch 32" in said[0], "--tokens-per-microbatch 16" in said[1]] == [True, True]
+    assert released == [32, 16]
     fitting.tokens = 64
     with pytest.raises(RuntimeError, match="illegal memory access"):
         fitting.run(lambda: work(RuntimeError("CUDA error: an illegal memory access was encountered")))
