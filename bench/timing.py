@@ -298,10 +298,10 @@ class Report:
     def finish(self, **more: object) -> None:
         """The table for people, and the whole document as one JSON line."""
         self.write(complete=True, **machine(), **more)  # clocks are those of a GPU that has worked
-        if self.rows:
-            show(self.rows)
         if slowed := list(dict.fromkeys(row["slowed_by"] for row in self.rows if row.get("slowed_by"))):
             print(f"THROTTLED: the GPU's clocks were held down, in samples of one case each: {'; '.join(slowed)}")
+        if self.rows:
+            show(self.rows)
         print(json.dumps(self.document))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import embedding
 
+from fastrl import checkpoint
 from fastrl.kernels import parity
 from fastrl.models.inputs import Inputs
 from fastrl.step.learner import Learner
@@ -152,3 +153,17 @@ def test_a_wait_in_the_loop_of_microbatches_is_seen(tmp_path, monkeypatch):
     counted = Counted(monkeypatch)
     trainer.step()
     assert all("item at fastrl/" in watch.waits[0] for watch in counted.microbatches), counted.microbatches
+
+
+@pytest.mark.parametrize("flags", [[], ["--update", "gxpo", "--offload", "optimizer"]], ids=["grpo", "gxpo"])
+def test_a_run_goes_on_from_its_checkpoint(flags, tmp_path):
+    """To the bit: of its weights, and of the numbers of the next step."""
+    first = trainer_on("cuda:0", tmp_path / "first", flags)
+    first.step()
+    first.save()
+    expected = first.step()
+    second = trainer_on("cuda:0", tmp_path / "second", flags)
+    second.load_state_dict(*checkpoint.load(first.last_checkpoint, second.learner.shard_sizes()))
+    found = second.step()
+    assert all(found[name] == expected[name] for name in ("loss", "grad_norm", "reward", "num_tokens"))
+    assert torch.equal(second.learner.policy.flat.weights, first.learner.policy.flat.weights)

@@ -289,7 +289,7 @@ def test_the_program_ends_with_its_energy(tmp_path, driver, monkeypatch):
     lines = nvml.run_script(tmp_path, driver, PROGRAM).splitlines()
     assert re.match(r"done at step 1 after \d+ s and 0 kWh of the GPUs; run ", lines[-1])
     first, step, *_, last = rows(tmp_path / "run")
-    assert step["memory/process_mib/rollout"] == 1024 and last == {"step": 1, "energy/run_kwh": 0.0}
+    assert step["memory/process_mib/backward"] == 1024 and last == {"step": 1, "energy/run_kwh": 0.0}
 
 
 BENCHMARK = """
@@ -304,7 +304,9 @@ readings(milliwatts=500_000, reasons=0)
 with timing.card_watched() as calm:
     pass
 assert calm == {"sm_mhz": 1410, "power_w": 500}, calm
-timing.finish("b", [{"ms": 1.0} | seen, {"ms": 1.0} | calm], "")
+report = timing.Report("b")
+report.add({"ms": 1.0} | seen, {"ms": 1.0} | calm)
+report.finish()
 readings("0 process 4711 1073741824", "name 4711 /usr/bin/python3", reasons=4)
 print(json.dumps(timing.card_state()))
 readings("nvmlDeviceGetPowerUsage fails 15")
@@ -313,7 +315,7 @@ print(json.dumps(timing.card_state()))
 
 
 def test_a_benchmark_says_that_it_was_slowed_down(tmp_path, driver):
-    warning, throttled, document, state, lost = nvml.run_script(tmp_path, driver, BENCHMARK).splitlines()
+    warning, throttled, *_, document, state, lost = nvml.run_script(tmp_path, driver, BENCHMARK).splitlines()
     assert warning.startswith("warning: hw_thermal held the GPU's clocks down in 100% of the samples")
     assert throttled == (
         "THROTTLED: the GPU's clocks were held down, in samples of one case each: hw_thermal 100%, power_cap 100%"
