@@ -174,13 +174,14 @@ class ShardedModel:
         products = [torch.stack([inner_product(g0[s], g1[s]), inner_product(g0[s], g0[s])]) for s in slices]
         ratio, scale = law.by_tensor(*ranks.all_sum_(torch.stack(products)).unbind(dim=1))
         total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=self.device)
-        for part, own, r in zip(slices, scale.tolist(), ratio.tolist(), strict=True):
+        extra = dict.fromkeys(FlatStats.NAMES, 0.0)  # of the host: read once for all tensors, and added once
+        for part, (own, r) in zip(slices, torch.stack([scale, ratio], dim=1).tolist(), strict=True):
             along = self.written_along(part)
-            moved = interpolate_(self.master[part], anchor[part], law.alpha * own, **along).sums
+            total += interpolate_(self.master[part], anchor[part], law.alpha * own, **along).sums
             n = part.stop - part.start
-            extra = {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}
-            total += moved + moved.new_tensor([extra.get(name, 0.0) for name in FlatStats.NAMES])
-        return self.published(total, anchor, law)
+            for name, value in {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}.items():
+                extra[name] += value
+        return self.published(total + total.new_tensor(list(extra.values())), anchor, law)
 
     def published(
         self, sums: Tensor, anchor: Tensor | None = None, law: Extrapolation | None = None

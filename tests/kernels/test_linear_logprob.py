@@ -293,8 +293,9 @@ def test_weight_grad_is_added_to_in_place(dtype, triton):
         h = hidden.clone().requires_grad_()
         outputs = linear_logprob(h, padded[:7], target, need_entropy=True, weight_grad=buffer[:7], triton=triton)
         sum((o * up.float()).sum() for o, up in zip(outputs, upstream.values(), strict=True)).backward()
-        # the sum is float32; of bfloat16 weights only dz is rounded, and by the kernel alone
-        bound = 6e-3 * times if triton and dtype == torch.bfloat16 else 1e-5
+        # the sum is float32; of bfloat16 weights only dz is rounded, by the kernel and where the product needs it
+        rounds = dtype == torch.bfloat16 and (triton or DEVICE == "cuda")
+        bound = 6e-3 * times if rounds else 1e-5
         assert (buffer[:7].double() - times * truth["dweight"]).norm() < bound * truth["dweight"].norm()
         assert (h.grad.double() - truth["dhidden"]).norm() < 6e-3 * truth["dhidden"].norm()
     assert (buffer[7:] == 0.25).all()

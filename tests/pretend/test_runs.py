@@ -66,7 +66,7 @@ CASES = {
 PER_MICROBATCH = {"padded rows": 1}  # transformers makes a mask, of a number of the host
 PER_MINIBATCH = 3  # log-probabilities, sums of metrics, norm of the gradient
 # what an update rule asks for once per move: its statistics
-MOVES = {"SFPO": 1, "GXPO": 2}
+MOVES = {"SFPO": 1, "GXPO": 3}
 
 
 @pytest.fixture(autouse=True)

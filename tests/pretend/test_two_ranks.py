@@ -17,9 +17,11 @@ import support.pretend.cuda
 import torch
 from pathlib import Path
 from fastrl.base import ranks
+from fastrl.kernels import parity
 from support.trainers import make_trainer
 
 folder, flags = Path(sys.argv[1]), sys.argv[2:]
+parity.NUM_ROWS = 32  # Triton's interpreter takes seconds for as many as a GPU checks
 ranks.start("cuda:0")
 trainer = make_trainer(folder / str(ranks.rank()), "--device", "cuda:0", *flags)
 metrics = [trainer.step() for _ in range(2)]
@@ -67,4 +69,5 @@ def test_two_ranks_are_one(name, tmp_path):
     assert first[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-4 if tight else 0.05)
     assert first[0]["reward"] == alone[0]["reward"]
     if tight:
-        assert (own - weights).abs().max() < 1e-3 * weights.abs().max()
+        # more ranks, more padding behind the parameters
+        assert (own[: len(weights)] - weights).abs().max() < 1e-3 * weights.abs().max()
