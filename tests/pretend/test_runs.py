@@ -15,23 +15,10 @@ from fastrl.step.learner import Learner
 from support.pretend.needed import cuda
 from support.trainers import make_trainer
 
-SMALL = [
-    "--problems-per-step",
-    4,
-    "--eval-limit",
-    2,
-    "--group-size",
-    4,
-    "--threads",
-    1,
-    "--seed",
-    3,
-    "--steps",
-    4,
-    "--lr",
-    1e-6,
-]
-SMALL += ["--steps", 4, "--lr", 1e-6, "--rollouts-every", 0, "--sample-every", 0, "--num-profile-completions", 2]
+SMALL = """
+    --problems-per-step 4 --group-size 4 --eval-limit 2 --steps 4 --lr 1e-6 --seed 3 --threads 1
+    --rollouts-every 0 --sample-every 0 --num-profile-completions 2
+""".split()
 KL = ["--kl", 0.01]
 GXPO = ["--update", "gxpo", "--ratio"]
 EXACT = ["--dtype", "float32"]
