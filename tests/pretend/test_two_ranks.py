@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrl.kernels import parity
 from support.pretend.needed import cuda
 from support.programs import free_port
+from support.trainers import make_trainer
 
 SCRIPT = """
 import sys
@@ -32,42 +34,37 @@ ranks.leave(0)
 """
 FLAGS = "--problems-per-step 4 --group-size 4 --eval-limit 2 --threads 1 --seed 3 --dtype float32 --rollouts-every 0"
 RULES = {
-    "sfpo": "--update sfpo",
     "gxpo, optimizer on the host": "--update gxpo --offload optimizer",
     "split master": "--dtype bfloat16 --master split",
 }
 
 
-def ran(folder: Path, count: int, flags: list[str]) -> list[tuple[list[dict], torch.Tensor]]:
-    folder.mkdir()
-    port = str(free_port())
-    environment = os.environ | {
-        "WORLD_SIZE": str(count),
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-    }
+def on_two_ranks(folder: Path, flags: list[str]) -> list[tuple[list[dict], torch.Tensor]]:
+    there = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", SCRIPT, str(folder), *flags]
-    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(count)]
+    processes = [subprocess.Popen(command, env=os.environ | there | {"RANK": str(rank)}) for rank in range(2)]
     try:
-        assert [process.wait(250) for process in processes] == [0] * count
+        assert [process.wait(250) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(count)]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
-def test_two_ranks_are_one(name, tmp_path):
-    assert cuda.torch is torch
+def test_two_ranks_are_one(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "NUM_ROWS", 32)
     flags = [*FLAGS.split(), *RULES[name].split()]
-    [(alone, weights)] = ran(tmp_path / "one", 1, flags)
-    (first, own), (_, others) = ran(tmp_path / "two", 2, flags)
+    trainer = make_trainer(tmp_path / "one", "--device", "cuda:0", *flags)
+    alone, weights = trainer.step(), trainer.learner.policy.flat.weights
+    trainer.step()
+    assert cuda.pretended.allocated() > 0
+    (first, own), (_, others) = on_two_ranks(tmp_path, flags)
     assert torch.equal(own, others)
     tight = "split" not in name
-    assert first[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-4 if tight else 0.05)
-    assert first[0]["reward"] == alone[0]["reward"]
+    assert first[0]["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4 if tight else 0.05)
+    assert first[0]["reward"] == alone["reward"]
     if tight:
         # more ranks, more padding behind the parameters
-        assert (own[: len(weights)] - weights).abs().max() < 1e-3 * weights.abs().max()
+        assert (own[: len(weights)] - weights.cpu()).abs().max() < 1e-3 * weights.abs().max().item()
