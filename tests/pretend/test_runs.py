@@ -41,7 +41,6 @@ CASES = {
     "a*-po": ["--objective", "apo", "--group-size", 1, "--problems-per-step", 8],
     "split master": ["--master", "split"],
     "split master, sfpo": ["--master", "split", "--update", "sfpo"],
-    "split master, gxpo": ["--master", "split", *GXPO, "coord_adamw"],
     "optimizer on the host": ["--offload", "optimizer"],
     "activations on the host": ["--offload", "optimizer,activations"],
     "bfloat16 gradients": ["--grad-dtype", "bfloat16"],
@@ -142,7 +141,7 @@ def test_a_wait_in_the_loop_of_microbatches_is_seen(tmp_path, monkeypatch):
     assert all("item at fastrl/" in watch.waits[0] for watch in counted.microbatches), counted.microbatches
 
 
-@pytest.mark.parametrize("flags", [[], ["--update", "gxpo", "--offload", "optimizer"]], ids=["grpo", "gxpo"])
+@pytest.mark.parametrize("flags", [[], ["--update", "sfpo", "--offload", "optimizer", *EXACT]], ids=["grpo", "sfpo"])
 def test_a_run_goes_on_from_its_checkpoint(flags, tmp_path):
     """To the bit: of its weights, and of the numbers of the next step."""
     first = trainer_on("cuda:0", tmp_path / "first", flags)

@@ -34,7 +34,7 @@ ranks.leave(0)
 """
 FLAGS = "--problems-per-step 4 --group-size 4 --eval-limit 2 --threads 1 --seed 3 --dtype float32 --rollouts-every 0"
 RULES = {
-    "gxpo, optimizer on the host": "--update gxpo --offload optimizer",
+    "sfpo, optimizer on the host": "--update sfpo --offload optimizer",
     "split master": "--dtype bfloat16 --master split",
 }
 
