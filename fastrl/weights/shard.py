@@ -174,14 +174,16 @@ class ShardedModel:
         products = [torch.stack([inner_product(g0[s], g1[s]), inner_product(g0[s], g0[s])]) for s in slices]
         ratio, scale = law.by_tensor(*ranks.all_sum_(torch.stack(products)).unbind(dim=1))
         total = torch.zeros(len(FlatStats.NAMES), dtype=torch.float64, device=self.device)
-        extra = dict.fromkeys(FlatStats.NAMES, 0.0)  # of the host: read once for all tensors, and added once
+        extra = [0.0] * len(FlatStats.NAMES)  # of the host: read once for all tensors, and added once
         for part, (own, r) in zip(slices, torch.stack([scale, ratio], dim=1).tolist(), strict=True):
             along = self.written_along(part)
             total += interpolate_(self.master[part], anchor[part], law.alpha * own, **along).sums
             n = part.stop - part.start
-            for name, value in {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}.items():
-                extra[name] += value
-        return self.published(total + total.new_tensor(list(extra.values())), anchor, law)
+            counts = {"active": n, "ratio": n * r, "ratio_sq": n * r * r, "scale": n * own}
+            extra = [
+                sum_so_far + counts.get(name, 0.0) for name, sum_so_far in zip(FlatStats.NAMES, extra, strict=True)
+            ]
+        return self.published(total + total.new_tensor(extra), anchor, law)
 
     def published(
         self, sums: Tensor, anchor: Tensor | None = None, law: Extrapolation | None = None
@@ -278,8 +280,12 @@ class ShardedModel:
 
     def tensor_rms(self, values: Callable[[slice], Tensor]) -> Tensor:
         """values(part of this rank's shard) -> root mean square within each tensor of the model, [tensors]."""
-        own = [sum(squared_norm(values(piece)) for piece in pieces(part)) for part in self.tensor_slices()]
-        squares = ranks.all_sum_(torch.stack(own))
+        slices = self.tensor_slices()
+        squares = torch.zeros(len(slices), dtype=torch.float64, device=self.device)
+        for own, part in zip(squares, slices, strict=True):
+            for piece in pieces(part):
+                own += squared_norm(values(piece))
+        ranks.all_sum_(squares)
         sizes = squares.new_tensor([slot.numel for slot in self.flat.slots.values()])
         return (squares / sizes).sqrt().to(torch.promote_types(self.master.dtype, torch.float32))
 
