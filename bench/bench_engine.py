@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from fastrl.engine.base import Request, Sampling
 from fastrl.engine.hf import HFEngine
-from fastrl.engine.vllm import VllmConfig, VllmEngine
+from fastrl.engine.vllm import VllmConfig, VllmEngine, installed_version
 from fastrl.engine.vllm_random import RUNNER
 from fastrl.models.shapes import find_config
 from fastrl.weights.buffer import FlatParams
@@ -215,6 +215,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default="")
     args = parser.parse_args()
+    try:
+        installed_version()
+    except ValueError as error:  # a machine without vLLM still has its row in a list of results
+        Report("engine", args.out).finish(note=str(error))
+        return
     first = on_first_runner() if gpu and RUNNER not in os.environ else []
     model, flat = build(args.model, "cuda" if gpu else "cpu")
     start = time.perf_counter()
