@@ -120,9 +120,10 @@ def test_two_hundred_clean_steps_give_no_alarm_and_learn(make):
     found = [row for row in rows(trainer.folder) if "reward" in row]
     assert len(found) == 200
     for row in found:
-        # float32: the two programs round differently, most of all on unlikely tokens, and nothing else differs
+        # float32: the two programs round differently, most of all on unlikely tokens, and nothing else differs; the
+        # largest of 200 means lay at 4e-6 to 1.2e-5, and what is wrong is above 1e-3
         for kind in ("sampling", "canary"):
-            assert row[f"sampling/{kind}_logp_difference/mean"] < 1e-5
+            assert row[f"sampling/{kind}_logp_difference/mean"] < 3e-5
             assert row[f"sampling/{kind}_logp_difference/max"] < 1e-3
     # at this rate a policy falls back now and then, and rounding decides when; the best 20 steps of six runs with the
     # other engine (three seeds, half the rate too) lay 0.37 to 0.42 above the first, wherever they ended
